@@ -1,0 +1,55 @@
+# Everything a newcomer runs. The first target that needs it makes .venv from the pinned versions in constraints.txt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Accelerators are hidden from all tests but test-gpu, so that a suite means the same on every machine.
+PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo cifar10 test test-full test-gpu check format bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z.][a-z0-9.-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+.venv: $(STAMP)  ## virtual environment with pinned dependencies
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Shardline needs Python 3.11 or newer; found " + sys.version.split()[0] + ". Say which with: make PYTHON=python3.12")'
+	@echo "Installing the pinned dependencies into .venv (a few minutes the first time) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,examples]'
+	@touch $@
+
+demo: .venv  ## train a small GPT on 2 processes: progress, figures, a picture
+	$(BIN)/shardline run --nproc 2 examples/gpt/train.py $(ARGS)
+
+cifar10: .venv  ## train the small CIFAR-10 network; options by ARGS="--stage 3 --dtype bf16"
+	$(BIN)/shardline run --nproc 2 examples/cifar10/train.py $(ARGS)
+
+test: .venv  ## the test suite
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
+
+test-full: .venv  ## the test suite with the whole parity matrix
+	$(PYTEST) -m "not gpu" $(ARGS)
+
+test-gpu: .venv  ## the tests that need an accelerator
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+check: .venv  ## formatting, lint, types, import levels
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv  ## format and sort imports in place
+	$(BIN)/ruff check --fix --select I .
+	$(BIN)/ruff format .
+
+bench: .venv  ## the benchmarks behind the README's figures
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:  ## remove .venv and everything that was made
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

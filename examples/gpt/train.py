@@ -1,0 +1,165 @@
+"""Train a small character GPT on the prose of Python's own documentation, on as many processes as there are.
+
+    shardline run --nproc 2 examples/gpt/train.py    # or torchrun, or a world of one: python examples/gpt/train.py
+
+The engine's config is a file, ``config.json``; the options override what one tries first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from data import Corpus, Windows
+from model import GPT
+from report import Journal, table
+from torch.utils.data import default_collate
+from tqdm import tqdm
+
+import shardline
+from shardline.memory import peak_bytes
+
+HERE = Path(__file__).resolve().parent
+MODEL = {"context": 128, "depth": 4, "width": 256, "heads": 4}
+REPORT_EVERY = 10
+"""Steps between two reports; each is the mean over these steps and all ranks, and costs one small collective."""
+BAR = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Train a small character GPT on Python's own documentation.")
+    parser.add_argument("--config", type=Path, default=HERE / "config.json", help="the engine's config, a JSON file")
+    parser.add_argument("--stage", type=int, choices=range(4), help="ZeRO stage, instead of the config's")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="compute dtype, instead of the config's")
+    parser.add_argument("--steps", type=int, help="optimizer steps, instead of the config's total_num_steps")
+    parser.add_argument("--eval-every", type=int, default=60, help="steps between two looks at the held-out text")
+    parser.add_argument("--sample", type=int, default=400, help="characters to generate at the end")
+    parser.add_argument("--out", type=Path, default=HERE / "out", help="folder for the picture of the loss curves")
+    return parser.parse_args()
+
+
+def configure(args: argparse.Namespace) -> dict[str, Any]:
+    """Read the config file and lay the command line over it."""
+    config: dict[str, Any] = json.loads(args.config.read_text())
+    if args.stage is not None:
+        config.setdefault("zero_optimization", {})["stage"] = args.stage
+    if args.dtype is not None:
+        config |= {dtype: {"enabled": dtype == args.dtype} for dtype in ("bf16", "fp16")}
+    if args.steps is not None:
+        schedule = config["scheduler"]["params"]
+        schedule["total_num_steps"] = args.steps
+        schedule["warmup_num_steps"] = min(schedule["warmup_num_steps"], args.steps // 2)
+    return config
+
+
+def endless(loader: Iterable[Any]) -> Iterator[Any]:
+    """Yield the micro-batches of one epoch after another; the loader shuffles each anew."""
+    while True:
+        yield from loader
+
+
+@torch.no_grad()
+def evaluate(engine: shardline.Engine, windows: Windows, batch: int = 32) -> float:
+    """Return the mean loss over ``windows`` in nats per character; all ranks share the work and get the result."""
+    engine.eval()
+    # As many pieces, so as many forwards, on each rank: at stage 3 a forward is something that all ranks do together.
+    world = engine.world_size
+    rounds = math.ceil(len(windows) / (batch * world))
+    total = torch.zeros(2, device=engine.device)
+    for piece in torch.arange(len(windows)).tensor_split(rounds * world)[engine.global_rank :: world]:
+        tokens, targets = default_collate([windows[index] for index in piece.tolist()])
+        loss = engine(tokens.to(engine.device), targets.to(engine.device))
+        total += torch.stack([loss.float() * len(piece), torch.full_like(total[0], len(piece))])
+    dist.all_reduce(total)
+    engine.train()
+    return float(total[0] / total[1])
+
+
+def train(engine: shardline.Engine, loader: Any, held_out: Windows, steps: int, eval_every: int) -> Journal:
+    """Train until ``steps`` optimizer steps are done, looking at the held-out text on the way."""
+    journal = Journal(engine.device)
+    journal.held_out.append((engine.global_steps, evaluate(engine, held_out)))
+    batches = endless(loader)
+    journal.open()
+    with tqdm(total=steps, initial=engine.global_steps, bar_format=BAR, disable=engine.global_rank != 0) as bar:
+        while engine.global_steps < steps:
+            for tokens, targets in islice(batches, engine.gradient_accumulation_steps()):
+                loss = engine(tokens.to(engine.device), targets.to(engine.device))
+                engine.backward(loss)
+                engine.step()
+                journal.add(loss, loader.samples * tokens.shape[1])
+            step = engine.global_steps
+            bar.update(step - bar.n)
+            look = step % eval_every == 0 or step >= steps
+            if look or step % REPORT_EVERY == 0:
+                journal.close(step)
+                bar.set_postfix_str(
+                    f"loss {journal.train[-1][1]:.3f}, held out {journal.held_out[-1][1]:.3f}, "
+                    f"lr {engine.get_lr()[0]:.1e}, {journal.rate:,.0f} tokens/s, {mebibytes(peak_bytes(engine.device))}"
+                )
+            if look:
+                journal.held_out.append((step, evaluate(engine, held_out)))
+                journal.open()
+    return journal
+
+
+def mebibytes(count: int) -> str:
+    """Write a number of bytes for people."""
+    return f"{count / 2**20:,.0f} MiB"
+
+
+def main() -> None:
+    """Train, generate a sample and report."""
+    started = time.perf_counter()
+    args = arguments()
+    config = configure(args)
+    corpus = Corpus.python_documentation()
+
+    torch.manual_seed(1234)
+    model = GPT(len(corpus.alphabet), **MODEL)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    engine, _, loader, _ = shardline.initialize(
+        model=model,
+        model_parameters=model.parameters(),
+        training_data=Windows(corpus.train, MODEL["context"]),
+        config=config,
+    )
+    first = engine.global_rank == 0
+    if first:
+        print(
+            f"GPT of {parameters:,} parameters; {len(corpus.train):,} characters to train on, {len(corpus.held_out):,} "
+            f"held out; ranks: {engine.world_size} on {engine.device.type}; stage {engine.zero_optimization_stage()}"
+        )
+
+    # Side by side, so that each held-out character is asked for once.
+    held_out = Windows(corpus.held_out, MODEL["context"], stride=MODEL["context"])
+    journal = train(engine, loader, held_out, config["scheduler"]["params"]["total_num_steps"], args.eval_every)
+
+    # Every rank generates the same text: the weights, the prompt and the seed are equal.
+    with engine.gathered_parameters():
+        symbols = engine.module.generate(corpus.encode("The ").to(engine.device)[None], args.sample)[0]
+    peak = torch.tensor(peak_bytes(engine.device), device=engine.device)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    if first:
+        figures = {
+            "parameters": f"{parameters:,}",
+            **journal.figures(),
+            "peak memory": f"{mebibytes(int(peak))} on the rank with most",
+            "wall time": f"{time.perf_counter() - started:.0f} s",
+            "loss curves": str(journal.draw(args.out / "loss.png")),
+        }
+        print(f"\n{corpus.decode(symbols)}\n\n{table(figures)}")
+    engine.destroy()
+
+
+if __name__ == "__main__":
+    main()

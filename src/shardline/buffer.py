@@ -1,0 +1,188 @@
+"""Flat storage: buffers that are borrowed and given back, parameters as views of them, and the seal on what is away.
+
+The only file with torch's private storage tricks.
+
+* :class:`Pool` lends flat buffers. One that is given back is lent again only when nobody else holds its storage any
+  more, so a view that a user (or autograd) still keeps never changes under their hands. On an accelerator the caching
+  allocator already is such a pool.
+* :func:`view` shows a parameter's range of a flat buffer in the parameter's own shape and strides.
+* :func:`seal` takes a parameter's data away. Shape, dtype and device stay true; reading or writing it either gathers
+  its unit (during a forward) or raises :class:`SealedError` with its name. It can never crash the process, as reading a
+  view of a freed storage would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardline.errors import SealedError
+from shardline.plan import Entry
+
+__all__ = ["Pool", "is_sealed", "seal", "unseal", "view"]
+
+_SMALL = 1 << 16
+"""Bytes below which a buffer is not worth keeping: malloc serves these from memory that is already mapped."""
+
+
+class Pool:
+    """Lends flat 1-D buffers on one device.
+
+    Giving 64 MB back to the system and taking it again costs about ten times as long as filling it, in page faults, so
+    on CPU buffers are kept. The best-fitting free one is lent.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._keep = device.type == "cpu"
+        self._free: list[Tensor] = []  # uint8, 1-D
+
+    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """A buffer of ``numel`` elements with arbitrary contents."""
+        size = numel * dtype.itemsize
+        if not self._keep or size < _SMALL:
+            return self._empty(numel, dtype)
+        fits = [raw for raw in self._free if size <= raw.numel() <= 2 * size and _holders(raw) == 1]
+        if fits:
+            raw = min(fits, key=Tensor.numel)
+            self._free = [other for other in self._free if other is not raw]
+        else:
+            raw = self._empty(size, torch.uint8)
+        return raw[:size].view(dtype)
+
+    def give(self, buffer: Tensor) -> None:
+        """Take a lent buffer back. The caller must not use it any more."""
+        if self._keep and buffer.untyped_storage().nbytes() >= _SMALL:
+            whole = buffer.view(torch.uint8).as_strided((buffer.untyped_storage().nbytes(),), (1,), 0)
+            self._free.append(whole)
+
+    def clear(self) -> None:
+        """Let go of everything that is free."""
+        self._free.clear()
+
+    def _empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        # Buffers outlive the inference_mode in which one may first be needed, so they must not be inference tensors.
+        with torch.inference_mode(False):
+            return torch.empty(numel, dtype=dtype, device=self.device)
+
+
+def _holders(tensor: Tensor) -> int:
+    """How many tensors share ``tensor``'s storage (the storage object made here is not counted)."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)) - 1
+
+
+def view(flat: Tensor, entry: Entry) -> Tensor:
+    """The range of ``flat`` (1-D) that belongs to ``entry``, in the parameter's own shape and strides."""
+    return flat.as_strided(entry.param.shape, entry.param.stride, flat.storage_offset() + entry.offset)
+
+
+# -- the seal -----------------------------------------------------------------------------------------------------------
+
+_Gatherer = Callable[[], bool]
+"""Brings a sealed parameter's unit here if this is a moment at which all ranks do; says whether it did."""
+
+_DESCRIPTORS = ("shape", "dtype", "device", "requires_grad", "grad", "is_leaf", "layout", "ndim", "names", "_version",
+                "is_meta", "is_sparse", "is_quantized", "is_cuda", "is_cpu", "grad_fn", "nbytes", "itemsize",
+                "_backward_hooks", "_post_accumulate_grad_hooks", "retains_grad", "output_nr", "is_nested", "is_mps",
+                "is_xpu", "grad_dtype", "is_inference", "is_mkldnn", "is_sparse_csr", "name")  # fmt: skip
+_METHODS = ("size", "numel", "nelement", "dim", "ndimension", "element_size", "get_device", "is_floating_point",
+            "is_complex", "__len__", "__hash__", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook",
+            "is_signed", "is_inference")  # fmt: skip
+
+
+def _harmless() -> frozenset[Any]:
+    """Everything one may ask of a sealed parameter: what does not look at its elements."""
+    found: set[Any] = set()
+    for name in _DESCRIPTORS:
+        descriptor = getattr(Tensor, name, None)
+        for access in ("__get__", "__set__", "__delete__"):
+            if descriptor is not None and hasattr(descriptor, access):
+                found.add(getattr(descriptor, access))
+    found.update(getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name))
+    found.update((torch.numel, torch.is_floating_point, torch.is_complex))
+    return frozenset(found)
+
+
+_HARMLESS = _harmless()
+
+
+class _Sealed(nn.Parameter):
+    """The class of a parameter while its data is away. Three attributes: its name, who gathers it, and its own class."""
+
+    @classmethod
+    def __torch_function__(  # type: ignore[override]
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _HARMLESS:
+            for tensor in _sealed_among((*args, *kwargs.values())):
+                # Gathering unseals a whole unit, so a later one of the arguments may be here already.
+                if is_sealed(tensor) and not tensor._shardline_gather():
+                    raise sealed_error(tensor._shardline_name, getattr(func, "__name__", str(func)))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return (
+            f"Parameter {self._shardline_name!r}, sharded: not gathered here "
+            f"(shape={tuple(self.shape)}, dtype={self.dtype}, requires_grad={self.requires_grad})"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise sealed_error(self._shardline_name, "copying")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise sealed_error(self._shardline_name, "pickling")
+
+
+def sealed_error(name: str, operation: str) -> SealedError:
+    return SealedError(
+        f"{operation}: parameter {name!r} is sharded and not gathered here. Read or change it inside "
+        f"`with engine.gathered_parameters():` (write=True to change it), or take the whole weights from "
+        f"engine.full_state_dict() instead of state_dict()."
+    )
+
+
+def _sealed_among(values: Sequence[Any]) -> list[Any]:
+    found = []
+    for value in values:
+        if isinstance(value, _Sealed):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend(_sealed_among(value))
+    return found
+
+
+def seal(param: nn.Parameter, name: str, gather: _Gatherer) -> None:
+    """Take ``param``'s data away, leaving its metadata true. ``gather`` may bring it back when it is touched."""
+    filler = _FILLERS.get((param.dtype, param.device))
+    if filler is None:
+        value = float("nan") if param.is_floating_point() else 0
+        with torch.inference_mode(False):
+            filler = _FILLERS[param.dtype, param.device] = torch.full((), value, dtype=param.dtype, device=param.device)
+    with torch.inference_mode(False):
+        param.data = filler.expand(param.shape)
+    sealed: Any = param
+    sealed._shardline_name, sealed._shardline_gather, sealed._shardline_class = name, gather, type(param)
+    sealed.__class__ = _Sealed
+
+
+_FILLERS: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def unseal(param: nn.Parameter, data: Tensor) -> None:
+    """Give ``param`` its data (a view of a gathered buffer) back."""
+    sealed: Any = param
+    if is_sealed(param):
+        sealed.__class__ = sealed._shardline_class
+        del sealed._shardline_name, sealed._shardline_gather, sealed._shardline_class
+    with torch.inference_mode(False):
+        param.data = data
+
+
+def is_sealed(param: Tensor) -> bool:
+    """Whether ``param``'s data is away."""
+    return type(param) is _Sealed

@@ -1,0 +1,289 @@
+"""From a model and its optimizer to units: the layout, the first values, and the optimizer on this rank's runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from shardline.buffer import Pool, view
+from shardline.comm import Comm
+from shardline.config import Config
+from shardline.describe import chosen_units, describe_modules, describe_params, first_names
+from shardline.errors import ModelError, OptimizerError
+from shardline.fragments import ParamState, put_states, take_states, whole_weights
+from shardline.optimizer import build as build_optimizer
+from shardline.optimizer import kind, prepare, replace_params
+from shardline.placement import STAGES, Stage
+from shardline.plan import ModuleSpec, ParamSpec, Plan, make_plan
+from shardline.precision import Precision
+from shardline.unit import RunTensors, Slab, Unit
+
+__all__ = [
+    "Layout",
+    "ParamGroups",
+    "group_parameters",
+    "lay_out",
+    "load_model",
+    "needs_whole",
+    "new_optimizer",
+    "regroup",
+    "sample_optimizer",
+    "take_over",
+]
+
+ParamGroups = list[dict[str, Any]]
+
+
+@dataclass
+class Layout:
+    """How one model lies on this rank.
+
+    Attributes:
+        plan: the pure value.
+        params: the model's parameters by first name.
+        units: the plan's units at run time.
+        modules: what the plan was made from, for making another.
+    """
+
+    plan: Plan
+    params: dict[str, nn.Parameter]
+    units: list[Unit]
+    modules: list[ModuleSpec]
+    pool: Pool
+
+    def runs(self) -> list[RunTensors]:
+        return [run for unit in self.units for slab in unit.trainable for run in slab.runs()]
+
+
+def group_parameters(model: nn.Module, groups: ParamGroups) -> dict[str, int]:
+    """The param group of every parameter in ``groups``, by its first name in ``model``.
+
+    Raises:
+        OptimizerError: for a parameter that is in two groups, or not in the model.
+    """
+    names = {param: aliases[0] for param, aliases in first_names(model).items()}
+    found: dict[str, int] = {}
+    for index, group in enumerate(groups):
+        for param in group["params"]:
+            name = names.get(param)
+            if name is None:
+                raise OptimizerError(
+                    f"param group {index} holds a tensor of shape {tuple(param.shape)} that is not a parameter of the "
+                    f"model. The engine trains the model it is given: make it a parameter of the model, or leave it to "
+                    f"an optimizer of your own."
+                )
+            if name in found:
+                raise OptimizerError(f"parameter {name!r} is in param groups {found[name]} and {index}; list it once.")
+            found[name] = index
+    return found
+
+
+def lay_out(
+    model: nn.Module,
+    config: Config,
+    precision: Precision,
+    comm: Comm,
+    groups: Mapping[str, int],
+    *,
+    whole: bool,
+    on_touch: Callable[[Unit], bool],
+) -> Layout:
+    """Plan ``model`` and make its units, still empty. Ranks compare what they planned.
+
+    Raises:
+        DisagreementError: if ranks hold different models.
+        ModelError: for a parameter that cannot lie in a flat buffer.
+    """
+    specs, params = describe_params(model, precision, groups)
+    modules = describe_modules(model)
+    plan = _plan(specs, modules, config, comm.world_size, whole=whole)
+    comm.agree({"the number of parameters": len(specs)})
+    comm.agree({f"parameter {spec.name!r}": [list(spec.shape), str(spec.dtype), spec.group] for spec in specs})
+    comm.agree({"the layout of the model": plan.fingerprint})
+    pool = Pool(comm.device)
+    units = _units(plan, params, config, precision, comm, pool, on_touch)
+    return Layout(plan, params, units, modules, pool)
+
+
+def _plan(
+    specs: Sequence[ParamSpec], modules: Sequence[ModuleSpec], config: Config, world_size: int, *, whole: bool
+) -> Plan:
+    zero = config.zero_optimization
+    leaf = zero.leaf_module
+    return make_plan(
+        specs,
+        modules,
+        world_size,
+        min_numel=zero.unit_min_numel,
+        max_numel=zero.unit_max_numel,
+        chosen=chosen_units(modules, leaf.classes, leaf.names, leaf.name_suffixes),
+        whole=whole,
+    )
+
+
+def _units(
+    plan: Plan,
+    params: dict[str, nn.Parameter],
+    config: Config,
+    precision: Precision,
+    comm: Comm,
+    pool: Pool,
+    on_touch: Callable[[Unit], bool],
+) -> list[Unit]:
+    return [Unit(unit, params, _row(unit.numel, config), comm, pool, precision, on_touch) for unit in plan.units]
+
+
+def _row(numel: int, config: Config) -> Stage:
+    """A small unit keeps its weights at stage 3: it rests as at stage 2."""
+    zero = config.zero_optimization
+    small = zero.stage == 3 and numel < zero.stage3_param_persistence_threshold
+    return STAGES[2 if small else zero.stage]
+
+
+def load_model(
+    model: nn.Module,
+    layout: Layout,
+    precision: Precision,
+    comm: Comm,
+    init_fn: Callable[[nn.Module], None] | None = None,
+) -> None:
+    """Move the model's values into the units, and its buffers to the device. Rank 0's win on every rank.
+
+    Raises:
+        ModelError: for a parameter or buffer without data (``meta``).
+    """
+    for unit in layout.units:
+        for slab in unit.slabs:
+            unit.load(slab, _first_values(slab, comm))
+        unit.settle()
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            if buffer.is_meta:
+                raise ModelError(f"buffer {path + '.' + name if path else name!r} has no data (it is on meta)")
+            dtype = precision.buffers if precision.buffers and buffer.is_floating_point() else buffer.dtype
+            module._buffers[name] = buffer.to(comm.device, dtype)
+            comm.broadcast([module._buffers[name]])  # type: ignore[list-item]
+
+
+def _first_values(slab: Slab, comm: Comm) -> Tensor:
+    """The slab whole, in the dtype of the masters, as rank 0 holds it."""
+    whole = torch.zeros(slab.plan.size, dtype=slab.master_dtype, device=comm.device)
+    for param, entry in zip(slab.params, slab.plan.entries, strict=True):
+        if param.is_meta:
+            raise ModelError(f"parameter {entry.param.name!r} has no data (it is on meta)")
+        param.grad = None
+        view(whole, entry).copy_(param.detach())
+    comm.broadcast([whole])
+    return whole
+
+
+def needs_whole(optimizer: Optimizer, stage: int, world_size: int) -> bool:
+    """Whether ``optimizer`` must see whole parameters in their own shapes.
+
+    Raises:
+        OptimizerError: if it must see all parameters together and cannot.
+    """
+    found = kind(optimizer)
+    if found == "global" and stage > 0 and world_size > 1:
+        raise OptimizerError(
+            f"{type(optimizer).__name__} needs all parameters on one rank for its step, and stage {stage} shards them. "
+            f"Use stage 0, or an optimizer that works on each element or each parameter."
+        )
+    return found != "elementwise"
+
+
+def take_over(optimizer: Optimizer, layout: Layout) -> None:
+    """Put this rank's runs in the place of the model's parameters in ``optimizer``."""
+    runs = layout.runs()
+    replace_params(
+        optimizer,
+        [[run.param for run in runs if run.run.group == index] for index in range(len(optimizer.param_groups))],
+    )
+    prepare(optimizer)
+
+
+def sample_optimizer(name: str, params: Mapping[str, Any]) -> Optimizer:
+    """The configured optimizer on a tensor of nothing, to learn what it needs before the layout is made."""
+    return build_optimizer(name, params, [{"params": [torch.zeros(64)]}])
+
+
+def new_optimizer(name: str, params: Mapping[str, Any], groups: ParamGroups, layout: Layout) -> Optimizer:
+    """The configured optimizer on this rank's runs, with the options of the user's param groups."""
+    runs = layout.runs()
+    optimizer = build_optimizer(
+        name,
+        params,
+        [
+            {**group, "params": [run.param for run in runs if run.run.group == index]}
+            for index, group in enumerate(groups)
+        ],
+    )
+    prepare(optimizer)
+    return optimizer
+
+
+def regroup(
+    layout: Layout,
+    config: Config,
+    precision: Precision,
+    comm: Comm,
+    optimizer: Optimizer,
+    groups: Mapping[str, int],
+    parked: dict[str, ParamState],
+    on_touch: Callable[[Unit], bool],
+    *,
+    whole: bool,
+) -> Layout:
+    """Lay the model out anew after parameters were frozen, unfrozen or added to the optimizer. Collective.
+
+    Weights, masters and optimizer state move by name, and pass whole through every rank; the state of frozen parameters
+    waits in ``parked``.
+    """
+    states: dict[str, ParamState] = dict(parked)
+    weights: dict[str, Tensor] = {}
+    runs = layout.runs()
+    for unit in layout.units:
+        weights.update({entry.param.name: tensor.clone() for entry, tensor in whole_weights(unit)})
+        states.update(take_states(unit, runs, optimizer))
+    specs = [
+        replace(
+            spec,
+            group=groups.get(spec.name) if layout.params[spec.name].requires_grad else None,
+            era=states[spec.name].steps if spec.name in states else 0,
+        )
+        for spec in layout.plan.params
+    ]
+    plan = _plan(_in_order(specs, layout.params), layout.modules, config, comm.world_size, whole=whole)
+    comm.agree({"the parameters that are trained": plan.fingerprint})
+    made = Layout(plan, layout.params, _units(plan, layout.params, config, precision, comm, layout.pool, on_touch),
+                  layout.modules, layout.pool)  # fmt: skip
+    for unit in made.units:
+        for slab in unit.slabs:
+            values = torch.zeros(slab.plan.size, dtype=slab.master_dtype, device=comm.device)
+            for entry in slab.plan.entries:
+                view(values, entry).copy_(weights.pop(entry.param.name))
+            unit.load(slab, values)
+        unit.settle()
+    new_runs = made.runs()
+    for index, group in enumerate(optimizer.param_groups):
+        group["params"] = [run.param for run in new_runs if run.run.group == index]
+    optimizer.state.clear()
+    trained = {spec.name for spec in specs if spec.trainable}
+    put_states(new_runs, {name: state for name, state in states.items() if name in trained}, optimizer)
+    parked.clear()
+    parked.update({name: state for name, state in states.items() if name not in trained})
+    prepare(optimizer)
+    return made
+
+
+def _in_order(specs: Iterable[ParamSpec], params: Mapping[str, nn.Parameter]) -> list[ParamSpec]:
+    """Definition order, which is that of the layout's parameters."""
+    by_name = {spec.name: spec for spec in specs}
+    return [by_name[name] for name in params]

@@ -1,0 +1,30 @@
+"""The ``shardline`` command: its subcommands, and errors as one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from shardline import __version__
+from shardline.errors import ShardlineError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (2 for a mistake on the command line, as argparse does)."""
+    from shardline.cli import config, run
+
+    parser = argparse.ArgumentParser(prog="shardline", description="Sharded, mixed-precision, distributed training.")
+    parser.add_argument("--version", action="version", version=f"shardline {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    run.add_parser(commands)
+    config.add_parser(commands)
+    parsed = parser.parse_args(arguments)
+    try:
+        code: int = parsed.func(parsed)
+        return code
+    except ShardlineError as error:
+        print(f"shardline: {error}", file=sys.stderr)
+        return 2

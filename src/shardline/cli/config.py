@@ -1,0 +1,97 @@
+"""``shardline config check|explain|schema``: a configuration's verdict, its resolved tree, its JSON Schema."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from shardline.config import Config, load_config
+from shardline.config.explain import explain, ineffective
+from shardline.config.json_schema import json_schema
+from shardline.errors import ShardlineError
+
+__all__ = ["add_parser"]
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register ``config``; the chosen command is ``args.func(args)``, which returns the exit code."""
+    parser = subparsers.add_parser("config", help="check or explain a configuration, or print its JSON Schema")
+    commands = parser.add_subparsers(dest="config_command", required=True, metavar="{check,explain,schema}")
+    for name, func, text in (
+        ("check", _check, "say whether a configuration can be used, and everything that is wrong with it"),
+        ("explain", _explain, "print every value and where it came from"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("file", metavar="FILE", help="a JSON file")
+        command.add_argument(
+            "--world-size", type=_positive, default=1, metavar="N", help="number of ranks the batch is for (default 1)"
+        )
+        command.set_defaults(func=_guarded(func))
+    text = "print the JSON Schema of configuration files, for editors"
+    command = commands.add_parser("schema", help=text, description=text)
+    command.add_argument("file", metavar="FILE", nargs="?", help="write it to this file instead")
+    command.set_defaults(func=_schema)
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
+def _guarded(command: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
+    def run(args: argparse.Namespace) -> int:
+        try:
+            command(args)
+        except ShardlineError as error:
+            print(error, file=sys.stderr)
+            return 1
+        return 0
+
+    return run
+
+
+def _check(args: argparse.Namespace) -> None:
+    config = load_config(Path(args.file), args.world_size)
+    _try_classes(config)
+    print(
+        f"{args.file} can be used on a world of {args.world_size}: train_batch_size {config.train_batch_size} = "
+        f"micro {config.train_micro_batch_size_per_gpu} x accumulation {config.gradient_accumulation_steps} x world "
+        f"{args.world_size}"
+    )
+    for line in ineffective(config):
+        print(f"no effect: {line}")
+
+
+def _explain(args: argparse.Namespace) -> None:
+    print(explain(load_config(Path(args.file), args.world_size)))
+
+
+def _schema(args: argparse.Namespace) -> int:
+    text = json.dumps(json_schema(), indent=2)
+    if args.file is None:
+        print(text)
+    else:
+        Path(args.file).write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def _try_classes(config: Config) -> None:
+    """Build the optimizer and the scheduler over one number: their classes know best which arguments they take."""
+    if config.optimizer is None and config.scheduler is None:
+        return
+    import torch  # the other commands answer without it
+
+    from shardline import lr, optimizer
+
+    parameters: list[dict[str, object]] = [{"params": [torch.zeros(1, requires_grad=True)]}]
+    if config.optimizer is None:
+        built: torch.optim.Optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    else:
+        built = optimizer.build(config.optimizer.type, config.optimizer.params, parameters)
+    if config.scheduler is not None:
+        lr.build(config.scheduler.type, built, config.scheduler.params)

@@ -1,0 +1,171 @@
+"""The only caller of collectives: transitions of flat buffers, the one small row a step, and values that ranks compare.
+
+Gathers and reductions travel on process groups of their own, so that the order among gathers and the order among
+reductions each need to be the same on all ranks, but not how the two mix. Everything sent is counted, and what was sent
+in which order is digested, so that ranks that did not do the same notice at the step.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardline.comm.transport import DONE, Scratch, Transport, Work, choose
+from shardline.errors import DisagreementError
+
+__all__ = ["DONE", "Comm", "Work"]
+
+_OPERATIONS = ("gather", "reduce")
+
+
+class Comm:
+    """The ranks of one data-parallel group, and what they say to each other.
+
+    Attributes:
+        rank, world_size: of this process in the group.
+        device: of the tensors that travel.
+        counts: transitions by (operation, unit index), since the start.
+        elements: elements put on the wire by this rank's group as ``{"gather": n, "reduce": n}``, whole buffers counted.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device, timeout: timedelta | None = None) -> None:
+        self.device = device
+        self.counts: Counter[tuple[str, int]] = Counter()
+        self.elements: Counter[str] = Counter()
+        self._log = array("l")
+        if group is None or dist.get_world_size(group) == 1:
+            self.rank, self.world_size = 0, 1
+            self._groups: list[dist.ProcessGroup] = []
+            self._transports: tuple[Transport, Transport] | None = None
+            return
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        ranks = dist.get_process_group_ranks(group)
+        backend = dist.get_backend_config(group)
+        self._groups = [dist.new_group(ranks, backend=str(backend), timeout=timeout) for _ in range(2)]
+        self._transports = (choose(self._groups[0], device), choose(self._groups[1], device))
+
+    def close(self) -> None:
+        """Give the process groups back. Collective calls after it raise."""
+        for group in self._groups:
+            dist.destroy_process_group(group)
+        self._groups, self._transports = [], None
+
+    # -- transitions ------------------------------------------------------------------------------------------------
+
+    def gather(self, unit: int, buffer: Tensor, boundaries: Sequence[int]) -> Work:
+        """Bring every rank's range of ``buffer`` (1-D, own range in place) here. In a world of one there is nothing to do."""
+        if self._transports is None:
+            return DONE
+        self._note("gather", unit, buffer.numel())
+        return self._transports[0].gather(buffer, boundaries)
+
+    def reduce(
+        self, unit: int, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
+    ) -> Work:
+        """Write (``add``: add) the sum over ranks of this rank's range of ``buffer`` (1-D) to ``out`` (1-D)."""
+        if self._transports is None:
+            raise AssertionError("a world of one has nothing to reduce: its buffers are aliases")
+        self._note("reduce", unit, buffer.numel())
+        return self._transports[1].reduce(buffer, boundaries, out, add=add, scratch=scratch)
+
+    def _note(self, operation: str, unit: int, elements: int) -> None:
+        self.counts[operation, unit] += 1
+        self.elements[operation] += elements
+        self._log.append(_OPERATIONS.index(operation) | unit << 1)
+
+    def take_log(self) -> array[int]:
+        """What was sent since the last call, in order, one integer for each transition. See :meth:`describe`."""
+        log, self._log = self._log, array("l")
+        return log
+
+    # -- one small collective a step --------------------------------------------------------------------------------
+
+    def rows(self, row: Tensor) -> Tensor:
+        """Every rank's ``row`` (1-D), stacked: (world_size, len). The same bits on every rank."""
+        if not self._groups:
+            return row.unsqueeze(0)
+        host = row.cpu() if self._staged else row
+        stacked = host.new_empty(self.world_size, row.numel())
+        dist.all_gather(list(stacked.unbind()), host, group=self._groups[1])
+        return stacked.to(row.device)
+
+    # -- set-up: not in any hot path --------------------------------------------------------------------------------
+
+    def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
+        """Copy ``source``'s values of ``tensors`` to every rank, in place."""
+        if not self._groups:
+            return
+        for tensor in tensors:
+            if not tensor.numel():
+                continue
+            dense = tensor.detach().contiguous()
+            wire = dense.view(torch.uint8) if dense.dim() else dense.view(1).view(torch.uint8)
+            wire = wire.cpu() if self._staged else wire
+            dist.broadcast(wire, group_src=source, group=self._groups[0])
+            received = wire.to(tensor.device).view(tensor.dtype).view(tensor.shape)
+            if received.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(received)
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, in rank order. It travels as JSON text: nothing that is received can run."""
+        if not self._groups:
+            return [json.loads(json.dumps(value))]
+        device = torch.device("cpu") if self._staged else self.device
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+        length = torch.tensor([text.numel()], device=device)
+        lengths = [torch.empty_like(length) for _ in range(self.world_size)]
+        dist.all_gather(lengths, length, group=self._groups[0])
+        longest = max(int(each) for each in lengths)
+        padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+        padded[: text.numel()] = text
+        texts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(texts, padded, group=self._groups[0])
+        return [
+            json.loads(bytes(each[: int(size)].cpu().numpy().tobytes()).decode())
+            for each, size in zip(texts, lengths, strict=True)
+        ]
+
+    def agree(self, what: dict[str, Any]) -> None:
+        """Compare ``what`` over the ranks, key by key.
+
+        Raises:
+            DisagreementError: naming the first key that differs, the ranks and both values.
+        """
+        everyone = self.exchange(what)
+        for key, value in everyone[0].items():
+            for rank, other in enumerate(everyone):
+                if other.get(key) != value:
+                    raise DisagreementError(
+                        f"ranks disagree on {key}: rank 0 has {_shorten(value)}, rank {rank} has "
+                        f"{_shorten(other.get(key))}. Every rank must run the same script with the same configuration, "
+                        f"model and versions."
+                    )
+
+    @property
+    def _staged(self) -> bool:
+        """Whether this device's tensors cannot travel themselves."""
+        return self.device.type != "cpu" and self._groups[0]._get_backend(self.device).name() == "gloo"
+
+
+def digest(log: Sequence[int] | array[int]) -> int:
+    """A 32-bit digest of a sequence of integers; exact in a float64."""
+    return zlib.crc32(array("l", log).tobytes())
+
+
+def describe(log: array[int], names: Sequence[str]) -> list[str]:
+    """The entries of a log (see :meth:`Comm.take_log`) in words."""
+    return [f"{_OPERATIONS[entry & 1]} {names[entry >> 1]}" for entry in log]
+
+
+def _shorten(value: Any, limit: int = 300) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= limit else text[:limit] + " ..."

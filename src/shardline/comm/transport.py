@@ -1,0 +1,192 @@
+"""The algorithm of each transition over one c10d process group: what runs best on gloo, on NCCL, and on anything else.
+
+Every transport answers the same two questions about a flat buffer cut into one range per rank: bring all ranges here
+(gather), and bring the sum over ranks of my range here (reduce). Both start at once and return a :class:`Work`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["DONE", "ExchangeTransport", "HostStagedTransport", "NcclTransport", "Scratch", "Transport", "Work", "choose"]
+
+
+class Work:
+    """A started transition. ``wait`` returns once its result may be used on the current stream.
+
+    It keeps every buffer that the transfer touches alive until then: c10d may still be reading them on another thread
+    or stream.
+    """
+
+    def __init__(self, handles: Sequence[dist.Work], then: Callable[[], None] | None = None, hold: object = None) -> None:
+        self._handles, self._then, self._hold = handles, then, hold
+
+    def wait(self) -> None:
+        for handle in self._handles:
+            handle.wait()
+        if self._then is not None:
+            self._then()
+        self._handles, self._then, self._hold = (), None, None
+
+
+DONE = Work(())
+
+
+class Transport(Protocol):
+    """How buffers travel between the ranks of one group."""
+
+    def gather(self, buffer: Tensor, boundaries: Sequence[int]) -> Work:
+        """Fill ``buffer`` (1-D) with every rank's range; this rank's own range is already in place."""
+        ...
+
+    def reduce(self, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch) -> Work:
+        """Write (or ``add``) the sum over ranks of this rank's range of ``buffer`` to ``out``.
+
+        Terms are added in rank order in ``out``'s dtype, so that every layout and every stage gives the same bits.
+        """
+        ...
+
+
+class Scratch(Protocol):
+    """Where transports borrow temporary flat buffers."""
+
+    def take(self, numel: int, dtype: torch.dtype) -> Tensor: ...
+
+    def give(self, buffer: Tensor) -> None: ...
+
+
+def _sum_rows(received: Tensor, rows: int, out: Tensor, add: bool) -> None:
+    """``out (+)= received[0] + received[1] + ...``, one pass per row and no temporary."""
+    if not out.numel():
+        return
+    for row, part in enumerate(received.view(rows, -1)):
+        if row == 0 and not add:
+            out.copy_(part)
+        else:
+            out.add_(part)
+
+
+class ExchangeTransport:
+    """gloo, and any backend that knows no better: ranges are exchanged, and summed here in the dtype of the result."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+
+    def gather(self, buffer: Tensor, boundaries: Sequence[int]) -> Work:
+        # One broadcast for each shard straight into its place: gloo's all-gather takes 1.6 times as long, and shards
+        # need not be of one size.
+        handles = []
+        for rank in range(self.size):
+            part = buffer[boundaries[rank] : boundaries[rank + 1]]
+            if part.numel():
+                handles.append(dist.broadcast(part, group_src=rank, group=self.group, async_op=True))
+        return Work(handles, hold=buffer)
+
+    def reduce(self, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch) -> Work:
+        # gloo's reduce-scatter is an all-reduce and a slice (2 to 3 times the time); summing here also rounds once.
+        mine = boundaries[self.rank + 1] - boundaries[self.rank]
+        received = scratch.take(mine * self.size, buffer.dtype)
+        sizes = [boundaries[rank + 1] - boundaries[rank] for rank in range(self.size)]
+        handle = dist.all_to_all_single(
+            received, buffer[: boundaries[-1]], [mine] * self.size, sizes, group=self.group, async_op=True
+        )
+
+        def add_up() -> None:
+            _sum_rows(received, self.size, out, add)
+            scratch.give(received)
+
+        return Work([handle], add_up, hold=(buffer, received))
+
+
+class NcclTransport(ExchangeTransport):
+    """NCCL: its own collectives where shards are of one size."""
+
+    def gather(self, buffer: Tensor, boundaries: Sequence[int]) -> Work:
+        if not _equal(boundaries):
+            return super().gather(buffer, boundaries)
+        own = buffer[boundaries[self.rank] : boundaries[self.rank + 1]]
+        return Work([_all_gather(buffer, own, self.group)], hold=buffer)
+
+    def reduce(self, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch) -> Work:
+        if not _equal(boundaries):
+            return super().reduce(buffer, boundaries, out, add=add, scratch=scratch)
+        direct = out.dtype == buffer.dtype and not add
+        target = out if direct else scratch.take(out.numel(), buffer.dtype)
+        handle = _reduce_scatter(target, buffer, self.group)
+
+        def store() -> None:
+            if not direct:
+                _sum_rows(target, 1, out, add)
+                scratch.give(target)
+
+        return Work([handle], store, hold=(buffer, target))
+
+
+class HostStagedTransport:
+    """Accelerator tensors over a CPU backend: the buffer goes through host memory (two ranks that share one GPU)."""
+
+    def __init__(self, inner: Transport) -> None:
+        self.inner = inner
+
+    def gather(self, buffer: Tensor, boundaries: Sequence[int]) -> Work:
+        host = buffer.cpu()
+        work = self.inner.gather(host, boundaries)
+
+        def back() -> None:
+            work.wait()
+            buffer.copy_(host)
+
+        return Work((), back, hold=(buffer, host))
+
+    def reduce(self, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch) -> Work:
+        host, host_out = buffer.cpu(), torch.empty(out.shape, dtype=out.dtype)
+        work = self.inner.reduce(host, boundaries, host_out, add=False, scratch=_HostScratch())
+
+        def back() -> None:
+            work.wait()
+            if add:
+                out.add_(host_out.to(out.device))
+            else:
+                out.copy_(host_out)
+
+        return Work((), back, hold=(host, host_out))
+
+
+class _HostScratch:
+    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(numel, dtype=dtype)
+
+    def give(self, buffer: Tensor) -> None:
+        pass
+
+
+def _equal(boundaries: Sequence[int]) -> bool:
+    first = boundaries[1]
+    return all(stop - start == first for start, stop in zip(boundaries, boundaries[1:], strict=False))
+
+
+# torch 2.13 renames these two and deprecates the old names; 2.11 knows only the old ones.
+_all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_from = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _all_gather(out: Tensor, own: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    return _all_gather_into(out, own, group=group, async_op=True)  # type: ignore[no-any-return]
+
+
+def _reduce_scatter(out: Tensor, buffer: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    return _reduce_scatter_from(out, buffer, group=group, async_op=True)  # type: ignore[no-any-return]
+
+
+def choose(group: dist.ProcessGroup, device: torch.device) -> Transport:
+    """The best transport for tensors on ``device`` among the ranks of ``group``."""
+    backend = group._get_backend(device).name() if device.type != "cpu" else "gloo"
+    if backend == "nccl":
+        return NcclTransport(group)
+    exchange = ExchangeTransport(group)
+    return HostStagedTransport(exchange) if backend == "gloo" and device.type != "cpu" else exchange

@@ -1,0 +1,75 @@
+"""Every key there is, flat: a dotted path to its kind, JSON Schema, default and meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from shardline.config.deepspeed import ALIASES, AUTO_IS_A_VALUE, AUTO_NEEDS, NO_EFFECT, UNSUPPORTED
+from shardline.config.kinds import Section, adapter, section_of
+from shardline.config.params import OPTIMIZERS, SCHEDULERS
+
+__all__ = ["OPEN", "Key", "catalogue", "fields", "join", "split", "takes_auto"]
+
+OPEN: dict[str, dict[str, type[Section]]] = {"optimizer.params": OPTIMIZERS, "scheduler.params": SCHEDULERS}
+"""Objects whose keys depend on the ``type`` beside them."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key: ``schema`` is the JSON Schema of a plain value, None for a section."""
+
+    path: str
+    kind: Literal["section", "value", "no effect", "unsupported", "alias"]
+    description: str
+    schema: dict[str, Any] | None = None
+    default: Any = None
+    required: bool = False
+
+
+def join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def split(path: str) -> tuple[str, str]:
+    """``a.b.c`` to (``a.b``, ``c``)."""
+    parent, _, name = path.rpartition(".")
+    return parent, name
+
+
+def takes_auto(key: Key) -> bool:
+    return not key.required and key.path not in AUTO_IS_A_VALUE and key.path not in AUTO_NEEDS
+
+
+def fields(model: type[Section], path: str = "") -> Iterator[Key]:
+    """The typed keys below ``model`` in the order of the schema, sections before what they hold."""
+    for name, field in model.model_fields.items():
+        at, text = join(path, name), field.description or ""
+        if (section := section_of(field)) is not None:
+            yield Key(at, "section", text)
+            yield from fields(section, at)
+        elif name in model.open_fields:
+            yield Key(at, "section", text)
+        else:
+            default = None if field.is_required() else field.get_default(call_default_factory=True)
+            schema = adapter(model, name).json_schema()
+            yield Key(at, "value", text, schema, default, field.is_required())
+
+
+@cache
+def catalogue(root: type[Section]) -> dict[str, Key]:
+    """All keys by dotted path. ``params`` of optimizers and schedulers hold the keys of all known types together."""
+    keys = {key.path: key for key in fields(root)}
+    for path, models in OPEN.items():
+        for model in models.values():
+            keys.update({key.path: key for key in fields(model, path)})
+    for path, ineffective in NO_EFFECT.items():
+        keys[path] = Key(path, "no effect", ineffective.reason, ineffective.schema())
+    for path, refusal in UNSUPPORTED.items():
+        if path not in keys:
+            keys[path] = Key(path, "unsupported", refusal.reason, refusal.schema())
+    for old, new in ALIASES.items():
+        keys[old] = Key(old, "alias", new)
+    return keys

@@ -1,0 +1,308 @@
+"""DeepSpeed's keys that have no typed field: other names, keys without an effect, keys that are not supported.
+
+All three tables go by dotted path; a row is removed when its key becomes a field of the schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = [
+    "ALIASES",
+    "AUTO_IS_A_VALUE",
+    "AUTO_MEANS",
+    "AUTO_NEEDS",
+    "NO_EFFECT",
+    "UNSUPPORTED",
+    "Ineffective",
+    "Unsupported",
+]
+
+ALIASES: dict[str, str] = {
+    "bfloat16": "bf16",
+    "dataloader_drop_last": "data_loader.drop_last",
+    "checkpoint.async": "checkpoint.async_save",
+    "zero_optimization.prefetch_bucket_size": "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.param_persistence_threshold": "zero_optimization.stage3_param_persistence_threshold",
+    "zero_optimization.model_persistence_threshold": "zero_optimization.stage3_model_persistence_threshold",
+    "zero_optimization.max_live_parameters": "zero_optimization.stage3_max_live_parameters",
+    "zero_optimization.max_reuse_distance": "zero_optimization.stage3_max_reuse_distance",
+    "zero_optimization.gather_16bit_weights_on_model_save": (
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    ),
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": (
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    ),
+}
+
+# "auto" means the default, except here: it is the value itself, another value, or a decision without a neutral default.
+AUTO_IS_A_VALUE = frozenset({"checkpoint.resume"})
+AUTO_MEANS: dict[str, tuple[Any, str]] = {"scheduler.params.warmup_max_lr": (None, "the optimizer's lr")}
+_BY_TRAINER = "Hugging Face's Trainer fills in from its own arguments and nothing else can"
+AUTO_NEEDS: dict[str, str] = {
+    "gradient_clipping": f"{_BY_TRAINER}; write a number, 0.0 for no clipping",
+    "fp16.enabled": f"{_BY_TRAINER}; write true or false",
+    "bf16.enabled": f"{_BY_TRAINER}; write true or false",
+    "torch_autocast.enabled": "nothing here can decide; write true or false",
+    "zero_optimization.stage": "nothing here can decide; write 0, 1, 2 or 3",
+}
+
+
+@dataclass(frozen=True)
+class Ineffective:
+    """A key that is accepted, checked for its type and then ignored, with the reason why there is nothing to do."""
+
+    kind: str
+    reason: str
+
+    def schema(self) -> dict[str, Any]:
+        return dict(JSON_KINDS[self.kind])
+
+    def accepts(self, value: object) -> bool:
+        match self.kind:
+            case "boolean":
+                return isinstance(value, bool)
+            case "number":
+                return isinstance(value, int | float) and not isinstance(value, bool)
+            case "object":
+                return isinstance(value, Mapping | bool)
+        return True
+
+
+JSON_KINDS: dict[str, dict[str, Any]] = {
+    "boolean": {"type": "boolean"},
+    "number": {"type": "number"},
+    "object": {"type": ["object", "boolean"]},
+    "any": {},
+}
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A value that Shardline knowingly refuses: everything but ``off``, or, where ``refused`` is given, just that.
+
+    ``switch`` names the key that turns a whole section on; ``present`` says that the section is on without it.
+    """
+
+    reason: str
+    off: tuple[Any, ...] = (False,)
+    refused: tuple[Any, ...] = ()
+    switch: str | None = None
+    present: bool = False
+
+    def accepts(self, value: object) -> bool:
+        if self.refused:
+            return not any(_same(value, item) for item in self.refused)
+        if self.switch or self.present:
+            if not isinstance(value, Mapping) or not value:
+                return value in (None, False, {})
+            if self.switch not in value:
+                return not self.present
+            value = value[self.switch]
+        return any(_same(value, item) for item in (None, *self.off))
+
+    def schema(self) -> dict[str, Any]:
+        if self.refused:
+            return {"not": {"enum": list(self.refused)}}
+        if not (self.switch or self.present):
+            return {"enum": [None, *self.off]}
+        switched_off: dict[str, Any] = {"type": "object"}
+        if self.switch:
+            switched_off["properties"] = {self.switch: {"enum": [None, *self.off]}}
+            if self.present:
+                switched_off["required"] = [self.switch]
+        else:
+            switched_off["maxProperties"] = 0
+        empty = {"type": "object", "maxProperties": 0}
+        return {"anyOf": [{"enum": [None, False]}, switched_off, empty]}
+
+
+def _same(a: object, b: object) -> bool:
+    """Equality as JSON sees it: 1 is 1.0 but not true; names go without regard to case."""
+    if isinstance(a, str) and isinstance(b, str):
+        return a.lower() == b.lower()
+    return isinstance(a, bool) == isinstance(b, bool) and a == b
+
+
+def _boolean(reason: str) -> Ineffective:
+    return Ineffective("boolean", reason)
+
+
+def _number(reason: str) -> Ineffective:
+    return Ineffective("number", reason)
+
+
+_BUCKETS = "a reduction or gather moves one unit; its size is set by unit_min_numel and unit_max_numel"
+_LIVE = "a unit is released after its last use, so nothing stays gathered that a limit could cap"
+_CHECKPOINTING = "acts only on calls of DeepSpeed's own checkpoint function; torch's and the model's own keep working"
+_PRINTS = "the step line (steps_per_print) and the events of the engine say it"
+_LAYOUT = "a checkpoint is named ranges of tensors, so any layout loads any other"
+_OFFLOAD = "a detail of DeepSpeed's offload buffers"
+
+NO_EFFECT: dict[str, Ineffective] = {
+    "prescale_gradients": _boolean("the division is part of the optimizer step, behind the sum"),
+    "gradient_predivide_factor": _number("the division is part of the optimizer step, behind the sum"),
+    "seq_parallel_communication_data_type": Ineffective("any", "there is no sequence parallelism"),
+    "disable_allgather": _boolean("DeepSpeed reads it no more"),
+    "zero_allow_untested_optimizer": _boolean("every optimizer is classified, and tried out if unknown, at initialize"),
+    "zero_force_ds_cpu_optimizer": _boolean("optimizers are torch's and run on every device"),
+    "memory_breakdown": _boolean(_PRINTS),
+    "dump_state": _boolean("`shardline config explain` prints the resolved configuration"),
+    "log_level": Ineffective("any", 'set the level of the standard logger "shardline"'),
+    "vocabulary_size": _number("it only warns in DeepSpeed"),
+    "use_data_before_expert_parallelism": _boolean("there is no expert parallelism"),
+    "timers": Ineffective("object", "wall_clock_breakdown is the switch for timers"),
+    "aio": Ineffective("object", "it tunes NVMe offload, which is not supported"),
+    "optimizer.legacy_fusion": _boolean("there is one implementation"),
+    "bf16.immediate_grad_update": _boolean("gradients are accumulated as data_types.grad_accum_dtype says"),
+    "torch_autocast.lower_precision_safe_modules": Ineffective("any", "torch's autocast decides by operation"),
+    "zero_optimization.allgather_partitions": _boolean("weights are always all-gathered"),
+    "zero_optimization.allgather_bucket_size": _number(_BUCKETS),
+    "zero_optimization.overlap_comm": _boolean("communication always overlaps where the device has streams"),
+    "zero_optimization.reduce_scatter": _boolean("gradients are always reduce-scattered"),
+    "zero_optimization.reduce_bucket_size": _number(_BUCKETS),
+    "zero_optimization.use_multi_rank_bucket_allreduce": _boolean(_BUCKETS),
+    "zero_optimization.contiguous_gradients": _boolean("a unit's gradients are always one flat buffer"),
+    "zero_optimization.round_robin_gradients": _boolean("every rank owns an equal part of every unit"),
+    "zero_optimization.ignore_unused_parameters": _boolean("an unused parameter always counts as a zero gradient"),
+    "zero_optimization.load_from_fp32_weights": _boolean("masters are always restored from the fp32 weights"),
+    "zero_optimization.elastic_checkpoint": _boolean(_LAYOUT),
+    "zero_optimization.sub_group_size": _number("the optimizer takes one run per unit"),
+    "zero_optimization.stage3_model_persistence_threshold": _number("stage3_param_persistence_threshold alone decides"),
+    "zero_optimization.stage3_max_live_parameters": _number(_LIVE),
+    "zero_optimization.stage3_max_reuse_distance": _number(_LIVE),
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": _boolean("whole weights can always be gathered"),
+    "zero_optimization.stage3_module_granularity_threshold": _number("unit_min_numel merges small modules"),
+    "zero_optimization.stage3_use_all_reduce_for_fetch_params": _boolean("weights are always all-gathered"),
+    "zero_optimization.stage3_allgather_sequential": _boolean("a unit is gathered straight into the weights"),
+    "zero_optimization.memory_efficient_linear": _boolean("torch's own linear layer is used as it is"),
+    "zero_optimization.override_module_apply": _boolean("Module.apply is not patched"),
+    "zero_optimization.pipeline_loading_checkpoint": _boolean("a rank reads only its own ranges"),
+    "zero_optimization.log_trace_cache_warnings": _boolean("there is no trace that could be invalidated"),
+    "zero_optimization.enable_sanity_checks": _boolean("states are always checked"),
+    "zero_optimization.save_muon_momentum_buffer_in_memory": _boolean("a detail of DeepSpeed's Muon"),
+    "zero_optimization.grad_hooks": _boolean("DeepSpeed documents it and refuses it"),
+    "zero_optimization.cpu_offload_use_pin_memory": _boolean("deprecated; see offload_optimizer.pin_memory"),
+    **{
+        f"zero_optimization.offload_optimizer.{name}": Ineffective("any", _OFFLOAD)
+        for name in ("nvme_path", "buffer_count", "pipeline_read", "pipeline_write", "fast_init", "cpuadam_cores_perc")
+    },
+    **{
+        f"zero_optimization.offload_param.{name}": Ineffective("any", _OFFLOAD)
+        for name in ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu")
+    },
+    **{
+        f"activation_checkpointing.{name}": Ineffective("any", _CHECKPOINTING)
+        for name in (
+            "partition_activations",
+            "contiguous_memory_optimization",
+            "cpu_checkpointing",
+            "number_checkpoints",
+            "synchronize_checkpoint_boundary",
+            "profile",
+        )
+    },
+    "checkpoint.tag_validation": Ineffective("any", "ranks always agree on the tag before anything is written"),
+    "checkpoint.load_universal": _boolean(_LAYOUT),
+    "checkpoint.parallel_write": Ineffective("object", "every rank always writes its own part"),
+    "checkpoint.checkpoint_serialization": _boolean("tensors are never pickled"),
+    "checkpoint.writer": Ineffective("object", "there is one writer"),
+}
+
+_MONITOR = "write your own with engine.events.subscribe (loss, rate, norm and scale of each step), or log in your loop"
+_COMPRESSED = "communication is not compressed; communication_data_type sets the dtype of reductions"
+_ONE_BIT = f"{_COMPRESSED}, and Adam, AdamW or Lamb take its place"
+_DATA = "order your dataset or pass your own loader"
+_HALF_MASTERS = "masters and moments are kept in fp32, whose share falls with the number of ranks at stages 1 to 3"
+_TWO_HOPS = "sharding inside a node and replicating across is not built yet; stage 3 shards over all ranks"
+_NOT_YET = "not supported yet"
+
+UNSUPPORTED: dict[str, Unsupported] = {
+    "gradient_allreduce_op": Unsupported(
+        'gradients are averaged by the weights of the samples; write "mean", and scale the loss by the world size '
+        "for a sum",
+        refused=("sum",),
+    ),
+    "managed_gradient_accumulation": Unsupported(
+        "the engine counts micro-steps; call engine.set_gradient_accumulation_boundary to decide yourself", off=(True,)
+    ),
+    "sparse_gradients": Unsupported("sparse embedding gradients are reduced as dense ones"),
+    "graph_harvesting": Unsupported("CUDA graphs are torch.compile's business (mode reduce-overhead)"),
+    "data_parallel_size": Unsupported("the data-parallel size is the world size", off=()),
+    "sequence_parallel_size": Unsupported("there is no sequence parallelism", off=(0, 1)),
+    "optimizer.type": Unsupported(
+        f"{_ONE_BIT}; those of package mup are built by you and passed to initialize",
+        refused=("OneBitAdam", "ZeroOneAdam", "OneBitLamb", "MuAdam", "MuAdamW", "MuSGD"),
+    ),
+    "optimizer.params.max_grad_norm": Unsupported("write gradient_clipping at the top level instead", off=()),
+    "fp16.fp16_master_weights_and_grads": Unsupported(_HALF_MASTERS),
+    "bf16.bf16_master_weights_and_grads": Unsupported(_HALF_MASTERS),
+    "bf16.bf16_optimizer_states": Unsupported(_HALF_MASTERS),
+    "data_types.param_dtype": Unsupported(
+        "fp16.enabled and bf16.enabled set the parameters' dtype, data_types.module_dtypes the exceptions", off=()
+    ),
+    "zero_optimization.legacy_stage1": Unsupported("there is one stage 1"),
+    "zero_optimization.cpu_offload": Unsupported(
+        f'it is DeepSpeed\'s old name of "offload_optimizer": {{"device": "cpu"}}, which is {_NOT_YET}'
+    ),
+    "zero_optimization.cpu_offload_param": Unsupported(
+        "it is DeepSpeed's old name of offload_param, and weights stay on the device; stage 3 divides them"
+    ),
+    "zero_optimization.offload_optimizer.device": Unsupported(
+        "optimizer state stays on the device for now, and never goes to NVMe; stages 1 to 3 divide it over the ranks",
+        refused=("cpu", "nvme"),
+    ),
+    "zero_optimization.offload_optimizer.ratio": Unsupported("there is no partial offload", off=(1.0,)),
+    "zero_optimization.offload_optimizer.super_offload": Unsupported("there is no partial offload"),
+    "zero_optimization.offload_param.device": Unsupported(
+        "weights stay on the device; stage 3 divides them over the ranks", refused=("cpu", "nvme")
+    ),
+    "zero_optimization.mics_shard_size": Unsupported(f"MiCS: {_TWO_HOPS}", off=(-1, 0)),
+    "zero_optimization.mics_hierarchical_params_gather": Unsupported(f"MiCS: {_TWO_HOPS}"),
+    "zero_optimization.zero_hpz_partition_size": Unsupported(f"ZeRO++: {_TWO_HOPS}", off=(0, 1)),
+    "zero_optimization.zero_quantized_weights": Unsupported(f"ZeRO++: {_COMPRESSED}"),
+    "zero_optimization.zero_quantized_nontrainable_weights": Unsupported(f"ZeRO++: {_COMPRESSED}"),
+    "zero_optimization.zero_quantized_gradients": Unsupported(f"ZeRO++: {_COMPRESSED}"),
+    "zero_optimization.zeropp_loco_param": Unsupported(f"ZeRO++: {_COMPRESSED}", present=True),
+    "zero_optimization.zenflow": Unsupported(
+        "the optimizer step is never delayed or split by importance", present=True
+    ),
+    "activation_checkpointing.enabled": Unsupported(
+        f"{_NOT_YET}; wrap blocks in torch.utils.checkpoint, which works at every stage"
+    ),
+    **{
+        f"checkpoint.{name}": Unsupported(f"{_NOT_YET}; save engine.full_state_dict() yourself", off=off)
+        for name, off in {"dir": (), "every_steps": (), "keep": (), "async_save": (False,), "resume": ()}.items()
+    },
+    "checkpoint.use_node_local_storage": Unsupported("all ranks write to one shared directory"),
+    "nebula": Unsupported("checkpoints are written by Shardline alone", switch="enabled"),
+    "datastates_ckpt": Unsupported("checkpoints are written by Shardline alone", present=True),
+    "compile": Unsupported("compile the model's blocks with torch.compile", switch="deepcompile"),
+    "amp": Unsupported("NVIDIA Apex is retired; enable bf16, fp16 or torch_autocast", switch="enabled"),
+    "tensor_parallel": Unsupported("there is no tensor parallelism", off=(0, 1), switch="autotp_size", present=True),
+    "expert_parallel": Unsupported("there is no expert parallelism", switch="enabled"),
+    "pipeline": Unsupported("there is no pipeline parallelism; stage 3 trains large models", present=True),
+    "hybrid_engine": Unsupported("generate inside engine.gathered_parameters()", switch="enabled"),
+    "elasticity": Unsupported(
+        "set the three batch keys; train_batch_size stays when the world changes", switch="enabled"
+    ),
+    "autotuning": Unsupported("nothing is tuned by trial runs", switch="enabled"),
+    "tensorboard": Unsupported(_MONITOR, switch="enabled"),
+    "wandb": Unsupported(_MONITOR, switch="enabled"),
+    "csv_monitor": Unsupported(_MONITOR, switch="enabled"),
+    "comet": Unsupported(_MONITOR, switch="enabled"),
+    "comms_logger": Unsupported(
+        "wall_clock_breakdown times the phases, torch.profiler the collectives", switch="enabled", present=True
+    ),
+    "flops_profiler": Unsupported("torch.utils.flop_counter counts them", switch="enabled"),
+    "data_efficiency": Unsupported(_DATA, switch="enabled"),
+    "curriculum_learning": Unsupported(_DATA, switch="enabled"),
+    "progressive_layer_drop": Unsupported("the model decides which layers run", switch="enabled"),
+    "eigenvalue": Unsupported("nothing is quantized while training", switch="enabled"),
+    "quantize_training": Unsupported("nothing is quantized while training", switch="enabled"),
+    "weight_quantization": Unsupported("nothing is quantized while training", present=True),
+    "compression_training": Unsupported("nothing is quantized or pruned while training", present=True),
+    "sparse_attention": Unsupported("use torch's scaled_dot_product_attention or flex_attention", present=True),
+}

@@ -1,0 +1,43 @@
+"""The resolved configuration as lines for people: each value and where it came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from shardline.config.catalogue import join
+from shardline.config.deepspeed import ALIASES, NO_EFFECT
+from shardline.config.schema import Config
+
+__all__ = ["explain", "ineffective"]
+
+
+def explain(config: Config) -> str:
+    """The whole tree of a resolved configuration, a value a line with its origin, then the keys without effect.
+
+    An origin is ``file`` or ``given`` (a dict), ``default``, ``computed: ...`` or ``auto: ...``.
+    """
+    rows = list(_rows(config.to_dict(), config.origins))
+    width = max(len(text) for text, _ in rows)
+    lines = [f"{text:<{width}}  {origin}".rstrip() for text, origin in rows]
+    return "\n".join([*lines, *(f"no effect: {line}" for line in ineffective(config))])
+
+
+def ineffective(config: Config) -> list[str]:
+    """``key: reason`` for each key that was written and does nothing."""
+    return [f"{key}: {NO_EFFECT[ALIASES.get(key, key)].reason}" for key in config.no_effect]
+
+
+def _rows(tree: Mapping[str, Any], origins: Mapping[str, str], path: str = "") -> Iterator[tuple[str, str]]:
+    indent = "  " * (path.count(".") + 1 if path else 0)
+    for name, value in tree.items():
+        at = join(path, name)
+        if isinstance(value, Mapping) and value and at not in origins:
+            yield f"{indent}{name}:", ""
+            yield from _rows(value, origins, at)
+        else:
+            yield f"{indent}{name}: {json.dumps(value)}", origins.get(at, "default")
+    for at, origin in origins.items():  # left to a class outside the configuration, so there is no value to show
+        if origin.startswith("auto") and at.rpartition(".")[0] == path and at.rpartition(".")[2] not in tree:
+            yield f'{indent}{at.rpartition(".")[2]}: "auto"', origin

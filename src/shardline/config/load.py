@@ -1,0 +1,101 @@
+"""From a dict, a file or a Config to the resolved configuration for a world size."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from shardline.config import batch
+from shardline.config.reading import Reading
+from shardline.config.rules import broken
+from shardline.config.schema import Config
+from shardline.config.sentences import found
+from shardline.config.text import parse
+from shardline.errors import ConfigError
+
+__all__ = ["Source", "load_config"]
+
+Source = Mapping[str, Any] | str | os.PathLike[str] | Config | None
+
+
+def load_config(source: Source, world_size: int) -> Config:
+    """The resolved configuration on ``world_size`` ranks: batch sizes computed, every ``"auto"`` settled.
+
+    Args:
+        source: a dict, the path of a JSON file, the same JSON in urlsafe base64, or a Config.
+        world_size: number of ranks that share a global batch.
+
+    Raises:
+        ConfigError: the source cannot be read, or holds keys, values or combinations that cannot be used: all problems
+            at once, one sentence each.
+    """
+    raw, where = _read(source)
+    reading = Reading(Config, origin="file" if where else "given")
+    config = Config.model_construct(**reading.values(Config, raw))
+    for enabled, other in (("fp16", "bf16"), ("bf16", "fp16")):
+        if getattr(config, enabled).enabled and reading.undecided.pop(f"{other}.enabled", None):
+            reading.origins[f"{other}.enabled"] = f"auto: false, since {enabled} is on"
+    update: dict[str, Any] = {}
+    if reading.bad.isdisjoint({*batch.KEYS, "data_loader.uneven", "data_loader"}):
+        try:
+            train, micro, accumulation = (getattr(config, name) for name in batch.KEYS)
+            solved = batch.solve(train, micro, accumulation, world_size, config.data_loader.uneven)
+            update |= zip(batch.KEYS, (solved.train, solved.micro, solved.accumulation), strict=True)
+            reading.origins |= solved.origins
+        except batch.BatchError as error:
+            reading.problem(batch.KEYS[0], str(error))
+    for sentence, paths in broken(config):
+        if reading.bad.isdisjoint(paths):
+            reading.problem(paths[0], sentence)
+    reading.finish(where)
+    config = config.model_copy(update=update)
+    config._raw = raw
+    config._origins = reading.origins
+    config._no_effect = tuple(reading.no_effect)
+    return config
+
+
+def _read(source: Source) -> tuple[dict[str, Any], str]:
+    """What the user wrote, and the name of the file it came from (empty for a value)."""
+    if isinstance(source, Config):
+        return deepcopy(source.raw), ""
+    if isinstance(source, Mapping):
+        return deepcopy(dict(source)), ""
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        if not os.path.exists(path) and (decoded := _base64(str(source))):
+            return _object(decoded, "in base64"), "in base64"
+        try:
+            return _object(path.read_text(encoding="utf-8"), str(path)), str(path)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise ConfigError(f"The configuration file {path} cannot be read: {reason} (in {Path.cwd()}).") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"The configuration file {path} is not text in UTF-8.") from None
+    if source is None:
+        raise ConfigError(
+            "There is no configuration; pass config= to initialize, a dict or the path of a JSON file, such as "
+            '{"train_batch_size": 16, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}.'
+        )
+    raise ConfigError(f"The configuration is a {type(source).__name__}; allowed is a dict, a path or a Config.")
+
+
+def _base64(source: str) -> str | None:
+    """The JSON object that ``source`` encodes, None if it does not: DeepSpeed's launcher passes configurations so."""
+    try:
+        text = base64.urlsafe_b64decode(source).decode()
+    except (binascii.Error, ValueError):
+        return None
+    return text if text.lstrip().startswith("{") else None
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    value = parse(text, f"The configuration {where}")
+    if not isinstance(value, dict):
+        raise ConfigError(f"The configuration {where} holds {found(value)}; allowed is one object {{...}}.")
+    return value

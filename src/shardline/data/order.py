@@ -1,0 +1,61 @@
+"""The order of an indexed dataset in each epoch, the same on all ranks."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from hashlib import blake2b
+from typing import Any
+
+import torch
+
+from shardline.data.seeds import derive, outer_states_kept, seed_all
+from shardline.errors import DataError
+
+__all__ = ["Order", "permutation"]
+
+
+def permutation(length: int, seed: int, epoch: int) -> torch.Tensor:
+    """The shuffled order of an epoch: each of 0..length-1 once, int64, decided by (seed, epoch)."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(derive(seed, epoch)))
+
+
+class Order:
+    """Indices of each epoch: a sampler's, else a permutation, else 0, 1, 2 and so on."""
+
+    def __init__(self, dataset: Any, sampler: Iterable[int] | None, seed: int, shuffle: bool) -> None:
+        self.dataset = dataset
+        self.sampler = sampler
+        self.seed = seed
+        self.shuffle = shuffle
+        self._latest: tuple[int, torch.Tensor] | None = None
+
+    def indices(self, epoch: int) -> torch.Tensor:
+        """All indices of the epoch, int64, 1-D. The latest epoch asked for is kept: 8 bytes a sample."""
+        if self._latest is None or self._latest[0] != epoch:
+            self._latest = (epoch, self._compute(epoch))
+        return self._latest[1]
+
+    def digest(self, epoch: int) -> str:
+        """A short digest of the first indices: tells another order (shuffle, sampler, torch's permutation) apart."""
+        return blake2b(repr(self.indices(epoch)[:1024].tolist()).encode(), digest_size=8).hexdigest()
+
+    def _compute(self, epoch: int) -> torch.Tensor:
+        if self.sampler is not None:
+            return self._sampled(self.sampler, epoch)
+        length = len(self.dataset)
+        return permutation(length, self.seed, epoch) if self.shuffle else torch.arange(length)
+
+    def _sampled(self, sampler: Iterable[int], epoch: int) -> torch.Tensor:
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        with outer_states_kept():
+            seed_all(derive(self.seed, epoch))
+            indices = list(sampler)
+        try:
+            return torch.tensor([operator.index(index) for index in indices], dtype=torch.int64)
+        except TypeError as error:
+            raise DataError(
+                f"The sampler {type(sampler).__name__} gives something that is not an index ({error}). "
+                "It must give one integer per sample; the loader makes batches of them itself."
+            ) from error

@@ -1,0 +1,203 @@
+"""The engine's state by name and range: "this parameter, elements a to b", whatever the layout.
+
+Three readings of the same buffers: :func:`local_fragments`, what this rank updates; :func:`whole_weights`, every
+parameter whole, one unit at a time; and :func:`take_states`/:func:`put_states`, which carry the optimizer's state from
+one layout to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from shardline.buffer import view
+from shardline.errors import OptimizerError
+from shardline.placement import Placement
+from shardline.plan import Entry
+from shardline.unit import RunTensors, Slab, Unit
+
+__all__ = ["ParamState", "StateFragment", "local_fragments", "put_states", "take_states", "whole_weights"]
+
+
+@dataclass(frozen=True)
+class StateFragment:
+    """Elements ``start`` to ``stop`` of parameter ``name`` as this rank updates them; all tensors are 1-D views.
+
+    Attributes:
+        name: first name of the parameter in the model.
+        start, stop: the range, in the order in which the parameter's elements are stored.
+        weight: the master weights (fp32, or the dtype of the weights where that is wider).
+        grad: the gradients, averaged and unscaled, before clipping; ``None`` outside of a step.
+        state: the optimizer's tensors of the same elements, by its own keys; scalars (``step``) as they are.
+    """
+
+    name: str
+    start: int
+    stop: int
+    weight: Tensor
+    grad: Tensor | None
+    state: dict[str, Any]
+
+
+@dataclass
+class ParamState:
+    """One parameter's optimizer state: per-element tensors (1-D, whole parameter, storage order) and scalars."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    scalars: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """The number of steps that this state has seen."""
+        return int(self.scalars.get("step", 0))
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The elements of a dense ``tensor`` in storage order, as a 1-D view."""
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def _is_per_element(value: Any, param: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == param.shape
+
+
+def local_fragments(runs: Iterable[RunTensors], optimizer: Optimizer) -> Iterator[StateFragment]:
+    """Everything that this rank updates, fragment by fragment."""
+    for run in runs:
+        weight = flat(run.param)
+        grad = None if run.param.grad is None else flat(run.param.grad)
+        state = {
+            key: flat(value) if _is_per_element(value, run.param) else value
+            for key, value in optimizer.state.get(run.param, {}).items()
+        }
+        for piece in run.fragments:
+            low = piece.offset - run.run.start
+            high = low + piece.stop - piece.start
+            yield StateFragment(
+                piece.name,
+                piece.start,
+                piece.stop,
+                weight[low:high],
+                None if grad is None else grad[low:high],
+                {
+                    key: value[low:high] if isinstance(value, Tensor) and value.numel() == weight.numel() else value
+                    for key, value in state.items()
+                },
+            )
+
+
+def _whole(unit: Unit, slab: Slab, part: Tensor, placement: Placement) -> Tensor:
+    """``part``, a buffer of ``slab`` in ``placement``, whole on every rank. Collective where it is sharded."""
+    if placement is Placement.REPLICATED or unit.comm.world_size == 1:
+        return part
+    whole = torch.empty(slab.plan.size, dtype=part.dtype, device=part.device)
+    slab.own(whole).copy_(part)
+    unit.comm.gather(unit.index, whole, slab.plan.boundaries).wait()
+    return whole
+
+
+def whole_weights(unit: Unit) -> Iterator[tuple[Entry, Tensor]]:
+    """Every parameter of ``unit`` whole and in its own shape, from the masters where there are any. Collective."""
+    for slab in unit.slabs:
+        if slab.master is not None:
+            whole = _whole(unit, slab, slab.master, unit.row.states)
+        else:
+            whole = _whole(unit, slab, slab.weights, unit.row.weights)
+        for entry in slab.plan.entries:
+            yield entry, view(whole, entry)
+
+
+def take_states(unit: Unit, runs: Sequence[RunTensors], optimizer: Optimizer) -> dict[str, ParamState]:
+    """The optimizer state of every parameter of ``unit``, whole on every rank. Collective.
+
+    ``runs`` are this rank's runs of the unit. All ranks must have taken the same steps.
+    """
+    found: dict[str, ParamState] = {}
+    for slab in unit.trainable:
+        low, high = slab.state_range
+        mine = [run for run in runs if slab.master is not None and _lies_in(run.param, slab.master)]
+        keys = sorted(
+            {
+                (key, str(value.dtype))
+                for run in mine
+                for key, value in optimizer.state.get(run.param, {}).items()
+                if _is_per_element(value, run.param)
+            }
+        )
+        scalars = {
+            piece.name: {
+                key: value.clone() if isinstance(value, Tensor) else value
+                for key, value in optimizer.state.get(run.param, {}).items()
+                if not _is_per_element(value, run.param)
+            }
+            for run in mine
+            for piece in run.fragments
+        }
+        # A rank whose shard is empty has no state to tell what there is.
+        everyone = unit.comm.exchange([keys, {name: _plain(values) for name, values in scalars.items()}])
+        keys = sorted({(key, dtype) for theirs, _ in everyone for key, dtype in theirs})
+        plain: dict[str, dict[str, Any]] = {}
+        for _, theirs in everyone:
+            plain.update(theirs)
+        for entry in slab.plan.entries:
+            found[entry.param.name] = ParamState(scalars=scalars.get(entry.param.name) or _tensors(plain, entry))
+        for key, dtype in keys:
+            part = torch.zeros(high - low, dtype=getattr(torch, dtype.split(".")[1]), device=slab.weights.device)
+            for run in mine:
+                value = optimizer.state.get(run.param, {}).get(key)
+                if value is not None:
+                    part[run.run.start - low : run.run.stop - low].copy_(flat(value))
+            whole = _whole(unit, slab, part, unit.row.states)
+            for entry in slab.plan.entries:
+                found[entry.param.name].tensors[key] = whole[entry.offset : entry.stop].clone()
+    return found
+
+
+def _lies_in(part: Tensor, whole: Tensor) -> bool:
+    return part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() and (
+        whole.data_ptr() <= part.data_ptr() < whole.data_ptr() + max(1, whole.numel()) * whole.element_size()
+    )
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value.item() if isinstance(value, Tensor) else value for key, value in values.items()}
+
+
+def _tensors(plain: Mapping[str, Mapping[str, Any]], entry: Entry) -> dict[str, Any]:
+    return {
+        key: torch.tensor(float(value)) if key == "step" else value
+        for key, value in plain.get(entry.param.name, {}).items()
+    }
+
+
+def put_states(runs: Iterable[RunTensors], states: Mapping[str, ParamState], optimizer: Optimizer) -> None:
+    """Give ``runs`` the state of the parameters that they consist of. Parameters without state begin with none.
+
+    Raises:
+        OptimizerError: if parameters that share a run have seen different numbers of steps.
+    """
+    for run in runs:
+        pieces = [(piece, states[piece.name]) for piece in run.fragments if piece.name in states]
+        if not any(state.tensors or state.scalars for _, state in pieces):
+            continue
+        steps = {piece.name: state.steps for piece, state in pieces}
+        if len(set(steps.values())) > 1:
+            raise OptimizerError(f"parameters with states of different ages cannot share a run: {steps}")
+        target: dict[str, Any] = dict(pieces[0][1].scalars)
+        for key in sorted({key for _, state in pieces for key in state.tensors}):
+            sample = next(state.tensors[key] for _, state in pieces if key in state.tensors)
+            whole = torch.zeros_like(run.param, dtype=sample.dtype)
+            for piece, state in pieces:
+                if key in state.tensors:
+                    low = piece.offset - run.run.start
+                    part = state.tensors[key][piece.start : piece.stop]
+                    flat(whole)[low : low + part.numel()].copy_(part)
+            target[key] = whole
+        optimizer.state[run.param] = {
+            key: value.clone() if isinstance(value, Tensor) else value for key, value in target.items()
+        }

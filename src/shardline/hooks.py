@@ -1,0 +1,219 @@
+"""The only file that knows module hooks and autograd: it turns what the model does into calls of the schedule.
+
+Around a module that uses a unit: gather before, release after. In backward, three things are watched:
+
+* tensors that autograd saved and that lie in a gathered buffer are kept as a place in it, and looked up again, after a
+  gather, when backward wants them (``saved_tensors_hooks``);
+* the gradient of a unit's inputs, whose completion hints that the unit's own gradients are complete;
+* the gradient of the model's outputs, which says that a backward began that ``engine.backward`` did not start.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from shardline.schedule import Schedule
+from shardline.unit import Slab, Unit
+
+__all__ = ["Hooks", "tensors_in", "watch_outputs"]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A saved tensor as a place in a slab: autograd holds this instead of the memory."""
+
+    unit: Unit
+    slab: Slab
+    generation: int
+    param: nn.Parameter
+    version: int
+    name: str
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class Hooks:
+    """The hooks of one engine on one model. ``remove`` takes them off again."""
+
+    def __init__(
+        self, model: nn.Module, units: Sequence[Unit], schedule: Schedule, on_forward: Callable[[], None]
+    ) -> None:
+        self.schedule, self._on_forward = schedule, on_forward
+        self._stack: list[tuple[list[Unit], bool]] = []
+        self._saves = any(unit.sharded for unit in units)
+        self._outer: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None = None
+        self._handles: list[Any] = []
+        modules = dict(model.named_modules())
+        used: dict[str, list[Unit]] = {"": []}
+        for unit in units:
+            for path in unit.plan.users:
+                inside = path not in unit.plan.roots and any(_below(path, root) for root in unit.plan.roots)
+                if unit.sharded or not inside:
+                    used.setdefault(path, []).append(unit)
+        for path, its_units in used.items():
+            module, is_model = modules[path], not path
+            before = module.register_forward_pre_hook(
+                partial(self._before, its_units, is_model), prepend=True, with_kwargs=True
+            )
+            after = module.register_forward_hook(partial(self._after, is_model), always_call=True)
+            self._handles += [before, after]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # -- around a module --------------------------------------------------------------------------------------------
+
+    def _before(
+        self, units: list[Unit], is_model: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        schedule = self.schedule
+        if schedule.in_backward and torch._C._current_graph_task_id() == -1:
+            schedule.abort_backward()  # an error ended it, and nobody told
+        with_grad = torch.is_grad_enabled()
+        if is_model and not schedule.in_backward and not self._stack:
+            self._on_forward()
+            schedule.begin_forward(with_grad=with_grad)
+        pushed = self._saves and not self._stack and with_grad and not schedule.in_backward and self._push()
+        fresh = [unit for unit in units if not unit.holds]
+        held = [unit for unit in units if schedule.use(unit)]
+        self._stack.append((held, pushed))
+        if with_grad:
+            for unit in fresh:
+                # A recomputation joins the graph only where its first run, without gradients, did not.
+                if not schedule.in_backward or not schedule.called(unit):
+                    self._expect(unit, args, kwargs)
+
+    def _after(self, is_model: bool, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._stack:  # the hook before it did not get as far
+            return
+        held, pushed = self._stack.pop()
+        for unit in held:
+            self.schedule.done(unit)
+        if pushed:
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+        if is_model:
+            self.schedule.end_forward()
+
+    def _expect(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
+        for tensor in inputs:
+            tensor.register_hook(partial(self._input_ready, unit))
+        self.schedule.expect(unit, len(inputs))
+
+    def _input_ready(self, unit: Unit, grad: Tensor) -> None:
+        self.schedule.input_ready(unit)
+
+    # -- what autograd saves ----------------------------------------------------------------------------------------
+
+    def _push(self) -> bool:
+        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if top is not None and "checkpoint" in getattr(top[0], "__module__", ""):
+            return False  # it keeps nothing that lies in our buffers, and counts what it sees
+        self._outer = top
+        torch._C._autograd._push_saved_tensors_default_hooks(self._pack, self._unpack)
+        return True
+
+    def _pack(self, tensor: Tensor) -> Any:
+        place = self._find(tensor)
+        if place is not None:
+            return place
+        return tensor if self._outer is None else self._outer[0](tensor)
+
+    def _unpack(self, saved: Any) -> Tensor:
+        if not isinstance(saved, _Place):
+            return saved if self._outer is None else self._outer[1](saved)
+        unit, slab = saved.unit, saved.slab
+        if saved.generation != unit.generation or saved.version != saved.param._version:
+            raise RuntimeError(
+                f"one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"parameter {saved.name!r} was changed (by step(), or in place) between this forward and its backward."
+            )
+        self.schedule.need(unit)
+        if slab.gathered is None:
+            raise AssertionError(f"unit {unit.name} was needed and is not here")
+        return slab.gathered.as_strided(saved.size, saved.stride, slab.gathered.storage_offset() + saved.offset)
+
+    def _find(self, tensor: Tensor) -> _Place | None:
+        if tensor.layout is not torch.strided or not tensor.numel():
+            return None
+        address = tensor.data_ptr()
+        for unit in self.schedule.resident():
+            for slab in unit.slabs:
+                whole = slab.gathered
+                if whole is None or tensor.dtype != whole.dtype or not whole.numel():
+                    continue
+                offset, rest = divmod(address - whole.data_ptr(), whole.element_size())
+                if 0 <= offset < whole.numel() and not rest:
+                    index = bisect_right(slab.plan.entries, offset, key=lambda entry: entry.offset) - 1
+                    param, entry = slab.params[index], slab.plan.entries[index]
+                    return _Place(
+                        unit, slab, unit.generation, param, param._version, entry.param.name,
+                        tensor.size(), tensor.stride(), offset,
+                    )  # fmt: skip
+        return None
+
+
+def _below(path: str, root: str) -> bool:
+    return not root or path.startswith(root + ".")
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in ``value``: in nested lists, tuples, dicts, dataclasses and the like."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
+        for name in value.__dataclass_fields__:
+            yield from tensors_in(getattr(value, name))
+
+
+def watch_outputs(
+    output: Any, begin: Callable[[], bool], end: Callable[[], None], scale: Callable[[], float], probe: nn.Parameter
+) -> int:
+    """Notice a backward through ``output`` that the engine did not start; return on how many tensors it can be seen.
+
+    ``begin`` is called as such a backward starts and says whether it is news; ``end`` when all of it, reentrant inner
+    backwards included, is over. The gradient that enters is multiplied by ``scale()``. ``probe`` is any trainable
+    parameter: where the backward will not reach accumulation (``torch.autograd.grad``), nothing happens.
+    """
+
+    def entered(grad: Tensor) -> Tensor | None:
+        if not _accumulates(probe):
+            return None
+        if begin():
+            Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
+        factor = scale()
+        return None if factor == 1.0 else grad * factor
+
+    watched = 0
+    for tensor in tensors_in(output):
+        if tensor.requires_grad and tensor.grad_fn is not None:
+            tensor.register_hook(entered)
+            watched += 1
+    return watched
+
+
+def _accumulates(param: nn.Parameter) -> bool:
+    """Whether the backward that runs now fills ``.grad``, as opposed to ``torch.autograd.grad``."""
+    with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+        node = param.view_as(param).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # the parameter itself is an input of autograd.grad
+        return False

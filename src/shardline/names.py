@@ -1,0 +1,44 @@
+"""Names that users write, and the arguments beside them: the nearest known name, a call checked before it is made."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from shardline.errors import ConfigError
+
+__all__ = ["call", "nearest"]
+
+T = TypeVar("T")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence with a leading space that names the nearest of ``known`` whatever its case, or an empty string."""
+    folded = {one.casefold(): one for one in known}
+    found = get_close_matches(name.casefold(), folded, n=1, cutoff=0.6)
+    return f" Did you mean {folded[found[0]]!r}?" if found else ""
+
+
+def call(target: Callable[..., T], *given: Any, what: str, params: Mapping[str, Any], also: Collection[str] = ()) -> T:
+    """``target(*given, **params)`` for parameters a user wrote; every mistake in them is a `ConfigError`.
+
+    ``what`` names the target in messages (``optimizer AdamW``); ``also`` are further names it is documented to take.
+    """
+    signature = inspect.signature(target)
+    named = list(signature.parameters.values())[len(given) :]
+    known = [one.name for one in named if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    for name in params:
+        if name not in known:
+            listed = ", ".join(sorted({*known, *also}))
+            raise ConfigError(f"{what} has no parameter {name!r}.{nearest(name, [*known, *also])} It takes: {listed}.")
+    missing = [one.name for one in named if one.name in known and one.default is one.empty and one.name not in params]
+    if missing:
+        raise ConfigError(f"{what} needs the parameter {missing[0]!r}, which is not given: add it to its params.")
+    try:
+        return target(*given, **params)
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {error}") from None
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{what} cannot be built from its params {dict(params)}: {error}") from error

@@ -1,0 +1,300 @@
+"""When units are gathered, released and reduced, in orders that are the same on all ranks.
+
+Two ranks that gather units of one size in different orders would swap weights without any error, so the order of
+collectives is agreed, never improvised:
+
+* **gather order**: the order in which a forward uses the units, and the one in which its backward needs them. At first
+  the plan's and its reverse; later what every rank recorded alike. In a forward with gradients, and in a backward, a
+  rank that jumps ahead first issues the gathers it skipped, and at the end the rest.
+* **reduce order**: at first the reverse of the plan, later the order in which units became ready, if all ranks saw the
+  same. A unit that is ready early waits for its turn. An unused unit counts as zero gradients.
+
+"Ready" is a hint: the gradient of a unit's inputs is complete, so those of its parameters nearly always are. Gradients
+that come later are kept and reduced in a second round at the step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+
+from shardline.comm import digest
+from shardline.unit import Residence, Unit
+
+__all__ = ["Schedule"]
+
+
+class _Walk:
+    """A position in an agreed order of gathers."""
+
+    def __init__(self, order: Sequence[int], *, strict: bool) -> None:
+        self.order, self.strict = order, strict
+        self.position = 0
+
+    def pass_over(self, unit: int) -> Sequence[int]:
+        """Move behind ``unit`` and return what was skipped on the way; stay where it is not ahead."""
+        try:
+            found = self.order.index(unit, self.position)
+        except ValueError:
+            return ()
+        skipped = self.order[self.position : found] if self.strict else ()
+        self.position = found + 1
+        return skipped
+
+    def rest(self) -> Sequence[int]:
+        """What was not reached; the walk is over."""
+        skipped = self.order[self.position :] if self.strict else ()
+        self.position = len(self.order)
+        return skipped
+
+    @property
+    def next(self) -> int | None:
+        return self.order[self.position] if self.position < len(self.order) else None
+
+
+class _Hints:
+    """What is known in one graph about the gradients of one unit."""
+
+    def __init__(self) -> None:
+        self.calls = 0  # forward calls that will have a backward
+        self.pending = 0  # inputs of those calls whose gradient is not complete
+        self.open_end = False  # a call without differentiable inputs: nothing will tell when it is over
+
+
+class Schedule:
+    """Drives the units of one engine. Hooks tell it what the model does; the engine tells it what the user asks.
+
+    Attributes:
+        in_backward: whether a backward of the engine runs.
+        reducing: whether this backward's gradients are reduced, or only added up on this rank.
+        factor: what gradients are multiplied by when they are collected.
+    """
+
+    def __init__(self, units: Sequence[Unit], *, prefetch: bool, reshard_after_forward: bool) -> None:
+        self.units = units
+        self.in_backward = False
+        self.reducing = True
+        self.factor = 1.0
+        self._prefetch, self._reshard = prefetch, reshard_after_forward
+        self._forward_order = [unit.index for unit in units if unit.sharded]
+        self._backward_order = self._forward_order[::-1]
+        self._reduce_order = [unit.index for unit in reversed(units) if unit.trainable]
+        self._use_counts: Counter[int] | None = None  # uses of each unit in a recorded forward
+        # Units whose modules lie apart, or that are used outside of their modules, stay until the forward ends.
+        self._scattered = {unit.index for unit in units if not _compact(unit)}
+        self._walk: _Walk | None = None  # of the forward that runs
+        self._back = _Walk((), strict=True)
+        self._uses: list[int] = []
+        self._done: Counter[int] = Counter()
+        self._needs: list[int] = []
+        self._hints = [_Hints() for _ in units]
+        self._untrusted: set[int] = set()  # units whose gradients came after their hint
+        self._ready: list[int] = []
+        self._turn = 0
+        self._in_flight: deque[Unit] = deque()
+        self._holding = 0
+
+    # -- forward ----------------------------------------------------------------------------------------------------
+
+    def begin_forward(self, *, with_grad: bool) -> None:
+        """The model's own forward begins."""
+        if self.in_backward or self._walk is not None:
+            return
+        self._walk = _Walk(self._forward_order, strict=with_grad)
+        self._uses, self._done = ([] if with_grad else self._uses), Counter()
+
+    def end_forward(self) -> None:
+        """The model's own forward is over, with or without an error."""
+        if self.in_backward or self._walk is None:
+            return
+        self._catch_up(self._walk.rest())
+        self._walk = None
+        if self._reshard:
+            self.release_all()
+
+    def use(self, unit: Unit) -> bool:
+        """A module that uses ``unit`` begins its forward. Returns whether :meth:`done` must follow."""
+        if self.in_backward:  # recomputation under activation checkpointing: backward releases it
+            self.need(unit)
+            return False
+        unit.holds += 1
+        self._holding += 1
+        if unit.sharded:
+            self._record_use(unit)
+            self._bring(unit, self._walk)
+        return True
+
+    def done(self, unit: Unit) -> None:
+        """The forward that began with :meth:`use` is over."""
+        unit.holds -= 1
+        self._holding -= 1
+        if not unit.sharded or unit.holds or self.in_backward:
+            return
+        if self._walk is None:
+            if unit.index not in self._scattered:
+                unit.release()
+            return
+        self._done[unit.index] += 1
+        if self._use_counts is None or unit.index not in self._use_counts:
+            last = unit.index not in self._scattered
+        else:
+            last = self._done[unit.index] >= self._use_counts[unit.index]
+        if last and self._reshard:
+            unit.release()
+
+    def touch(self, unit: Unit) -> bool:
+        """A sealed parameter of ``unit`` is used outside of its module. Gathers if all ranks can be doing the same."""
+        if self.in_backward:
+            self.need(unit)
+            return True
+        if self._walk is None and not self._holding:
+            return False
+        self._scattered.add(unit.index)
+        self._record_use(unit)
+        self._bring(unit, self._walk)
+        return True
+
+    def _record_use(self, unit: Unit) -> None:
+        if self._walk is not None and self._walk.strict:
+            self._uses.append(unit.index)
+
+    def _bring(self, unit: Unit, walk: _Walk | None) -> None:
+        """Gather ``unit`` after everything that comes before it in the agreed order, and start the one behind it."""
+        if walk is not None:
+            self._catch_up(walk.pass_over(unit.index))
+        unit.wait()
+        if walk is not None and walk.next is not None and self._prefetch:
+            self.units[walk.next].gather()
+
+    def _catch_up(self, skipped: Sequence[int]) -> None:
+        """Take part in gathers that other ranks need and this one does not."""
+        for index in skipped:
+            unit = self.units[index]
+            unit.wait()
+            if self._reshard or self.in_backward:
+                unit.release()
+
+    def release_all(self) -> None:
+        """Let every unit go that is not in use."""
+        for unit in self.units:
+            unit.release()
+
+    def resident(self) -> list[Unit]:
+        """Sharded units whose whole weights are here."""
+        return [unit for unit in self.units if unit.sharded and unit.residence is Residence.GATHERED]
+
+    # -- backward ---------------------------------------------------------------------------------------------------
+
+    def begin_backward(self, *, reducing: bool, factor: float) -> None:
+        """A backward begins whose gradients are multiplied by ``factor`` and, if ``reducing``, reduced as they come."""
+        self.in_backward, self.reducing, self.factor = True, reducing, factor
+        self._back = _Walk(self._backward_order, strict=True)
+        self._needs, self._ready, self._turn = [], [], 0
+
+    def need(self, unit: Unit) -> None:
+        """Backward (or what runs inside it) needs the whole weights of ``unit``."""
+        if not unit.sharded:
+            return
+        if not self.in_backward:  # torch.autograd.grad within a forward
+            unit.wait()
+            return
+        if unit.index not in self._needs:
+            self._needs.append(unit.index)
+        if unit.residence is not Residence.GATHERED or self._back.next == unit.index:
+            self._bring(unit, self._back)
+
+    def expect(self, unit: Unit, inputs: int) -> None:
+        """A call of ``unit`` joined the graph; its backward will be over when ``inputs`` gradients are complete."""
+        hints = self._hints[unit.index]
+        hints.calls += 1
+        hints.pending += inputs
+        hints.open_end = hints.open_end or not inputs
+
+    def called(self, unit: Unit) -> bool:
+        """Whether a call of ``unit`` is expected to have a backward."""
+        return self._hints[unit.index].calls > 0
+
+    def input_ready(self, unit: Unit) -> None:
+        """One of the gradients announced by :meth:`expect` is complete."""
+        hints = self._hints[unit.index]
+        hints.pending -= 1
+        if self.in_backward and not hints.pending and not hints.open_end and unit.index not in self._untrusted:
+            self._unit_ready(unit)
+
+    def _unit_ready(self, unit: Unit) -> None:
+        if unit.index in self._ready:
+            return
+        self._ready.append(unit.index)
+        if not unit.trainable:
+            unit.release()
+        elif not self.reducing or unit.comm.world_size == 1:
+            unit.fold(self.factor)
+            unit.release()
+        else:
+            self._advance()
+
+    def _advance(self) -> None:
+        """Reduce what is ready and at its turn. A unit that no call will give gradients is ready with zeros."""
+        while self._turn < len(self._reduce_order):
+            unit = self.units[self._reduce_order[self._turn]]
+            if unit.index not in self._ready:
+                if self._hints[unit.index].calls or unit.index in self._untrusted:
+                    return
+                self._ready.append(unit.index)
+            self._turn += 1
+            while len(self._in_flight) > 1:  # at most two units' gradients are alive
+                self._in_flight.popleft().finish_reduce()
+            unit.reduce(self.factor)
+            self._in_flight.append(unit)
+            unit.release()
+
+    def end_backward(self) -> None:
+        """Backward is over: collect what no hint announced, in order, on every rank alike."""
+        for index in self._reduce_order:
+            unit = self.units[index]
+            if index not in self._ready:
+                self._ready.append(index)
+                if not self.reducing or unit.comm.world_size == 1:
+                    unit.fold(self.factor)
+        if self.reducing:
+            self._advance()
+        for unit in self.units:
+            if unit.has_grad():
+                self._untrusted.add(unit.index)
+                unit.fold(self.factor)
+        self._catch_up(self._back.rest())
+        self.abort_backward()
+
+    def abort_backward(self) -> None:
+        """Leave backward, also after an error in it: nothing of its graph is expected any more."""
+        self.in_backward = False
+        self._hints = [_Hints() for _ in self.units]
+        self.release_all()
+
+    def finish_reductions(self) -> None:
+        """Return when everything that was reduced has arrived."""
+        while self._in_flight:
+            self._in_flight.popleft().finish_reduce()
+
+    # -- agreement --------------------------------------------------------------------------------------------------
+
+    def record(self) -> int:
+        """A digest of the orders seen since the last step, to compare with the other ranks'."""
+        return digest([*self._uses, -1, *self._needs, -1, *self._ready])
+
+    def adopt_record(self) -> None:
+        """Every rank recorded the same: follow it from now on."""
+        if self._uses:
+            self._forward_order = list(dict.fromkeys(self._uses))
+            self._use_counts = Counter(self._uses)
+        if self._needs:
+            self._backward_order = list(self._needs)
+        if self._ready:
+            self._reduce_order = [index for index in self._ready if self.units[index].trainable]
+
+
+def _compact(unit: Unit) -> bool:
+    """Whether all users of a unit lie inside one module, so that its forward spans every use."""
+    roots = unit.plan.roots
+    inside = roots[0] + "." if roots[0] else ""
+    return len(roots) == 1 and all(user == roots[0] or user.startswith(inside) for user in unit.plan.users)

@@ -1,0 +1,218 @@
+"""``initialize``: from a model and a configuration to an engine that trains, in one call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+import shardline
+from shardline import lr
+from shardline.arguments import config_path
+from shardline.build import (
+    ParamGroups,
+    group_parameters,
+    lay_out,
+    load_model,
+    needs_whole,
+    new_optimizer,
+    sample_optimizer,
+    take_over,
+)
+from shardline.comm import Comm
+from shardline.config import Config, load_config
+from shardline.data import Loader
+from shardline.engine import Engine
+from shardline.errors import ConfigError, UsageError
+from shardline.events import Notice
+from shardline.observe import Console
+from shardline.precision import Precision
+from shardline.topology import Topology, discover, init_distributed
+from shardline.unit import Unit
+
+__all__ = ["initialize"]
+
+ConfigLike = str | os.PathLike[str] | Mapping[str, Any] | Config
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Optimizer | Callable[[Any], Optimizer] | None = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Any = None,
+    lr_scheduler: LRScheduler | Callable[[Optimizer], Any] | None = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    config: ConfigLike | None = None,
+    mesh: Any = None,
+    config_params: ConfigLike | None = None,
+    *,
+    init_fn: Callable[[nn.Module], None] | None = None,
+) -> tuple[Engine, Optimizer | None, Loader | None, Any]:
+    """Turn ``model`` into an engine over all ranks of the job. Collective: every rank calls it alike.
+
+    Args:
+        args: a namespace with ``shardline_config`` or ``deepspeed_config`` (a path), and perhaps ``local_rank``.
+        model: an ``nn.Module`` on any device. Its parameters become views of the engine's buffers; rank 0's weights
+            and buffers win on every rank. At ``meta`` it is filled unit by unit, never held whole at stage 3.
+        optimizer: a ``torch.optim.Optimizer`` over the model's parameters, taken over in place, or a callable that
+            makes one from them; wins over the configuration.
+        model_parameters: parameters or param groups to train; all that require a gradient if left out.
+        training_data: a dataset; gives the loader that is returned.
+        lr_scheduler: a scheduler on ``optimizer``, or a callable that makes one from the returned optimizer.
+        distributed_port: port of rank 0 where the environment names none.
+        mpu: not supported.
+        dist_init_required: ``False`` says that a process group exists already.
+        collate_fn: list of samples to batch, for the loader.
+        config: a dict, a path of a JSON file, or a :class:`shardline.Config`.
+        mesh: a one-dimensional ``DeviceMesh`` whose group the engine uses instead of all ranks.
+        config_params: another name of ``config``.
+        init_fn: for a model on ``meta``: gets each module after its ``reset_parameters``, in the order of
+            ``nn.Module.apply``, and writes its parameters in place.
+
+    Returns:
+        ``(engine, optimizer, loader, lr_scheduler)``; what was not asked for is ``None``.
+
+    Raises:
+        ConfigError, OptimizerError, ModelError, DataError: for what cannot work, in one sentence that says what to do.
+        DisagreementError: if ranks hold different configurations, models or versions.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"initialize was given model={type(model).__name__}; it needs a torch.nn.Module.")
+    if mpu is not None:
+        raise UsageError("mpu is not supported: the engine shards over all ranks, or over the group of mesh=.")
+    source = _one_config(args, config, config_params)
+    init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
+    topology = discover(getattr(args, "local_rank", None))
+    comm = Comm(_group(mesh), topology.device)
+    settings = load_config(source, comm.world_size)  # type: ignore[arg-type]
+    comm.agree(
+        {
+            "the version of torch": torch.__version__,
+            "the version of shardline": shardline.__version__,
+            **{f"the configuration's {key}": value for key, value in settings.to_dict().items()},
+        }
+    )
+    precision = Precision.from_config(settings)
+
+    given, groups = _optimizer_and_groups(model, optimizer, model_parameters, settings)
+    membership = group_parameters(model, groups)
+    whole = False
+    if given is not None or settings.optimizer is not None:
+        sample = given or sample_optimizer(settings.optimizer.type, settings.optimizer.params)  # type: ignore[union-attr]
+        whole = needs_whole(sample, settings.zero_optimization.stage, comm.world_size)
+    else:
+        membership = {}
+
+    made: list[Engine] = []
+
+    def on_touch(unit: Unit) -> bool:
+        return bool(made) and made[0]._touched(unit)
+
+    layout = lay_out(model, settings, precision, comm, membership, whole=whole, on_touch=on_touch)
+    load_model(model, layout, precision, comm, init_fn)
+    final: Optimizer | None = given
+    if given is not None:
+        take_over(given, layout)
+    elif settings.optimizer is not None:
+        final = new_optimizer(settings.optimizer.type, settings.optimizer.params, groups, layout)
+
+    engine = Engine(model, layout, final, membership, settings, precision, topology, comm, whole=whole)
+    made.append(engine)
+    engine.lr_scheduler = _scheduler(lr_scheduler, final, given is not None, settings)
+    if training_data is not None:
+        engine.training_dataloader = make_loader(training_data, settings, comm, collate_fn)
+        engine._note_loader()
+    Console().attach(engine.events, settings, topology)
+    if settings.no_effect:
+        engine.events.emit(
+            Notice("these configuration keys have no effect here: " + ", ".join(sorted(settings.no_effect)))
+        )
+    return engine, final, engine.training_dataloader, engine.lr_scheduler
+
+
+def _one_config(args: Any, config: ConfigLike | None, config_params: ConfigLike | None) -> ConfigLike | None:
+    ways = {"config": config, "config_params": config_params, "args": config_path(args)}
+    found = {way: value for way, value in ways.items() if value is not None}
+    if len(found) > 1:
+        raise ConfigError(f"the configuration was given more than once: by {' and by '.join(found)}. Give it once.")
+    return next(iter(found.values()), None)
+
+
+def _group(mesh: Any) -> dist.ProcessGroup | None:
+    if mesh is None:
+        return dist.group.WORLD
+    if mesh.ndim != 1:
+        raise UsageError(f"mesh has {mesh.ndim} dimensions; the engine shards over one. Pass one of its sub-meshes.")
+    return mesh.get_group()  # type: ignore[no-any-return]
+
+
+def _optimizer_and_groups(
+    model: nn.Module,
+    optimizer: Optimizer | Callable[[Any], Optimizer] | None,
+    model_parameters: Iterable[Any] | None,
+    settings: Config,
+) -> tuple[Optimizer | None, ParamGroups]:
+    """The user's optimizer where there is one, and the param groups to train."""
+    if isinstance(optimizer, Optimizer):
+        return optimizer, optimizer.param_groups
+    items = [model_parameters] if isinstance(model_parameters, dict) else list(model_parameters or ())
+    if model_parameters is None:
+        items = [param for param in model.parameters() if param.requires_grad]
+    if callable(optimizer):
+        made = optimizer(items)
+        if not isinstance(made, Optimizer):
+            raise UsageError(f"the optimizer callable returned {type(made).__name__}, not a torch.optim.Optimizer.")
+        return made, made.param_groups
+    if items and isinstance(items[0], dict):
+        groups = [{**group, "params": list(group["params"])} for group in items]
+        return None, [group for group in groups if group["params"]]
+    return None, [{"params": items}]
+
+
+def _scheduler(given: Any, optimizer: Optimizer | None, client: bool, settings: Config) -> Any:
+    if given is not None and optimizer is None:
+        raise UsageError("an lr_scheduler was given without an optimizer. Give initialize an optimizer as well.")
+    if given is None:
+        if settings.scheduler is None or optimizer is None:
+            return None
+        return lr.build(settings.scheduler.type, optimizer, settings.scheduler.params)
+    if hasattr(given, "step"):
+        held = getattr(given, "optimizer", optimizer)
+        if held is not optimizer:
+            raise UsageError(
+                "the lr_scheduler is attached to another optimizer than the engine's. Attach it to the optimizer that "
+                "you pass to initialize, or pass a callable: lr_scheduler=lambda optimizer: ..."
+            )
+        return given
+    return given(optimizer)
+
+
+def make_loader(data: Any, settings: Config, comm: Comm, collate_fn: Callable[[list[Any]], Any] | None) -> Loader:
+    """The loader of ``data`` as ``data_loader`` configures it."""
+    options = settings.data_loader
+    return Loader(
+        data,
+        global_batch=settings.train_batch_size,
+        micro_batch=settings.train_micro_batch_size_per_gpu,
+        accumulation=settings.gradient_accumulation_steps,
+        rank=comm.rank,
+        world_size=comm.world_size,
+        seed=settings.seed if options.seed is None else options.seed,
+        shuffle=options.shuffle,
+        drop_last=options.drop_last,
+        num_workers=options.num_workers,
+        pin_memory=options.pin_memory,
+        collate_fn=collate_fn,
+        prefetch_factor=options.prefetch_factor,
+        persistent_workers=options.persistent_workers,
+    )

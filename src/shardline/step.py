@@ -1,0 +1,200 @@
+"""The update: one row that ranks compare, one norm, one optimizer step, and the weights that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from shardline.clip import divisor, square_sum
+from shardline.comm import Comm
+from shardline.optimizer import takes_grad_scale
+from shardline.unit import RunTensors, Unit
+
+__all__ = ["Row", "Update", "Verdict"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What each rank tells the others once a step, as float64: (len(Row) numbers) x ranks travel.
+
+    Attributes:
+        squares: sum of squares of this rank's shard of the summed, unscaled gradients (0-dim, float64).
+        weight: what this rank's gradients count for: micro-steps, samples or tokens.
+        transitions: digest of the collectives issued since the last step.
+        orders: digest of the orders recorded since the last step.
+        late: units with gradients that no reduction has seen yet.
+        samples: samples seen.
+    """
+
+    squares: Tensor
+    weight: float
+    transitions: int
+    orders: int
+    late: int
+    samples: int
+
+    def stack(self, device: torch.device) -> Tensor:
+        # One copy to the device: pinned memory would not be faster for five numbers.
+        known = torch.tensor([self.weight, self.transitions, self.orders, self.late, self.samples], dtype=torch.float64)
+        return torch.cat([self.squares.view(1), known.to(device, non_blocking=True)])
+
+
+@dataclass
+class Verdict:
+    """What the rows of all ranks say together. Tensors stay on the device; ``read`` brings the host's part here.
+
+    Attributes:
+        norm: L2 norm of the averaged gradients before clipping (0-dim, float64).
+        found_inf: 1.0 if the update must not be applied, else 0.0 (0-dim, fp32).
+        average: what gradients are divided by to be averaged and unscaled (0-dim, float64).
+        scale: the same times what clipping divides by (0-dim, fp32).
+    """
+
+    rows: Tensor
+    norm: Tensor
+    found_inf: Tensor
+    average: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, *, unit_weight: float, loss_scale: float, clip: float, check: bool) -> Verdict:
+        """Combine ``rows`` (ranks x row), in rank order on every rank alike.
+
+        ``unit_weight`` is the weight by which ``backward`` divided already, so that the divisor of the average is the
+        sum of all weights over it.
+        """
+        total = rows[:, 0].sum()
+        average = rows[:, 1].sum() / unit_weight * loss_scale
+        norm = total.sqrt() / average
+        found_inf = ~torch.isfinite(norm) if check else torch.zeros_like(norm, dtype=torch.bool)
+        # Ranks that sent different things have exchanged wrong ranges; those with late gradients need another round.
+        found_inf = found_inf | (rows[:, 2] != rows[0, 2]).any() | (rows[:, 4] != 0).any()
+        scale = average * divisor(norm, clip)
+        return cls(rows, norm, found_inf.float(), average, scale.float())
+
+    def read(self) -> HostVerdict:
+        """The host's part. On an accelerator this waits for the device."""
+        rows = self.rows.tolist()
+        return HostVerdict(
+            skipped=bool(self.found_inf.item()),
+            norm=float(self.norm),
+            diverged=any(row[2] != rows[0][2] for row in rows),
+            same_orders=all(row[3] == rows[0][3] for row in rows),
+            late=any(row[4] for row in rows),
+            samples=int(sum(row[5] for row in rows)),
+        )
+
+
+@dataclass(frozen=True)
+class HostVerdict:
+    """What the host needs to know of a step."""
+
+    skipped: bool
+    norm: float
+    diverged: bool
+    same_orders: bool
+    late: bool
+    samples: int
+
+
+class Update:
+    """Applies the optimizer to this rank's runs and brings the result into everyone's weights.
+
+    Attributes:
+        runs: this rank's runs in plan order; the optimizer's parameters.
+    """
+
+    def __init__(self, units: Sequence[Unit], comm: Comm, optimizer: Optimizer, runs: Sequence[RunTensors]) -> None:
+        self.units, self.comm, self.optimizer, self.runs = units, comm, optimizer, runs
+        self.applying = False
+
+    def squares(self) -> Tensor:
+        """Sum of squares of this rank's shard of the gradients, whatever part of them the stage keeps here."""
+        shards = [
+            slab.own(slab.grad) for unit in self.units for slab in unit.trainable if slab.grad is not None
+        ]  # replicated gradients count once: each rank its own shard of them
+        return square_sum(shards, self.comm.device)
+
+    def needs_host(self, hooked: bool) -> bool:
+        """Whether a step must know on the host what its gradients are: not with fused kernels that nobody watches."""
+        return hooked or not takes_grad_scale(self.optimizer)
+
+    def attach(self) -> None:
+        """Give the optimizer its gradients: views of the reduced ones, in the dtype of the masters."""
+        for run in self.runs:
+            run.param.grad = run.grad if run.grad.dtype == run.param.dtype else run.grad.to(run.param.dtype)
+
+    def detach(self) -> None:
+        for run in self.runs:
+            run.param.grad = None
+
+    def unscale(self, scale: float) -> None:
+        """Divide the attached gradients by ``scale``."""
+        grads = [run.param.grad for run in self.runs if run.param.grad is not None]
+        if grads and scale != 1.0:
+            torch._foreach_div_(grads, scale)
+
+    def apply(
+        self, verdict: Verdict, host: HostVerdict | None, clip: float, before: Callable[[], None] | None
+    ) -> None:
+        """Step the optimizer, unless the verdict says not to, and refresh the weights.
+
+        Args:
+            verdict: on the device; what fused optimizers follow without the host knowing.
+            host: the same on the host where it is known; then a skipped step does not call the optimizer at all.
+            clip: the norm to which gradients are clipped again after ``before`` may have changed them.
+            before: called with averaged gradients attached, where the user wants to see or change them.
+        """
+        if host is not None and host.skipped:
+            return
+        self.attach()
+        self.applying = True
+        try:
+            scale = verdict.scale
+            if before is not None:
+                self.unscale(float(verdict.average))
+                before()
+                total = self.comm.rows(square_sum(self._own_grads(), self.comm.device).view(1)).sum()
+                scale = divisor(total.sqrt(), clip).float()
+            self._step(scale, verdict.found_inf, host)
+        finally:
+            self.applying = False
+            self.detach()
+        self.refresh()
+
+    def _own_grads(self) -> list[Tensor]:
+        """The attached gradients, each element on one rank only."""
+        own = []
+        for run in self.runs:
+            grad = run.param.grad
+            if grad is not None:
+                first, last = max(run.run.start, run.low), min(run.run.stop, run.high)
+                flat = grad.as_strided((grad.numel(),), (1,))
+                own.append(flat[first - run.run.start : max(first, last) - run.run.start])
+        return own
+
+    def _step(self, scale: Tensor, found_inf: Tensor, host: HostVerdict | None) -> None:
+        optimizer = self.optimizer
+        if host is not None and float(scale) == 1.0:
+            optimizer.step()
+        elif takes_grad_scale(optimizer):
+            optimizer.grad_scale, optimizer.found_inf = scale, found_inf  # type: ignore[attr-defined]
+            try:
+                optimizer.step()
+            finally:
+                optimizer.grad_scale = optimizer.found_inf = None  # type: ignore[attr-defined]
+        else:
+            self.unscale(float(scale))
+            optimizer.step()
+
+    def refresh(self) -> None:
+        """Bring updated masters into the weights of every rank. Nobody ever sees half a gather."""
+        works = [work for unit in self.units for work in unit.refresh()]
+        for work in works:
+            work.wait()
+
+

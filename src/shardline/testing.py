@@ -1,0 +1,470 @@
+"""Run a function on several ranks from a test: a time limit, the first failing rank's traceback, nothing left over.
+
+    def gather(value):                      # a module-level function of the test file
+        out = [None] * dist.get_world_size()
+        dist.all_gather_object(out, value + dist.get_rank())
+        return out
+
+    def test_gather():
+        assert run_distributed(gather, 2, 10) == [[10, 11], [10, 11]]
+
+Each rank is a process of its own with one thread, a process group over the loopback interface and the variables that
+torchrun sets. :class:`Pool` keeps the processes warm, so that a case costs milliseconds instead of an import of torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import importlib.util
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection, Pipe, wait
+from types import ModuleType, TracebackType
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+
+from shardline.errors import ShardlineError, UsageError
+from shardline.topology import default_backend
+
+__all__ = ["Pool", "RankFailed", "RankTimeout", "run_distributed"]
+
+_CHECK_SECONDS = 5.0  # for the collective after each case: all ranks have returned, so milliseconds are normal
+_GRACE_SECONDS = 0.3  # after a first failure, for the report of another rank that failed earlier
+_STARTUP_SECONDS = 120.0  # importing torch from a cold disk takes tens of seconds
+
+
+class RankFailed(ShardlineError, RuntimeError):
+    """A rank raised or died. ``rank`` says which one, ``error`` is its exception where it could be sent, else None."""
+
+    def __init__(self, message: str, rank: int, error: BaseException | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.error = error
+
+
+class RankTimeout(RankFailed):
+    """The time limit passed; the message holds the stacks of the ranks that were still running."""
+
+
+def run_distributed(
+    fn: Callable[..., Any],
+    world_size: int = 2,
+    *args: Any,
+    timeout: float = 60.0,
+    env: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> list[Any]:
+    """Call ``fn(*args, **kwargs)`` on ``world_size`` new processes that form one process group.
+
+    Args:
+        fn: a function at the top level of a module, so that the processes can import it.
+        timeout: seconds for everything, the start of the processes included.
+        env: environment variables for the processes, on top of this one's; set before torch is imported there.
+
+    Returns:
+        What each rank returned, by rank.
+
+    Raises:
+        RankFailed: a rank raised or died; carries the traceback of the rank that failed first.
+        RankTimeout: the time limit passed. In every case all processes are gone when the call returns.
+    """
+    deadline = time.monotonic() + timeout
+    with Pool(world_size, env=env, start_timeout=timeout) as pool:
+        pool.start()
+        return pool._run(fn, args, kwargs, deadline, timeout, check=False)
+
+
+@dataclass
+class _Rank:
+    """One process as seen by its pool."""
+
+    process: subprocess.Popen[bytes]
+    pipe: Connection
+    stacks: IO[bytes]
+    """An anonymous file into which the process writes its Python stacks when asked by SIGUSR1."""
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What one rank says at the end of a case."""
+
+    value: Any = None
+    failed_at: float | None = None
+    """Seconds of the system-wide monotonic clock."""
+    traceback: str = ""
+    error: bytes | None = None
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A function sent by reference, with the file of its module: test modules need not be on ``sys.path``."""
+
+    module: str
+    file: str
+    call: bytes
+    check: bool
+
+
+@dataclass
+class Pool:
+    """Warm processes: ``world_size`` ranks that serve one case after the other.
+
+    After each case the ranks make sure that the process group is still in step and that the case left no thread and
+    no process behind. A case that fails or hangs costs the pool its processes; the next one starts new ones. Before
+    each case Python and torch are seeded with 0, after it the environment, the working directory and torch's default
+    dtype are put back.
+    """
+
+    world_size: int
+    env: Mapping[str, str] | None = None
+    start_timeout: float = _STARTUP_SECONDS
+    _ranks: list[_Rank] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1:
+            raise UsageError(f"A pool of {self.world_size} ranks: the world size must be at least 1.")
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids by rank; empty before the first case and after :meth:`close`."""
+        return [rank.process.pid for rank in self._ranks]
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 60.0, **kwargs: Any) -> list[Any]:
+        """Call ``fn(*args, **kwargs)`` on every rank; the same contract as :func:`run_distributed`.
+
+        ``timeout`` is for the case alone, not for starting the processes.
+        """
+        self.start()
+        return self._run(fn, args, kwargs, time.monotonic() + timeout, timeout, check=True)
+
+    def start(self) -> None:
+        """Start the processes and their process group, unless they run."""
+        if self._ranks and all(rank.process.poll() is None for rank in self._ranks):
+            return
+        self.close()
+        try:
+            for number in range(self.world_size):
+                self._ranks.append(_spawn(number, self.world_size, self.env or {}))
+            deadline = time.monotonic() + self.start_timeout
+            port = self._collect(deadline, self.start_timeout, "the start-up", only=0)[0]
+            self._send(port)
+            self._collect(deadline, self.start_timeout, "the start-up")
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the processes and everything they started. The pool can be used again."""
+        for rank in self._ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank.process.pid, signal.SIGKILL)
+        for rank in self._ranks:
+            rank.process.wait()
+            rank.pipe.close()
+            rank.stacks.close()
+        self._ranks = []
+
+    def _run(
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        deadline: float,
+        timeout: float,
+        check: bool,
+    ) -> list[Any]:
+        module = sys.modules[fn.__module__]
+        name = getattr(fn, "__qualname__", repr(fn))
+        if getattr(module, "__file__", None) is None:
+            raise UsageError(f"{name} lives in {fn.__module__!r}, which has no file that other processes could import.")
+        try:
+            call = pickle.dumps((fn, args, kwargs))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise UsageError(
+                f"{name} and its arguments cannot be sent to other processes: {error}. "
+                f"Use a function at the top level of a module and arguments that can be pickled."
+            ) from error
+        case = _Case(fn.__module__, os.path.abspath(str(module.__file__)), call, check)
+        try:
+            self._send(case)
+            return self._collect(deadline, timeout, f"{fn.__module__}.{name}")
+        except BaseException:  # KeyboardInterrupt included: ranks in the middle of a case serve no other
+            self.close()
+            raise
+
+    def _send(self, message: object) -> None:
+        for rank in self._ranks:
+            with contextlib.suppress(BrokenPipeError):  # a dead rank is reported by _collect
+                rank.pipe.send(message)
+
+    def _collect(self, deadline: float, timeout: float, what: str, only: int | None = None) -> list[Any]:
+        """One report of each rank (or of rank ``only``); raises for the first that failed, died or is late."""
+        waiting = dict(enumerate(self._ranks)) if only is None else {only: self._ranks[only]}
+        reports: dict[int, _Report] = {}
+        died: list[int] = []
+        give_up = deadline
+        while waiting and time.monotonic() < give_up:
+            # in slices, because a dead rank's pipe stays open as long as a process that it forked
+            wait([rank.pipe for rank in waiting.values()], timeout=max(0.0, min(0.1, give_up - time.monotonic())))
+            for number, rank in list(waiting.items()):
+                dead = rank.process.poll() is not None
+                try:
+                    if rank.pipe.poll():
+                        reports[number] = rank.pipe.recv()
+                        del waiting[number]
+                    elif dead:
+                        raise EOFError
+                except (EOFError, ConnectionResetError):
+                    died.append(number)
+                    del waiting[number]
+            if died or any(report.failed_at is not None for report in reports.values()):
+                give_up = min(give_up, time.monotonic() + _GRACE_SECONDS)
+        for number in died:  # before those that raised: losing a peer makes the others raise, never the reverse
+            code = self._ranks[number].process.wait()
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+            raise RankFailed(f"Rank {number} of {self.world_size} {how} while {what} ran.", number)
+        failures = [(report.failed_at, n) for n, report in reports.items() if report.failed_at is not None]
+        if failures:
+            _, number = min(failures)
+            report = reports[number]
+            error = _unpickle_error(report.error)
+            raise RankFailed(
+                f"Rank {number} of {self.world_size} failed first while {what} ran:\n\n{report.traceback}",
+                number,
+                error,
+            )
+        if waiting:
+            late = ", ".join(map(str, waiting))
+            raise RankTimeout(
+                f"{what} took longer than {timeout:g} s on rank {late} of {self.world_size}.\n\n"
+                + "\n".join(f"rank {number} was at\n{_stacks(rank)}" for number, rank in waiting.items()),
+                next(iter(waiting)),
+            )
+        return [reports[number].value for number in sorted(reports)]
+
+
+def _unpickle_error(data: bytes | None) -> BaseException | None:
+    try:
+        error = pickle.loads(data) if data else None
+    except Exception:  # an exception class with a constructor of its own: its text is in the traceback
+        return None
+    return error if isinstance(error, BaseException) else None
+
+
+def _stacks(rank: _Rank) -> str:
+    if rank.process.poll() is not None:
+        return "(ended)"
+    rank.process.send_signal(signal.SIGUSR1)
+    size, deadline = -1, time.monotonic() + 2.0
+    while time.monotonic() < deadline:  # until the dump is there and has stopped growing
+        before, size = size, os.fstat(rank.stacks.fileno()).st_size
+        if size > 0 and size == before:
+            break
+        time.sleep(0.05)
+    rank.stacks.seek(0)
+    threads = rank.stacks.read().decode(errors="replace").split("\n\n")
+    return "\n\n".join(thread for thread in threads if " in _receive\n" not in thread)  # less the inbox below
+
+
+_BOOTSTRAP = """\
+import os, sys
+os.environ.update({env!r})
+sys.path[:] = {path!r}
+from shardline.testing import _serve
+_serve({number}, {world_size}, {pipe}, {stacks})
+"""
+
+
+def _spawn(number: int, world_size: int, env: Mapping[str, str]) -> _Rank:
+    ours, theirs = Pipe()
+    stacks = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the pool)
+    variables = {
+        "RANK": number,
+        "WORLD_SIZE": world_size,
+        "LOCAL_RANK": number,
+        "LOCAL_WORLD_SIZE": world_size,
+        "GROUP_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+        "OMP_NUM_THREADS": 1,
+        **env,
+    }
+    code = _BOOTSTRAP.format(
+        env={name: str(value) for name, value in variables.items()},
+        path=[os.path.abspath(entry) for entry in sys.path],
+        number=number,
+        world_size=world_size,
+        pipe=theirs.fileno(),
+        stacks=stacks.fileno(),
+    )
+    # A session of its own: killing its process group also ends what the rank started, such as loader workers.
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.DEVNULL,
+        pass_fds=(theirs.fileno(), stacks.fileno()),
+        start_new_session=True,
+    )
+    theirs.close()
+    return _Rank(process, ours, stacks)
+
+
+# ---------------------------------------------------------------------------------------- inside the ranks' processes
+
+
+def _serve(number: int, world_size: int, pipe_fd: int, stacks_fd: int) -> None:
+    """Main loop of a rank: join the group, then run cases until the parent closes the pipe."""
+    pipe = Connection(pipe_fd)
+    os.set_inheritable(pipe_fd, False)
+    faulthandler.register(signal.SIGUSR1, file=stacks_fd, all_threads=True)
+    torch.set_num_threads(1)
+    try:
+        _join_group(number, world_size, pipe)
+    except BaseException as error:
+        pipe.send(_failure(error))
+        return
+    pipe.send(_Report())
+    cases = _Inbox(pipe)
+    gc.collect()
+    gc.freeze()  # torch's half a million objects: the collection after each case looks at the case's own only
+    while True:
+        case = cases.next()
+        report = _run_case(case)
+        try:
+            pipe.send(report)
+        except Exception as error:  # a result that cannot be pickled
+            pipe.send(_failure(error))
+
+
+def _join_group(number: int, world_size: int, pipe: Connection) -> None:
+    address = "127.0.0.1"
+    if number == 0:  # port 0: the system chooses a free one, and it is bound from then on
+        store = dist.TCPStore(address, 0, None, True, wait_for_workers=False, multi_tenant=True)  # type: ignore[attr-defined]
+        pipe.send(_Report(store.port))
+    port = pipe.recv()
+    os.environ["MASTER_PORT"] = str(port)
+    if number != 0:
+        store = dist.TCPStore(address, port, None, False, wait_for_workers=False)  # type: ignore[attr-defined]
+    dist.init_process_group(default_backend(), store=store, rank=number, world_size=world_size)
+
+
+class _Inbox:
+    """Receives cases on a thread, so that a rank stuck in a case notices when its parent is gone, and ends."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._case: _Case | None = None
+        self._arrived = threading.Semaphore(0)
+        threading.Thread(target=self._receive, name="shardline-testing-inbox", daemon=True).start()
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                self._case = self._pipe.recv()
+            except (EOFError, OSError):
+                os.killpg(os.getpgrp(), signal.SIGKILL)
+            self._arrived.release()
+
+    def next(self) -> _Case:
+        self._arrived.acquire()
+        assert self._case is not None
+        return self._case
+
+
+def _run_case(case: _Case) -> _Report:
+    environment, directory, dtype = dict(os.environ), os.getcwd(), torch.get_default_dtype()
+    threads = set(threading.enumerate())
+    random.seed(0)
+    torch.manual_seed(0)
+    try:
+        _import_from(case.module, case.file)
+        fn, args, kwargs = pickle.loads(case.call)
+        value = fn(*args, **kwargs)
+        del fn, args, kwargs
+        gc.collect()
+        if case.check:
+            _check_nothing_left(threads)
+    except BaseException as error:  # SystemExit too: a case that exits has not returned
+        return _failure(error)
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(directory)
+        torch.set_default_dtype(dtype)
+    return _Report(value)
+
+
+def _failure(error: BaseException) -> _Report:
+    failed_at = time.monotonic()
+    trace: TracebackType | None = error.__traceback__
+    while trace is not None and trace.tb_frame.f_globals.get("__name__") == __name__ and trace.tb_next is not None:
+        trace = trace.tb_next  # frames of this file say nothing to the reader
+    text = "".join(traceback.format_exception(type(error), error, trace))
+    try:
+        pickled = pickle.dumps(error)
+    except Exception:
+        pickled = None
+    return _Report(failed_at=failed_at, traceback=text, error=pickled)
+
+
+def _import_from(name: str, file: str) -> None:
+    """Make ``name`` importable as the module in ``file``; ``__main__`` gets the name multiprocessing gives it."""
+    loaded = sys.modules.get("__mp_main__" if name == "__main__" else name)
+    if loaded is not None and os.path.abspath(str(getattr(loaded, "__file__", ""))) == file:
+        return
+    alias = "__mp_main__" if name == "__main__" else name
+    spec = importlib.util.spec_from_file_location(alias, file)
+    assert spec is not None and spec.loader is not None
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    sys.modules[alias] = module
+    if name == "__main__":
+        sys.modules["__main__"] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[alias]
+        raise
+
+
+def _check_nothing_left(threads: set[threading.Thread]) -> None:
+    left = [t.name for t in threading.enumerate() if t not in threads and type(t).__name__ != "TMonitor"]  # tqdm's
+    if left:
+        raise RuntimeError(f"The case returned but left threads running: {', '.join(left)}.")
+    children = multiprocessing.active_children()
+    if children:
+        raise RuntimeError(f"The case returned but left processes running: {', '.join(c.name for c in children)}.")
+    if not dist.is_initialized():
+        raise RuntimeError("The case returned but destroyed the process group it was given; use run_distributed().")
+    total = torch.ones(1)
+    work = dist.all_reduce(total, async_op=True)
+    assert work is not None
+    try:
+        work.wait(timedelta(seconds=_CHECK_SECONDS))
+        in_step = total.item() == dist.get_world_size()
+    except RuntimeError:
+        in_step = False
+    if not in_step:
+        raise RuntimeError(
+            "The case returned but left the process group out of step: the ranks did not issue the same collectives."
+        )

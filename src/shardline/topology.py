@@ -1,0 +1,271 @@
+"""Who this process is: its rank, world, node and device, read from the launcher's environment or the process group."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shardline.errors import LaunchError, UsageError
+
+__all__ = ["Topology", "default_backend", "discover", "init_distributed"]
+
+logger = logging.getLogger("shardline")
+
+DEFAULT_PORT = 29500
+DEFAULT_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The place of one process in the job."""
+
+    rank: int
+    """Number of this process among all, from 0."""
+    world_size: int
+    """Number of processes of the job."""
+    local_rank: int
+    """Number of this process on its node, from 0."""
+    local_world_size: int
+    """Number of processes on this node."""
+    node_rank: int
+    """Number of this node, from 0."""
+    device: torch.device
+    """The device this process computes on: its accelerator, else the CPU."""
+    backend: str
+    """Backend of the process group, by device type where there are several: ``cpu:gloo,cuda:nccl``."""
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    """The names that one launcher gives to the same five numbers."""
+
+    launcher: str
+    rank: str
+    world_size: str
+    local_rank: str
+    local_world_size: str
+    node_rank: str
+
+
+_DIALECTS = (
+    _Dialect("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
+    # The variables of the *step*: only srun sets them. A batch script's own shell has SLURM_NTASKS too, yet is alone.
+    _Dialect("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "SLURM_NODEID"),
+    _Dialect(
+        "mpirun",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "OMPI_COMM_WORLD_NODE_RANK",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What the environment says about this process; None where it says nothing."""
+
+    launcher: str | None = None
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int | None = None
+    local_world_size: int | None = None
+    node_rank: int | None = None
+
+
+def _read_environment(env: Mapping[str, str]) -> _Place:
+    for names in _DIALECTS:
+        present = [name for name in (names.rank, names.world_size) if name in env]
+        if not present:
+            continue
+        if len(present) == 1:
+            if names.launcher != "torchrun":  # those variables also leak into shells that start nothing
+                continue
+            missing = names.world_size if present[0] == names.rank else names.rank
+            raise LaunchError(
+                f"The environment has {present[0]}={env[present[0]]} but no {missing}. "
+                f"Start the script with `shardline run` or torchrun, or unset {present[0]} to run one process alone."
+            )
+        place = _Place(
+            names.launcher,
+            _integer(env, names.rank),
+            _integer(env, names.world_size),
+            _integer(env, names.local_rank) if names.local_rank in env else None,
+            _integer(env, names.local_world_size) if names.local_world_size in env else None,
+            _integer(env, names.node_rank) if names.node_rank in env else None,
+        )
+        if not 0 <= place.rank < place.world_size:
+            raise LaunchError(
+                f"The environment has {names.rank}={place.rank} and {names.world_size}={place.world_size}; "
+                f"a rank is at least 0 and below the world size."
+            )
+        return place
+    return _Place(local_rank=_integer(env, "LOCAL_RANK") if "LOCAL_RANK" in env else None)
+
+
+def _integer(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except ValueError:
+        raise LaunchError(f"The environment variable {name} is {env[name]!r}; it must be an integer.") from None
+
+
+def discover(local_rank: int | None = None) -> Topology:
+    """The place of this process: from the process group if there is one, else from the environment, else alone.
+
+    Variables of torchrun (``shardline run`` sets the same), of Slurm's ``srun`` and of Open MPI are understood.
+    ``local_rank`` overrides what they say. Where nothing tells the local rank, all processes are taken to be on one
+    node (or, with accelerators, to fill nodes in order of rank, one process for each device).
+
+    Raises:
+        LaunchError: the environment contradicts itself, or names a local rank for which there is no device.
+    """
+    place = _read_environment(os.environ)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    devices = torch.accelerator.device_count() if accelerator is not None else 0
+    rank, world_size = place.rank, place.world_size
+    if dist.is_initialized():
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    local_world_size = place.local_world_size or min(world_size, devices or world_size)
+    if local_rank is None or local_rank < 0:  # -1 is argparse's customary "not given"
+        local_rank = rank % local_world_size if place.local_rank is None else place.local_rank
+    node_rank = rank // local_world_size if place.node_rank is None else place.node_rank
+    return Topology(
+        rank,
+        world_size,
+        local_rank,
+        local_world_size,
+        node_rank,
+        _device(accelerator, devices, local_rank),
+        _group_backend() if dist.is_initialized() else default_backend(),
+    )
+
+
+def _device(accelerator: torch.device | None, devices: int, local_rank: int) -> torch.device:
+    if accelerator is None:
+        return torch.device("cpu")
+    if devices == 1:  # launchers that give each process a device of its own show it as number 0
+        return torch.device(accelerator.type, 0)
+    if local_rank >= devices:
+        raise LaunchError(
+            f"Local rank {local_rank} has no device: {devices} {accelerator.type} devices are visible. "
+            f"Start at most {devices} processes on this node, or make more devices visible."
+        )
+    return torch.device(accelerator.type, local_rank)
+
+
+def default_backend() -> str:
+    """``gloo`` on CPU; with an accelerator gloo for CPU tensors beside the accelerator's own backend."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return "gloo"
+    return f"cpu:gloo,{accelerator.type}:{dist.get_default_backend_for_device(accelerator)}"
+
+
+def _group_backend() -> str:
+    config = dist.get_backend_config()
+    backends = dict(pair.split(":", 1) for pair in config.split(",") if ":" in pair)
+    # "gloo" alone is reported as cpu:gloo,cuda:gloo,...: one word says the same
+    return next(iter(backends.values())) if len(set(backends.values())) == 1 else config
+
+
+def init_distributed(
+    dist_backend: str | None = None,
+    auto_mpi_discovery: bool = True,
+    distributed_port: int = DEFAULT_PORT,
+    verbose: bool = True,
+    timeout: timedelta | None = None,
+    init_method: str | None = None,
+    dist_init_required: bool | None = None,
+    config: Any = None,
+    rank: int = -1,
+    world_size: int = -1,
+) -> None:
+    """Make the default process group, unless there is one; works under any launcher and without one.
+
+    Without launcher and arguments this process is a world of one, whose group needs no network. On a machine with
+    accelerators this process's device becomes the current one.
+
+    Args:
+        dist_backend: backend of the group; the default is :func:`default_backend`.
+        auto_mpi_discovery: whether Open MPI's variables count (they are read like any launcher's; no mpi4py).
+        distributed_port: port of rank 0 where the environment has no MASTER_PORT.
+        verbose: log one DEBUG line on rank 0.
+        timeout: how long a collective may wait for the other ranks; 10 minutes.
+        init_method: URL for torch's rendezvous (``tcp://host:port``, ``file:///path``), instead of MASTER_ADDR.
+        dist_init_required: False says that the caller has already made a group.
+        config: accepted for compatibility, not used.
+        rank, world_size: override the environment where they are not -1.
+
+    Raises:
+        LaunchError: the environment is incomplete or contradicts itself.
+        UsageError: ``dist_init_required=False`` without a process group.
+    """
+    if dist.is_initialized():
+        return
+    if dist_init_required is False:
+        raise UsageError(
+            "dist_init_required=False, but torch.distributed has no process group. "
+            "Call torch.distributed.init_process_group() first, or leave dist_init_required out."
+        )
+    place = _read_environment(os.environ)
+    if place.launcher == "mpirun" and not auto_mpi_discovery:
+        place = _Place()
+    rank = place.rank if rank < 0 else rank
+    world_size = place.world_size if world_size < 0 else world_size
+    if not 0 <= rank < world_size:
+        raise LaunchError(f"Rank {rank} in a world of {world_size}: a rank is at least 0 and below the world size.")
+
+    rendezvous: dict[str, Any]
+    if init_method is not None:
+        rendezvous = {"init_method": init_method}
+    elif world_size == 1:
+        rendezvous = {"store": dist.HashStore()}  # type: ignore[attr-defined]
+    elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's agent already hosts the store that env:// finds
+        rendezvous = {"init_method": "env://"}
+    else:
+        rendezvous = {"init_method": f"tcp://{_master(os.environ, place, distributed_port)}"}
+
+    dist.init_process_group(
+        dist_backend or default_backend(),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout or DEFAULT_TIMEOUT,
+        **rendezvous,
+    )
+    device = discover().device
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)
+    if verbose and rank == 0:
+        how = place.launcher or "no launcher"
+        logger.debug("process group of %d (%s, %s)", world_size, dist_backend or default_backend(), how)
+
+
+def _master(env: Mapping[str, str], place: _Place, default_port: int) -> str:
+    host = env.get("MASTER_ADDR")
+    port = _integer(env, "MASTER_PORT") if "MASTER_PORT" in env else None
+    if place.launcher == "srun":
+        host = host or _first_slurm_host(env.get("SLURM_STEP_NODELIST", ""))
+        # the same on all tasks of a step, different for jobs that share a node
+        port = port or 20000 + (_integer(env, "SLURM_JOB_ID") if "SLURM_JOB_ID" in env else 0) % 10000
+    if not host:
+        raise LaunchError(
+            "A world of more than one process needs the address of rank 0, but MASTER_ADDR is not set. "
+            "Start the script with `shardline run` or torchrun, or set MASTER_ADDR and MASTER_PORT on every process."
+        )
+    return f"{f'[{host}]' if ':' in host else host}:{port or default_port}"
+
+
+def _first_slurm_host(nodelist: str) -> str | None:
+    """``node[003-005,9],other`` -> ``node003``."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodelist)
+    return match[1] + (match[2] or "") + (match[3] or "") if match else None

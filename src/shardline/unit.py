@@ -1,0 +1,473 @@
+"""One unit at run time: its flat buffers on this rank, and the state machine that gathers, releases and reduces them.
+
+A :class:`Slab` holds the buffers of one flat layout:
+
+    weights     what rests on this rank: the whole slab (placement R) or this rank's shard (S)
+    gathered    the whole slab while it is in use; ``weights`` itself where they rest whole
+    master      what the optimizer updates, in fp32: a view of ``weights`` where these are fp32, else a buffer
+    partial     gradients of this rank only, the whole slab, while they wait for a reduction
+    grad        reduced gradients, as long as ``master``
+
+A :class:`Unit` moves its slabs together. In a world of one every transition is an alias: nothing is copied or sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from shardline.buffer import Pool, seal, unseal, view
+from shardline.comm import DONE, Comm, Work
+from shardline.errors import ModelError, UsageError
+from shardline.placement import Placement, Stage, Transition, transition
+from shardline.plan import Fragment, Run, SlabPlan, UnitPlan
+from shardline.precision import Precision
+
+__all__ = ["Residence", "RunTensors", "Slab", "Unit"]
+
+
+class Residence(Enum):
+    """Where a unit's whole weights are."""
+
+    SHARDED = "sharded"  # not here: its parameters are sealed
+    GATHERING = "gathering"  # on their way
+    GATHERED = "gathered"  # here
+
+
+@dataclass(frozen=True)
+class RunTensors:
+    """A run of this rank's shard: the optimizer's parameter, its gradient, and the fragments they consist of.
+
+    ``low`` to ``high`` is this rank's shard in the same slab, of which a run of replicated states is more than a part.
+    """
+
+    run: Run
+    low: int
+    high: int
+    param: Tensor
+    grad: Tensor
+    fragments: tuple[Fragment, ...]
+
+
+class Slab:
+    """The buffers of one slab on this rank. ``params`` are the model's own parameters, in order of the entries."""
+
+    def __init__(
+        self, plan: SlabPlan, params: Sequence[nn.Parameter], row: Stage, comm: Comm, pool: Pool, precision: Precision
+    ) -> None:
+        self.plan, self.params, self.row = plan, list(params), row
+        self.comm, self.pool = comm, pool
+        self.start, self.stop = plan.shard(comm.rank)
+        self.reduce_dtype = precision.reduce_dtype(plan.dtype)
+        self.grad_dtype = precision.grad_dtype(plan.dtype)
+        self.master_dtype = precision.master_dtype(plan.dtype)
+        self.weights: Tensor = torch.empty(0)
+        self.gathered: Tensor | None = None
+        self.master: Tensor | None = None
+        self.partial: Tensor | None = None
+        self.grad: Tensor | None = None
+        self.accumulated = False  # whether ``grad`` holds anything of this window
+        self.versions: list[int] = []
+
+    # -- which part of the slab a buffer in a given placement covers ------------------------------------------------
+
+    def _range(self, placement: Placement) -> tuple[int, int]:
+        return (self.start, self.stop) if placement is Placement.SHARDED else (0, self.plan.size)
+
+    @property
+    def state_range(self) -> tuple[int, int]:
+        """The range of the slab that ``master``, ``grad`` and the optimizer's state cover on this rank."""
+        return self._range(self.row.states)
+
+    def own(self, buffer: Tensor) -> Tensor:
+        """This rank's shard of a buffer that covers the whole slab, or of one that covers just the shard."""
+        return buffer[self.start : self.stop] if buffer.numel() == self.plan.size else buffer
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+
+    def load(self, whole: Tensor) -> None:
+        """Take ``whole`` (the slab's values in the dtype of the masters) as weights and masters. Keeps no reference."""
+        low, high = self._range(self.row.weights)
+        part = whole[low:high]
+        self.weights = part.to(self.plan.dtype, copy=True)
+        if self.plan.trainable:
+            low, high = self.state_range
+            if self.master_dtype == self.plan.dtype:  # masters are the weights
+                self.master = self.own(self.weights) if self.row.states is Placement.SHARDED else self.weights
+            else:
+                self.master = whole[low:high].clone()
+
+    def show(self, whole: Tensor) -> None:
+        """Make the parameters views of ``whole``."""
+        for param, entry in zip(self.params, self.plan.entries, strict=True):
+            unseal(param, view(whole, entry))
+
+    def take(self, whole: Tensor) -> None:
+        """Take ``whole`` (in the dtype of the weights) over into this rank's weights at rest and masters."""
+        low, high = self._range(self.row.weights)
+        if self.weights.data_ptr() != whole.data_ptr():
+            self.weights.copy_(whole[low:high])
+        if self.master is not None and self.master_dtype != self.plan.dtype:
+            low, high = self.state_range
+            self.master.copy_(whole[low:high])
+
+    def refresh(self) -> None:
+        """Bring this rank's updated masters into the weights at rest."""
+        if self.master is not None and self.master_dtype != self.plan.dtype:
+            low, _ = self._range(self.row.weights)
+            first, last = self.state_range
+            self.weights[first - low : last - low].copy_(self.master)
+
+    def note_versions(self) -> None:
+        """Remember the parameters as they are now, so that later edits are noticed."""
+        self.versions = [param._version for param in self.params]
+
+    def edited(self) -> list[str]:
+        """Names of the parameters that were edited in place since :meth:`note_versions`."""
+        return [
+            entry.param.name
+            for param, entry, before in zip(self.params, self.plan.entries, self.versions, strict=True)
+            if param._version != before
+        ]
+
+    def adopt(self) -> None:
+        """Take in-place edits of resting weights (``clamp_``, ``load_state_dict``) over into the masters.
+
+        Raises:
+            ModelError: if a parameter's tensor was replaced instead of edited.
+        """
+        base, size = self.weights.data_ptr(), self.weights.element_size()
+        for param, entry in zip(self.params, self.plan.entries, strict=True):
+            replaced = param.data_ptr() != base + entry.offset * size and param.numel()
+            if replaced or param.dtype != self.plan.dtype or param.stride() != entry.param.stride:
+                raise ModelError(
+                    f"parameter {entry.param.name!r} was replaced after initialize: it is now a tensor of "
+                    f"{tuple(param.shape)} {param.dtype} with strides {param.stride()} outside the engine's buffers. "
+                    f"Edit weights in place (copy_, load_state_dict); convert dtype or memory format (.half(), "
+                    f".to(memory_format=...)) before shardline.initialize."
+                )
+        edited = set(self.edited())
+        if not edited:
+            return
+        if self.master is not None and self.master_dtype != self.plan.dtype:
+            low, high = self.state_range
+            for piece in self.plan.fragments(low, high):
+                if piece.name in edited:
+                    size = piece.stop - piece.start
+                    self.master[piece.offset - low :][:size].copy_(self.weights[piece.offset :][:size])
+        self.note_versions()
+
+    # -- gradients --------------------------------------------------------------------------------------------------
+
+    def fold(self, factor: float) -> None:
+        """Move the parameters' ``.grad`` into ``partial`` (a world of one: ``grad``), times ``factor``."""
+        alone = self.comm.world_size == 1
+        target = self._grad_buffer() if alone else self.partial
+        fresh = not self.accumulated if alone else target is None
+        if target is None:
+            target = self.partial = self.pool.take(self.plan.size, self.grad_dtype)
+        self._pack(target, factor, add=not fresh)
+        self.accumulated = self.accumulated or alone
+
+    def reduce(self, unit: int, factor: float) -> Work:
+        """Start to sum the gradients of all ranks into this rank's range of ``grad``."""
+        if self.comm.world_size == 1:
+            self.fold(factor)
+            return DONE
+        if self.partial is not None:
+            self.fold(factor)
+            source, self.partial = self.partial, None
+            if self.reduce_dtype != source.dtype:
+                wire = self.pool.take(self.plan.size, self.reduce_dtype)
+                wire.copy_(source)
+                self.pool.give(source)
+                source = wire
+        else:
+            source = self.pool.take(self.plan.size, self.reduce_dtype)
+            self._pack(source, factor, add=False)
+        grad = self._grad_buffer()
+        work = self.comm.reduce(
+            unit, source, self.plan.boundaries, self.own(grad), add=self.accumulated, scratch=self.pool
+        )
+        self.accumulated = True
+
+        def finish() -> None:
+            work.wait()
+            self.pool.give(source)
+
+        return Work((), finish)
+
+    def share_grad(self, unit: int) -> Work:
+        """Where states rest whole, bring the reduced gradients of all shards here."""
+        if self.grad is None or self.row.states is not Placement.REPLICATED:
+            return DONE
+        return self.comm.gather(unit, self.grad, self.plan.boundaries)
+
+    def drop_grad(self) -> None:
+        """Forget what was accumulated in this window."""
+        if self.partial is not None:
+            self.pool.give(self.partial)
+        self.partial, self.accumulated = None, False
+        for param in self.params:
+            param.grad = None
+
+    def has_grad(self) -> bool:
+        return any(param.grad is not None for param in self.params)
+
+    def _grad_buffer(self) -> Tensor:
+        if self.grad is None:
+            low, high = self.state_range
+            self.grad = torch.zeros(high - low, dtype=self.grad_dtype, device=self.weights.device)
+        return self.grad
+
+    def _pack(self, target: Tensor, factor: float, *, add: bool) -> None:
+        """Copy or add the parameters' gradients to their places in ``target``, and let go of them."""
+        grads, places, missing = [], [], []
+        for param, entry in zip(self.params, self.plan.entries, strict=True):
+            grad, param.grad = param.grad, None
+            if grad is None:
+                missing.append(target[entry.offset : entry.stop])
+            else:
+                grads.append(grad.to_dense() if grad.layout is not torch.strided else grad)
+                places.append(view(target, entry))
+        if grads and factor != 1.0:
+            torch._foreach_mul_(grads, factor)
+        if add:
+            if grads:
+                torch._foreach_add_(places, grads)
+            return
+        if grads:
+            torch._foreach_copy_(places, grads)
+        missing += [target[start:stop] for start, stop in self.plan.gaps]
+        if missing:
+            torch._foreach_zero_(missing)
+
+    # -- what the optimizer sees ------------------------------------------------------------------------------------
+
+    def runs(self) -> Iterator[RunTensors]:
+        """This rank's runs, each as a view of ``master`` and ``grad``."""
+        if self.master is None:
+            return
+        low, high = self.state_range
+        grad = self._grad_buffer()
+        for run in self.plan.runs(low, high):
+            fragments = tuple(self.plan.fragments(run.start, run.stop))
+            if run.entry is None:
+                first, last = run.start - low, run.stop - low
+                yield RunTensors(
+                    run, self.start, self.stop, self.master[first:last], grad[first:last], fragments
+                )
+            else:
+                shape, stride, offset = run.entry.param.shape, run.entry.param.stride, run.start - low
+                yield RunTensors(
+                    run,
+                    self.start,
+                    self.stop,
+                    self.master.as_strided(shape, stride, self.master.storage_offset() + offset),
+                    grad.as_strided(shape, stride, offset),
+                    fragments,
+                )
+
+
+class Unit:
+    """Parameters that are gathered, used, released and reduced together.
+
+    Attributes:
+        sharded: whether the weights rest sharded, so that a use needs a gather.
+        residence: where the whole weights are now.
+        generation: raised whenever the weights change; what was saved under an older one is stale.
+        holds: uses in progress; a unit in use is not released.
+    """
+
+    def __init__(
+        self,
+        plan: UnitPlan,
+        params: dict[str, nn.Parameter],
+        row: Stage,
+        comm: Comm,
+        pool: Pool,
+        precision: Precision,
+        on_touch: Callable[[Unit], bool],
+    ) -> None:
+        self.plan, self.row, self.comm, self.pool = plan, row, comm, pool
+        self.index, self.name = plan.index, plan.name
+        self.slabs = [
+            Slab(slab, [params[entry.param.name] for entry in slab.entries], row, comm, pool, precision)
+            for slab in plan.slabs
+        ]
+        self.trainable = [slab for slab in self.slabs if slab.plan.trainable]
+        self.sharded = transition(row.weights, Placement.REPLICATED) is Transition.GATHER and comm.world_size > 1
+        self.residence = Residence.GATHERED
+        self.generation = 0
+        self.holds = 0
+        self._on_touch = on_touch
+        self._works: list[Work] = []
+        self._reductions: list[Work] = []
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+
+    def load(self, slab: Slab, whole: Tensor) -> None:
+        """Take ``whole`` as the weights of ``slab``; see :meth:`Slab.load`. :meth:`settle` follows for all slabs."""
+        slab.load(whole)
+        self.generation += 1
+
+    def settle(self) -> None:
+        """Bring the parameters into the state in which they rest: views of whole weights, or sealed."""
+        if self.sharded:
+            self._seal()
+            return
+        for slab in self.slabs:
+            slab.gathered = slab.weights
+            slab.show(slab.weights)
+            slab.note_versions()
+        self.residence = Residence.GATHERED
+
+    def gather(self) -> None:
+        """Start to bring the whole weights here."""
+        if self.residence is not Residence.SHARDED:
+            return
+        for slab in self.slabs:
+            whole = self.pool.take(slab.plan.size, slab.plan.dtype)
+            slab.own(whole).copy_(slab.weights)
+            slab.gathered = whole
+            self._works.append(self.comm.gather(self.index, whole, slab.plan.boundaries))
+        self.residence = Residence.GATHERING
+
+    def wait(self) -> None:
+        """Return when the whole weights are here and the parameters show them."""
+        self.gather()
+        if self.residence is Residence.GATHERED:
+            return
+        while self._works:
+            self._works.pop().wait()
+        for slab in self.slabs:
+            if slab.gathered is not None:
+                slab.show(slab.gathered)
+                slab.note_versions()
+        self.residence = Residence.GATHERED
+
+    def release(self) -> None:
+        """Let the whole weights go, unless they rest whole or are in use. In-place edits of them are kept."""
+        if not self.sharded or self.holds or self.residence is Residence.SHARDED:
+            return
+        if self.residence is Residence.GATHERED:
+            self._keep_edits()
+        while self._works:
+            self._works.pop().wait()
+        self._seal()
+
+    def edited(self) -> list[str]:
+        """Names of the parameters that were edited in place since they were last shown."""
+        return [name for slab in self.slabs for name in slab.edited()]
+
+    def _keep_edits(self) -> None:
+        for slab in self.slabs:
+            if slab.gathered is not None and slab.edited():
+                slab.take(slab.gathered)
+                self.generation += 1
+
+    def _seal(self) -> None:
+        for slab in self.slabs:
+            for param, entry in zip(slab.params, slab.plan.entries, strict=True):
+                seal(param, entry.param.name, self._touch)
+            if slab.gathered is not None:
+                self.pool.give(slab.gathered)
+                slab.gathered = None
+        self.residence = Residence.SHARDED
+
+    def _touch(self) -> bool:
+        return self._on_touch(self)
+
+    def write_back(self) -> None:
+        """Take edits of the gathered weights over into shards and masters: rank 0's values win on every rank."""
+        if self.residence is not Residence.GATHERED:
+            raise AssertionError(f"unit {self.name} is {self.residence.value}, so there is nothing to write back")
+        for slab in self.slabs:
+            whole = slab.gathered
+            if whole is None:
+                raise AssertionError(f"unit {self.name} shows no weights")
+            self.comm.broadcast([whole])
+            slab.take(whole)
+            slab.note_versions()
+        self.generation += 1
+
+    def refresh(self) -> list[Work]:
+        """After an update: bring the masters into the weights, and start the gather where these rest whole.
+
+        A gathered copy of sharded weights is now of an older generation and is let go.
+        """
+        if self.holds:
+            raise UsageError(
+                f"step() was called while unit {self.name!r} is in use. Call it outside of forward and of "
+                f"gathered_parameters()."
+            )
+        if not self.trainable:
+            return []
+        works = []
+        for slab in self.trainable:
+            slab.refresh()
+            if transition(self.row.states, self.row.weights) is Transition.GATHER:
+                works.append(self.comm.gather(self.index, slab.weights, slab.plan.boundaries))
+        self.generation += 1
+        self.release()
+        return works
+
+    def adopt(self) -> None:
+        """Notice edits that were made to resting weights; see :meth:`Slab.adopt`."""
+        if not self.sharded:
+            for slab in self.slabs:
+                slab.adopt()
+
+    def settle_versions(self) -> None:
+        """The weights as they are now are nobody's edits."""
+        for slab in self.slabs:
+            slab.note_versions()
+
+    def let_go(self) -> None:
+        """Give the parameters tensors of their own; the unit is not used any more."""
+        self.wait()
+        for slab in self.slabs:
+            if slab.gathered is not None:
+                for param in slab.params:
+                    param.data = param.data.clone()
+                    param.grad = None
+            slab.gathered = slab.master = slab.grad = slab.partial = None
+            slab.weights = torch.empty(0)
+
+    # -- gradients --------------------------------------------------------------------------------------------------
+
+    def has_grad(self) -> bool:
+        """Whether any parameter has a ``.grad`` that was not collected yet."""
+        return any(slab.has_grad() for slab in self.trainable)
+
+    def has_partial(self) -> bool:
+        """Whether gradients of this rank wait for a reduction."""
+        return any(slab.partial is not None for slab in self.trainable)
+
+    def fold(self, factor: float) -> None:
+        """Collect this rank's gradients without talking to the others."""
+        for slab in self.trainable:
+            slab.fold(factor)
+
+    def reduce(self, factor: float) -> None:
+        """Collect this rank's gradients and start to sum them over the ranks. Absent ones count as zero."""
+        for slab in self.trainable:
+            self._reductions.append(slab.reduce(self.index, factor))
+
+    def finish_reduce(self) -> None:
+        """Return when every started reduction of this unit has arrived in ``grad``."""
+        while self._reductions:
+            self._reductions.pop(0).wait()
+
+    def share_grads(self) -> list[Work]:
+        return [slab.share_grad(self.index) for slab in self.trainable]
+
+    def drop_grads(self) -> None:
+        """Forget all gradients of this window, those in flight included."""
+        self.finish_reduce()
+        for slab in self.trainable:
+            slab.drop_grad()

@@ -1,0 +1,85 @@
+"""Fixtures of the whole suite: warm processes for multi-rank cases, and a watch over what a test leaves behind."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from shardline.testing import Pool
+
+MAX_PROCESSES = 12
+"""Warm ranks over all pools; each takes 200 to 300 MB. Worlds 1, 2, 3 and 4 fit together."""
+
+
+class Ranks:
+    """Calls a module-level function on every rank of a world, on warm processes that the whole session shares."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Pool] = {}  # least recently used first
+
+    def __call__(
+        self, fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout: float = 60.0, **kwargs: Any
+    ) -> list[Any]:
+        pool = self._pools.pop(world_size, None) or Pool(world_size)
+        while self._pools and sum(self._pools) + world_size > MAX_PROCESSES:
+            self._pools.pop(next(iter(self._pools))).close()
+        self._pools[world_size] = pool
+        return pool.run(fn, *args, timeout=timeout, **kwargs)
+
+    @property
+    def pids(self) -> set[int]:
+        return {pid for pool in self._pools.values() for pid in pool.pids}
+
+    def close(self) -> None:
+        while self._pools:
+            self._pools.popitem()[1].close()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """``ranks(fn, world_size, *args, timeout=60, **kwargs)`` -> what ``fn`` returned on each rank."""
+    shared = Ranks()
+    yield shared
+    shared.close()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test that leaves a process, a thread, an environment variable or a process group behind."""
+    before = _state()
+    yield
+    warm = request.getfixturevalue("ranks").pids if "ranks" in request.fixturenames else set()
+    after = _state()
+    left = [
+        f"{what}: {sorted(map(str, now ^ was))}"
+        for what, was, now in zip(("processes", "threads", "environment"), before, after, strict=True)
+        if (now - warm) - was or (what == "environment" and now != was)
+    ]
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        left.append("the default process group")
+    if torch.get_default_dtype() != torch.float32:
+        torch.set_default_dtype(torch.float32)
+        left.append("torch's default dtype")
+    assert not left, f"the test left behind {'; '.join(left)}"
+
+
+def _state() -> tuple[set[Any], set[Any], set[Any]]:
+    threads = {t for t in threading.enumerate() if type(t).__name__ != "TMonitor"}  # tqdm keeps one for ever
+    environment = {item for item in os.environ.items() if item[0] != "PYTEST_CURRENT_TEST"}
+    return _children(), threads, environment
+
+
+def _children() -> set[Any]:
+    if sys.platform != "linux":
+        return set()
+    files = Path("/proc/self/task").glob("*/children")
+    return {int(pid) for file in files for pid in file.read_text().split()}

@@ -1,0 +1,104 @@
+"""Swap: two ranks that gather equal-sized units in different orders must not train on each other's weights.
+
+Either the step equals the twin's, in which a block that a rank skipped has a zero gradient there, or every rank raises
+one error that names both sides before anything was updated.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from tests.harness import STAGES, Setup, assert_close, assert_identical, assert_ranks_agree, seeded, spread, start
+from tests.models import Mlp, regression
+
+SKIPS = {
+    "skip": [{0: (2,), 1: (3,)}, {0: (2,), 1: (3,)}, {}],
+    "skip both ends": [{0: (0, 1), 1: (2, 3)}, {1: (0,)}, {}],
+    "skip on one rank": [{}, {1: (1, 2)}, {}],
+    "skip all": [{0: (0, 1, 2, 3)}, {1: (0, 1, 2, 3)}, {}],
+}
+ORDERS = {
+    "swapped": [{0: (0, 1, 2, 3), 1: (0, 2, 1, 3)}, {0: (0, 1, 2, 3), 1: (0, 2, 1, 3)}, {}],
+    "reversed": [{}, {1: (3, 2, 1, 0)}, {}],
+}
+
+
+def branch(plan, argument, batches, config):
+    """Train; per rank the state and, where the engine refused, what it said."""
+    from shardline.errors import DisagreementError
+
+    rank = dist.get_rank()
+    engine = start(Mlp, config)
+    error = None
+    try:
+        for choice, window in zip(plan, batches, strict=True):
+            for micro in window:
+                x, y = micro[rank]
+                kwargs = {argument: choice[rank]} if rank in choice else {}
+                engine.backward(F.mse_loss(engine(x, **kwargs), y))
+                engine.step()
+    except DisagreementError as raised:
+        error = str(raised)
+    state = engine.full_state_dict()
+    engine.destroy()
+    return state, error
+
+
+def expected_state(plan, argument, batches, setup):
+    twin = setup.twin(seeded(Mlp))
+    for choice, window in zip(plan, batches, strict=True):
+        for micro in window:
+            for rank, (x, y) in enumerate(micro):
+                kwargs = {argument: choice[rank]} if rank in choice else {}
+                twin.backward(F.mse_loss(twin.model(x, **kwargs), y))
+        twin.step()
+    return twin.state()
+
+
+def check(ranks, plan, argument, stage, setup, world=2):
+    batches = spread(regression, len(plan), setup, world)
+    results = ranks(branch, world, plan, argument, batches, setup.config(stage))
+    assert_ranks_agree([state for state, _ in results])
+    if results[0][1] is None:
+        assert_close(results[0][0], expected_state(plan, argument, batches, setup))
+        return
+    assert stage == 3, "stages 0 to 2 gather nothing in a forward and have no reason to refuse"
+    for state, error in results:
+        assert error is not None and "rank 0" in error.lower() and "rank 1" in error.lower(), error
+        assert_identical(state, seeded(Mlp).state_dict())
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize("plan", SKIPS)
+def test_skipped_blocks(ranks, plan, optimizer):
+    check(ranks, SKIPS[plan], "skip", 3, Setup(optimizer=optimizer))
+
+
+@pytest.mark.parametrize("stage", STAGES[:3])
+def test_skipped_blocks_at_other_stages(ranks, stage):
+    check(ranks, SKIPS["skip"], "skip", stage, Setup(clip=0.1))
+
+
+@pytest.mark.parametrize("plan", SKIPS)
+def test_skipped_blocks_while_accumulating(ranks, plan):
+    check(ranks, SKIPS[plan], "skip", 3, Setup(accumulation=2))
+
+
+def test_skipped_blocks_kept_whole_between_forward_and_backward(ranks):
+    check(ranks, SKIPS["skip"], "skip", 3, Setup(zero={"reshard_after_forward": False}))
+
+
+def test_three_ranks(ranks):
+    check(ranks, [{0: (2,), 1: (3,), 2: (0, 1)}, {2: (0,)}, {}], "skip", 3, Setup(), world=3)
+
+
+@pytest.mark.parametrize("plan", ORDERS)
+def test_another_order(ranks, plan):
+    """The second step's ranks disagree from an order that the first step may have recorded."""
+    check(ranks, ORDERS[plan], "order", 3, Setup())
+
+
+def test_order_after_it_was_agreed(ranks):
+    check(ranks, [{}, {}, {}, ORDERS["swapped"][0], {}], "order", 3, Setup())

@@ -1,0 +1,166 @@
+"""The engine against the twin over stage x precision x accumulation x world x optimizer; a part of it by default.
+
+Tolerances are `harness.TOLERANCE`: fp32 within 1e-5 of each weight, bf16 and fp16 within 2% and 0.5% of the distance it
+was moved; on a world of one, and between the stages in fp32, bit by bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from tests.harness import (
+    DTYPES,
+    OPTIMIZERS,
+    STAGES,
+    Setup,
+    assert_close,
+    assert_identical,
+    assert_ranks_agree,
+    check_against_twin,
+    full,
+    seeded,
+    spread,
+    train,
+    train_twin,
+)
+from tests.models import ConvNet, Lora, Mlp, TinyGpt, cross_entropy, images, mse, regression, tokens
+
+MATRIX = [
+    pytest.param(dtype, accumulation, world, optimizer, marks=[] if usual else full)
+    for dtype, accumulation, world, optimizer in itertools.product(DTYPES, (1, 3), (2, 4), OPTIMIZERS)
+    for usual in [
+        (world == 2 and (accumulation == 1) == (optimizer == "AdamW"))
+        or (world, accumulation, dtype, optimizer) in {(4, 3, "fp32", "AdamW"), (4, 1, "bf16", "SGD")}
+    ]
+]
+"""Every stage runs in each; the default part meets every value, and every pair with a stage and a precision."""
+
+
+@pytest.mark.parametrize(("dtype", "accumulation", "world", "optimizer"), MATRIX)
+def test_every_stage_is_the_twin(ranks, dtype, accumulation, world, optimizer):
+    setup = Setup(dtype, optimizer, accumulation=accumulation, micro=2)
+    check_against_twin(ranks, TinyGpt, cross_entropy, tokens, world=world, setup=setup, timeout=100)
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=full)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_clipping(ranks, dtype, world):
+    """Clipped at every step, over tied and positional parameters and accumulated windows."""
+    setup = Setup(dtype, "SGD", clip=0.25, accumulation=2, micro=2)
+    batches = spread(tokens, 3, setup, world)
+    assert min(train_twin(TinyGpt, cross_entropy, batches, setup)[1]["norms"]) > 0.25
+    check_against_twin(ranks, TinyGpt, cross_entropy, tokens, world=world, setup=setup)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_world_of_one_is_the_twin_bit_by_bit(ranks, dtype, accumulation, optimizer):
+    setup = Setup(dtype, optimizer, accumulation=accumulation)
+    check_bits(ranks, setup)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_world_of_one_clips_as_the_twin_bit_by_bit(ranks, dtype):
+    """Given the same norm: its last bit depends on the order in which squares are added up."""
+    check_bits(ranks, Setup(dtype, "AdamW", accumulation=2, clip=0.25))
+
+
+def check_bits(ranks, setup):
+    batches = spread(tokens, 4, setup, 1)
+    _, expected = train_twin(TinyGpt, cross_entropy, batches, setup)
+    (results,) = ranks(train, 1, TinyGpt, cross_entropy, batches, [setup.config(stage) for stage in STAGES])
+    torch.testing.assert_close(results[0]["norms"], expected["norms"], rtol=1e-6, atol=0)
+    if setup.clip:
+        assert min(expected["norms"]) > setup.clip
+        _, expected = train_twin(TinyGpt, cross_entropy, batches, setup, results[0]["norms"])
+    for result in results:
+        assert_identical(result["state"], expected["state"])
+        assert result["losses"] == [loss for (loss,) in expected["losses"]]
+        assert result["norms"] == results[0]["norms"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("clip", [0.0, 0.25])
+@pytest.mark.parametrize("world", [2, 3, pytest.param(4, marks=full)])
+def test_stages_are_one_another_bit_by_bit(ranks, world, clip, optimizer):
+    """fp32, accumulation 1: stages differ in where things live, never in what is computed."""
+    setup = Setup("fp32", optimizer, clip=clip, micro=3)
+    batches = spread(tokens, 4, setup, world)
+    results = ranks(train, world, TinyGpt, cross_entropy, batches, [setup.config(stage) for stage in STAGES])
+    for by_stage in results:
+        for stage in STAGES[1:]:
+            assert_identical(by_stage[stage]["state"], by_stage[0]["state"])
+            assert by_stage[stage]["losses"] == by_stage[0]["losses"]
+            assert by_stage[stage]["norms"] == by_stage[0]["norms"]
+
+
+@pytest.mark.parametrize(
+    "zero", [{"reshard_after_forward": False}, {"unit_min_numel": 100_000}, {"unit_max_numel": 2000}]
+)
+def test_where_units_are_cut_changes_no_result(ranks, zero):
+    setup = Setup("fp32", "AdamW", clip=0.25, zero=zero)
+    check_against_twin(ranks, TinyGpt, cross_entropy, tokens, setup=setup, stages=(1, 3))
+
+
+def test_persistent_small_parameters(ranks):
+    """Below the threshold nothing is sharded between forward and backward; results stay."""
+    setup = Setup("bf16", "AdamW", accumulation=2, zero={"stage3_param_persistence_threshold": 40})
+    check_against_twin(ranks, TinyGpt, cross_entropy, tokens, setup=setup, stages=(3,))
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_frozen_parameters(ranks, world):
+    def narrow(n, seed):
+        return regression(n, width=64, seed=seed)
+
+    setup = Setup("bf16", "AdamW", clip=0.1, accumulation=2)
+    check_against_twin(ranks, narrow_lora, mse, narrow, world=world, setup=setup)
+
+
+def narrow_lora():
+    return Lora(width=64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batch_norm(ranks, dtype):
+    """On one rank even the running statistics agree."""
+    setup = Setup(dtype, "SGD", clip=1.0)
+    batches = spread(images, 3, setup, 1)
+    _, expected = train_twin(ConvNet, cross_entropy, batches, setup)
+    (results,) = ranks(train, 1, ConvNet, cross_entropy, batches, [setup.config(s) for s in STAGES])
+    for result in results:
+        before = setup.twin(seeded(ConvNet)).state()
+        assert_close(result["state"], expected["state"], dtype, before)
+        for name in ("norm1.running_mean", "norm2.running_var", "norm2.num_batches_tracked"):
+            torch.testing.assert_close(result["state"][name], expected["state"][name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("reduce", ["fp32", "bf16"])
+def test_dtype_of_reductions(ranks, reduce):
+    setup = Setup("bf16", "SGD", accumulation=2, more={"communication_data_type": reduce})
+    check_against_twin(ranks, Mlp, mse, regression, setup=setup)
+
+
+def test_accumulation_in_the_compute_dtype(ranks):
+    """`data_types.grad_accum_dtype`: bf16 sums are allowed on request, and coarser."""
+    setup = Setup("bf16", "SGD", accumulation=3, more={"data_types": {"grad_accum_dtype": "bf16"}})
+    batches = spread(regression, 3, setup, 2)
+    before = setup.twin(seeded(Mlp)).state()
+    _, expected = train_twin(Mlp, mse, batches, setup)
+    results = ranks(train, 2, Mlp, mse, batches, [setup.config(stage) for stage in STAGES])
+    assert_ranks_agree([result[0]["state"] for result in results])
+    for result in results[0]:
+        assert_close(result["state"], expected["state"], "bf16", before, times=2)
+
+
+def test_it_learns(ranks):
+    """No tolerance hides a run that stands still: every stage takes the loss down by half."""
+    setup = Setup("bf16", "AdamW")
+    batches = [[[tokens(4, seed=rank) for rank in range(2)]]] * 12
+    (first, _) = ranks(train, 2, TinyGpt, cross_entropy, batches, [setup.config(stage) for stage in STAGES])
+    for result in first:
+        assert result["losses"][-1] < 0.5 * result["losses"][0]
