@@ -83,7 +83,7 @@ class Setup:
         params, kind = OPTIMIZERS[self.optimizer]
         build = optimizer or (lambda masters: kind(list(masters.values()), fused=True, **params))
         scale = LossScale(2.0**self.scale_power, self.window, self.hysteresis) if self.dtype == "fp16" else None
-        return Twin(model, build, DTYPES[self.dtype], self.clip, scale)
+        return Twin(model, build, DTYPES[self.dtype], self.clip, scale, self.accumulation)
 
 
 def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:

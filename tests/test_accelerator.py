@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import shardline
-from shardline.observe import resident_bytes
+from shardline.memory import resident_bytes
 
 needs_accelerator = pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
 

@@ -153,6 +153,7 @@ def test_warmup_cosine(shape: str, steps: int, total: int, first: float, last: f
         (1500, 4000, 5, 0),
         (1500, 0, 5, None),
         (700, 1100, 0, 3),
+        (49, 98, 49, 7),
         (9000, 9000, 2000, 1),
     ],
 )

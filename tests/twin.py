@@ -3,7 +3,8 @@
 What Shardline computes on N ranks is, by definition, what this file computes on one. Nothing here is clever: a master
 copy of each parameter, a sum of gradients, one division, a plain ``torch.optim`` step. Two habits are the engine's own
 and make a world of one comparable bit by bit: masters are flat and padded to a multiple of 64 elements (fused kernels
-round their vector body and their scalar tail differently), and average, loss scale and clipping are ONE divisor.
+round their vector body and their scalar tail differently); and a loss is divided by the accumulation steps, so that
+what is left of the average, the loss scale and clipping are ONE divisor, which is 1 in the plainest case.
 """
 
 from __future__ import annotations
@@ -51,8 +52,10 @@ class Twin:
         dtype: torch.dtype = torch.float32,
         clip: float = 0.0,
         scale: LossScale | None = None,
+        accumulation: int = 1,
     ) -> None:
         self.model, self.dtype, self.clip, self.scale = model, dtype, clip, scale or LossScale()
+        self.accumulation = accumulation
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters = {name: _flat(p.detach()) for name, p in self.params.items()}
         self.optimizer = optimizer(self.masters)
@@ -72,21 +75,26 @@ class Twin:
 
     def backward(self, loss: Tensor, weight: float = 1.0, count: float | None = None) -> None:
         """Add `weight` times this micro-batch's gradient; the average divides by all `count`s (default: `weight`s)."""
-        (loss * (weight * self.scale.value)).backward()
+        (loss * (weight * self.scale.value / self.accumulation)).backward()
         for name, p in self.params.items():
             if p.grad is not None:
                 self.sums[name] += _flat(p.grad.to_dense() if p.grad.is_sparse else p.grad)
         self.model.zero_grad()
         self.weight += weight if count is None else count
 
-    def step(self, norm: float | None = None) -> bool:
-        """Clip and update; False where infs or NaNs made it skip. `norm`: take this one instead of computing it."""
-        divisor = self.weight * self.scale.value
-        self.norm = norm or math.sqrt(sum(g.double().square().sum().item() for g in self.sums.values())) / divisor
+    @property
+    def average(self) -> float:
+        """What `sums` are divided by to be averaged and unscaled."""
+        return self.weight / self.accumulation * self.scale.value
+
+    def step(self, clip_by: float | None = None) -> bool:
+        """Clip and update; False where infs or NaNs made it skip. `clip_by`: a norm to clip by instead of its own."""
+        divisor = self.average
+        self.norm = math.sqrt(sum(g.double().square().sum().item() for g in self.sums.values())) / divisor
         overflow = not math.isfinite(self.norm)
         if not overflow:
             if self.clip > 0:
-                divisor *= max(1.0, (self.norm + 1e-6) / self.clip)
+                divisor *= max(1.0, ((clip_by or self.norm) + 1e-6) / self.clip)
             for name, master in self.masters.items():
                 master.grad = self.sums[name] / divisor if self.params[name].requires_grad else None
             self.optimizer.step()

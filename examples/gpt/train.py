@@ -1,6 +1,6 @@
 """Train a small character GPT on the prose of Python's own documentation, on as many processes as there are.
 
-    shardline run --nproc 2 examples/gpt/train.py    # or torchrun, or a world of one: python examples/gpt/train.py
+    shardline run --nproc 2 examples/gpt/train.py    # or torchrun, or one process: python examples/gpt/train.py
 
 The engine's config is a file, ``config.json``; the options override what one tries first.
 """

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from shardline.observe.memory import peak_bytes, resident_bytes
+from shardline.memory import peak_bytes, resident_bytes
 from shardline.topology import default_backend
 
 __all__ = ["Accelerator", "get_accelerator"]
@@ -95,7 +95,10 @@ class Accelerator:
 
     def manual_seed(self, seed: int) -> None:
         """Seed the generator of the current device."""
-        _module().manual_seed(seed)
+        if self.is_available():
+            _module().manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
 
     def manual_seed_all(self, seed: int) -> None:
         """Seed the generators of all devices."""
@@ -126,8 +129,8 @@ def _current() -> torch.device:
 
 
 def _module() -> Any:
-    """torch's module for the kind of device: ``torch.cuda``, ``torch.xpu``, ``torch.cpu``."""
-    return torch.get_device_module(_current() if torch.accelerator.is_available() else "cpu")
+    """torch's module for the kind of accelerator: ``torch.cuda``, ``torch.xpu``."""
+    return torch.get_device_module(_current())
 
 
 _ACCELERATOR = Accelerator()

@@ -158,6 +158,8 @@ def _sealed_among(values: Sequence[Any]) -> list[Any]:
 
 def seal(param: nn.Parameter, name: str, gather: _Gatherer) -> None:
     """Take ``param``'s data away, leaving its metadata true. ``gather`` may bring it back when it is touched."""
+    if is_sealed(param):
+        return
     filler = _FILLERS.get((param.dtype, param.device))
     if filler is None:
         value = float("nan") if param.is_floating_point() else 0

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from shardline.buffer import Pool, view
+from shardline import meta
+from shardline.buffer import Pool
 from shardline.comm import Comm
 from shardline.config import Config
 from shardline.describe import chosen_units, describe_modules, describe_params, first_names
-from shardline.errors import ModelError, OptimizerError
+from shardline.errors import OptimizerError
 from shardline.fragments import ParamState, put_states, take_states, whole_weights
 from shardline.optimizer import build as build_optimizer
 from shardline.optimizer import kind, prepare, replace_params
 from shardline.placement import STAGES, Stage
-from shardline.plan import ModuleSpec, ParamSpec, Plan, make_plan
+from shardline.meta import is_on_meta
+from shardline.plan import Entry, ModuleSpec, ParamSpec, Plan, make_plan
 from shardline.precision import Precision
 from shardline.unit import RunTensors, Slab, Unit
 
@@ -56,7 +59,21 @@ class Layout:
     modules: list[ModuleSpec]
     pool: Pool
 
+    def where(self, name: str) -> tuple[Unit, Slab, Entry]:
+        """The unit, slab and entry of the parameter whose first name is ``name``."""
+        unit_plan, slab_plan, entry = self.plan.where(name)
+        unit = self.units[unit_plan.index]
+        return unit, unit.slabs[unit_plan.slabs.index(slab_plan)], entry
+
+    def units_of(self, module: nn.Module) -> list[Unit]:
+        """The units that hold a parameter which ``module`` holds itself."""
+        names = {param: name for name, param in self.params.items()}
+        indices = {self.plan.where(names[param])[0].index for param in module._parameters.values() if param is not None}
+        return [self.units[index] for index in sorted(indices)]
+
+    @cached_property
     def runs(self) -> list[RunTensors]:
+        """This rank's runs in plan order: the tensors that the optimizer holds."""
         return [run for unit in self.units for slab in unit.trainable for run in slab.runs()]
 
 
@@ -152,36 +169,41 @@ def load_model(
     comm: Comm,
     init_fn: Callable[[nn.Module], None] | None = None,
 ) -> None:
-    """Move the model's values into the units, and its buffers to the device. Rank 0's win on every rank.
+    """Move the model's values into the units, parameter by parameter, and its buffers to the device.
+
+    Rank 0's win on every rank. What is on ``meta`` is filled as :mod:`shardline.meta` says.
 
     Raises:
-        ModelError: for a parameter or buffer without data (``meta``).
+        ModelError: for a parameter or buffer that nothing gives a value.
     """
+
+    def store(name: str) -> None:
+        unit, slab, entry = layout.where(name)
+        param = layout.params[name]
+        param.grad = None
+        comm.broadcast([param])
+        slab.store(entry, param.detach())
+        unit.rest(slab, param, entry)
+
     for unit in layout.units:
         for slab in unit.slabs:
-            unit.load(slab, _first_values(slab, comm))
+            slab.allocate()
+    on_meta = is_on_meta(model)
+    for unit in layout.units:
+        for slab in unit.slabs:
+            for param, entry in zip(slab.params, slab.plan.entries, strict=True):
+                if not param.is_meta:
+                    store(entry.param.name)
+    if on_meta:
+        meta.fill(model, {param: name for name, param in layout.params.items()}, store, layout.units_of, init_fn)
+    for unit in layout.units:
         unit.settle()
-    for path, module in model.named_modules():
+    for module in model.modules():
         for name, buffer in module._buffers.items():
-            if buffer is None:
-                continue
-            if buffer.is_meta:
-                raise ModelError(f"buffer {path + '.' + name if path else name!r} has no data (it is on meta)")
-            dtype = precision.buffers if precision.buffers and buffer.is_floating_point() else buffer.dtype
-            module._buffers[name] = buffer.to(comm.device, dtype)
-            comm.broadcast([module._buffers[name]])  # type: ignore[list-item]
-
-
-def _first_values(slab: Slab, comm: Comm) -> Tensor:
-    """The slab whole, in the dtype of the masters, as rank 0 holds it."""
-    whole = torch.zeros(slab.plan.size, dtype=slab.master_dtype, device=comm.device)
-    for param, entry in zip(slab.params, slab.plan.entries, strict=True):
-        if param.is_meta:
-            raise ModelError(f"parameter {entry.param.name!r} has no data (it is on meta)")
-        param.grad = None
-        view(whole, entry).copy_(param.detach())
-    comm.broadcast([whole])
-    return whole
+            if buffer is not None:
+                dtype = precision.buffers if precision.buffers and buffer.is_floating_point() else buffer.dtype
+                moved = module._buffers[name] = buffer.to(comm.device, dtype)
+                comm.broadcast([moved])
 
 
 def needs_whole(optimizer: Optimizer, stage: int, world_size: int) -> bool:
@@ -201,7 +223,7 @@ def needs_whole(optimizer: Optimizer, stage: int, world_size: int) -> bool:
 
 def take_over(optimizer: Optimizer, layout: Layout) -> None:
     """Put this rank's runs in the place of the model's parameters in ``optimizer``."""
-    runs = layout.runs()
+    runs = layout.runs
     replace_params(
         optimizer,
         [[run.param for run in runs if run.run.group == index] for index in range(len(optimizer.param_groups))],
@@ -216,7 +238,7 @@ def sample_optimizer(name: str, params: Mapping[str, Any]) -> Optimizer:
 
 def new_optimizer(name: str, params: Mapping[str, Any], groups: ParamGroups, layout: Layout) -> Optimizer:
     """The configured optimizer on this rank's runs, with the options of the user's param groups."""
-    runs = layout.runs()
+    runs = layout.runs
     optimizer = build_optimizer(
         name,
         params,
@@ -248,7 +270,7 @@ def regroup(
     """
     states: dict[str, ParamState] = dict(parked)
     weights: dict[str, Tensor] = {}
-    runs = layout.runs()
+    runs = layout.runs
     for unit in layout.units:
         weights.update({entry.param.name: tensor.clone() for entry, tensor in whole_weights(unit)})
         states.update(take_states(unit, runs, optimizer))
@@ -266,12 +288,11 @@ def regroup(
                   layout.modules, layout.pool)  # fmt: skip
     for unit in made.units:
         for slab in unit.slabs:
-            values = torch.zeros(slab.plan.size, dtype=slab.master_dtype, device=comm.device)
+            slab.allocate()
             for entry in slab.plan.entries:
-                view(values, entry).copy_(weights.pop(entry.param.name))
-            unit.load(slab, values)
+                slab.store(entry, weights.pop(entry.param.name))
         unit.settle()
-    new_runs = made.runs()
+    new_runs = made.runs
     for index, group in enumerate(optimizer.param_groups):
         group["params"] = [run.param for run in new_runs if run.run.group == index]
     optimizer.state.clear()

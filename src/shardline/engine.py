@@ -164,7 +164,7 @@ class Engine(nn.Module):
         )
         self._hooks = Hooks(self.module, units, self.schedule, self._begin_forward)
         self._update = (
-            None if self.optimizer is None else Update(units, self.comm, self.optimizer, self._layout.runs())
+            None if self.optimizer is None else Update(units, self.comm, self.optimizer, self._layout.runs)
         )
         self._probe = next((param for unit in units for slab in unit.trainable for param in slab.params), None)
 
@@ -325,9 +325,9 @@ class Engine(nn.Module):
                 "before the next forward."
             )
         with self._clock.phase("step"):
-            self._apply(window, lr_kwargs or {})
+            self._end_window(window, lr_kwargs or {})
 
-    def _apply(self, window: _Window, lr_kwargs: dict[str, Any]) -> None:
+    def _end_window(self, window: _Window, lr_kwargs: dict[str, Any]) -> None:
         self._resolve()
         update = self._update
         if update is None:

@@ -26,7 +26,18 @@ import torch
 
 from shardline.placement import Placement, Stage
 
-__all__ = ["ALIGNMENT", "Entry", "Fragment", "ModuleSpec", "ParamSpec", "Plan", "Run", "SlabPlan", "UnitPlan", "make_plan"]
+__all__ = [
+    "ALIGNMENT",
+    "Entry",
+    "Fragment",
+    "ModuleSpec",
+    "ParamSpec",
+    "Plan",
+    "Run",
+    "SlabPlan",
+    "UnitPlan",
+    "make_plan",
+]
 
 ALIGNMENT = 64
 """Elements to which every parameter's offset and every shard boundary is aligned."""

@@ -232,7 +232,7 @@ class Pool:
                 dead = rank.process.poll() is not None
                 try:
                     if rank.pipe.poll():
-                        reports[number] = rank.pipe.recv()
+                        reports[number] = pickle.loads(rank.pipe.recv_bytes())
                         del waiting[number]
                     elif dead:
                         raise EOFError
@@ -342,9 +342,9 @@ def _serve(number: int, world_size: int, pipe_fd: int, stacks_fd: int) -> None:
     try:
         _join_group(number, world_size, pipe)
     except BaseException as error:
-        pipe.send(_failure(error))
+        pipe.send_bytes(pickle.dumps(_failure(error)))
         return
-    pipe.send(_Report())
+    pipe.send_bytes(pickle.dumps(_Report()))
     cases = _Inbox(pipe)
     gc.collect()
     gc.freeze()  # torch's half a million objects: the collection after each case looks at the case's own only
@@ -352,16 +352,18 @@ def _serve(number: int, world_size: int, pipe_fd: int, stacks_fd: int) -> None:
         case = cases.next()
         report = _run_case(case)
         try:
-            pipe.send(report)
+            # Not pipe.send: with torch imported it would pass tensors by file descriptor, not by value.
+            data = pickle.dumps(report)
         except Exception as error:  # a result that cannot be pickled
-            pipe.send(_failure(error))
+            data = pickle.dumps(_failure(error))
+        pipe.send_bytes(data)
 
 
 def _join_group(number: int, world_size: int, pipe: Connection) -> None:
     address = "127.0.0.1"
     if number == 0:  # port 0: the system chooses a free one, and it is bound from then on
         store = dist.TCPStore(address, 0, None, True, wait_for_workers=False, multi_tenant=True)  # type: ignore[attr-defined]
-        pipe.send(_Report(store.port))
+        pipe.send_bytes(pickle.dumps(_Report(store.port)))
     port = pipe.recv()
     os.environ["MASTER_PORT"] = str(port)
     if number != 0:

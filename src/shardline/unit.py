@@ -24,7 +24,7 @@ from shardline.buffer import Pool, seal, unseal, view
 from shardline.comm import DONE, Comm, Work
 from shardline.errors import ModelError, UsageError
 from shardline.placement import Placement, Stage, Transition, transition
-from shardline.plan import Fragment, Run, SlabPlan, UnitPlan
+from shardline.plan import Entry, Fragment, Run, SlabPlan, UnitPlan
 from shardline.precision import Precision
 
 __all__ = ["Residence", "RunTensors", "Slab", "Unit"]
@@ -89,17 +89,32 @@ class Slab:
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
-    def load(self, whole: Tensor) -> None:
-        """Take ``whole`` (the slab's values in the dtype of the masters) as weights and masters. Keeps no reference."""
+    def allocate(self) -> None:
+        """Make weights and masters, still without values but for the gaps, which are zero."""
+        device = self.comm.device
         low, high = self._range(self.row.weights)
-        part = whole[low:high]
-        self.weights = part.to(self.plan.dtype, copy=True)
+        self.weights = torch.zeros(high - low, dtype=self.plan.dtype, device=device)
         if self.plan.trainable:
             low, high = self.state_range
             if self.master_dtype == self.plan.dtype:  # masters are the weights
                 self.master = self.own(self.weights) if self.row.states is Placement.SHARDED else self.weights
             else:
-                self.master = whole[low:high].clone()
+                self.master = torch.zeros(high - low, dtype=self.master_dtype, device=device)
+
+    def store(self, entry: Entry, value: Tensor) -> None:
+        """Take ``value``, the whole parameter of ``entry`` in any float dtype, into weights and masters."""
+        if value.stride() != entry.param.stride:
+            value = torch.empty_strided(entry.param.shape, entry.param.stride, dtype=value.dtype).copy_(value)
+        elements = value.as_strided((entry.param.numel,), (1,), value.storage_offset())
+        self._store(elements, entry, self.weights, self._range(self.row.weights))
+        if self.master is not None and self.master_dtype != self.plan.dtype:
+            self._store(elements, entry, self.master, self.state_range)
+
+    @staticmethod
+    def _store(elements: Tensor, entry: Entry, target: Tensor, covered: tuple[int, int]) -> None:
+        low, high = max(entry.offset, covered[0]), min(entry.stop, covered[1])
+        if low < high:
+            target[low - covered[0] : high - covered[0]].copy_(elements[low - entry.offset : high - entry.offset])
 
     def show(self, whole: Tensor) -> None:
         """Make the parameters views of ``whole``."""
@@ -310,13 +325,16 @@ class Unit:
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
-    def load(self, slab: Slab, whole: Tensor) -> None:
-        """Take ``whole`` as the weights of ``slab``; see :meth:`Slab.load`. :meth:`settle` follows for all slabs."""
-        slab.load(whole)
-        self.generation += 1
+    def rest(self, slab: Slab, param: nn.Parameter, entry: Entry) -> None:
+        """Bring one parameter, whose values are stored, into the state in which it rests."""
+        if self.sharded:
+            seal(param, entry.param.name, self._touch)
+        else:
+            unseal(param, view(slab.weights, entry))
 
     def settle(self) -> None:
         """Bring the parameters into the state in which they rest: views of whole weights, or sealed."""
+        self.generation += 1
         if self.sharded:
             self._seal()
             return

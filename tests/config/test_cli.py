@@ -2,6 +2,7 @@ import argparse
 import json
 
 import pytest
+import torch._dynamo  # noqa: F401  # an optimizer imports it and it sets an environment variable: not inside a test
 
 from shardline.cli import config as command
 from shardline.config.json_schema import json_schema

@@ -21,7 +21,8 @@ def test_every_value_has_its_origin():
     assert found["stage3_param_persistence_threshold"] == ("10000", "auto: the default")
     assert found["warmup_max_lr"] == ("null", "auto: the optimizer's lr")
     assert found["lr"] == ('"auto"', "auto: the default"), "the class decides, so there is no value to show"
-    assert found["seed"] == ("1234", "default")
+    assert found["wall_clock_breakdown"] == ("false", "given")
+    assert found["unit_min_numel"] == ("100000", "default")
 
 
 def test_what_has_no_effect_comes_last_with_its_reason():

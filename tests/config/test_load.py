@@ -163,8 +163,8 @@ def test_a_typo_at_every_depth_is_found(path):
         ({"Zero_Optimization": {}}, "Zero_Optimization is not a key of the top level; did you mean zero_optimization?"),
         (
             {"zero_optimization": {"offload_optimizer": {"devcie": "cpu"}}},
-            "zero_optimization.offload_optimizer.devcie is not a key of zero_optimization.offload_optimizer; did you mean "
-            "zero_optimization.offload_optimizer.device?",
+            "zero_optimization.offload_optimizer.devcie is not a key of zero_optimization.offload_optimizer; did you "
+            "mean zero_optimization.offload_optimizer.device?",
         ),
         (
             {"optimizer": {"type": "adamw", "params": {"weight_deacy": 0}}},
@@ -182,7 +182,8 @@ def test_a_typo_at_every_depth_is_found(path):
         ({"scheduler": {"type": "OneCycle"}}, None),
         (
             {"train_micro_batch_size_per_gpu": "4"},
-            'train_micro_batch_size_per_gpu is "4" (a string; write it without quotes); allowed is a whole number of at least 1.',
+            'train_micro_batch_size_per_gpu is "4" (a string; write it without quotes); allowed is a whole number of '
+            "at least 1.",
         ),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4; allowed is a whole number from 0 to 3."),
         ({"zero_optimization": True}, "zero_optimization is true; allowed is an object {...}."),

@@ -2,6 +2,7 @@ import inspect
 
 import pytest
 import torch
+import torch._dynamo  # an optimizer imports it, and it sets an environment variable: not inside a test
 
 from shardline import lr, optimizer
 from shardline.config.params import OPTIMIZERS, SCHEDULERS, known
@@ -17,7 +18,7 @@ def test_optimizers_take_what_the_configuration_lets_through(name):
     built = optimizer.build(name, defaults(OPTIMIZERS[name]), groups)
     group = built.param_groups[0]
     for key, value in defaults(OPTIMIZERS[name]).items():
-        if key in group:
+        if key in group and value is not None:
             assert group[key] == value, key
     plain = optimizer.build(name, {}, groups).param_groups[0]
     for key, value in defaults(OPTIMIZERS[name]).items():

@@ -49,4 +49,3 @@ def test_position_counts_micro_steps_in_windows(accumulation: int, steps: int) -
     for _ in range(steps):
         position = position.following(accumulation)
     assert position == Position(3, *divmod(steps, accumulation))
-    assert position.window == Position(3, steps // accumulation, 0)

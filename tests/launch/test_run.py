@@ -1,25 +1,51 @@
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from shardline.cli import main
 from shardline.errors import LaunchError
 from shardline.launch.run import Launch, _happened_at, _Logs, launch
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # see gc.collect() below
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 LIMIT = 90  # seconds for one run; usual are 2 to 4
 
 
-def run(*arguments, env=None, **options):
-    command = [sys.executable, "-m", "shardline.cli", "run", *map(str, arguments)]
-    clean = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS",)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=clean | (env or {}), **options)
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Runs the command in this process, which has paid for importing torch; the ranks are real processes."""
+    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_SIGNALS_TO_HANDLE"):  # what the launcher may set
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+    def call(*arguments):
+        code = main(["run", *map(str, arguments)])
+        gc.collect()  # torch's agent leaves the files it opened to the garbage collector
+        return Done(code, *capfd.readouterr())
+
+    return call
 
 
 @pytest.fixture
@@ -34,7 +60,7 @@ def script(tmp_path):
     return write
 
 
-def test_two_ranks_form_a_group_and_rank_one_is_prefixed(script):
+def test_two_ranks_form_a_group_and_rank_one_is_prefixed(run, script):
     file = script(
         "import torch, torch.distributed as dist, shardline\n"
         "shardline.init_distributed()\n"
@@ -51,14 +77,18 @@ def test_two_ranks_form_a_group_and_rank_one_is_prefixed(script):
     assert done.returncode == 0
 
 
-def test_the_first_failure_comes_last_and_alone(script):
+def test_the_first_failure_comes_last_and_alone(run, script, tmp_path):
     file = script(
         "def deep():\n"
         "    raise ValueError(f'from rank {rank}')\n"
+        f"failing = r'{tmp_path}/failing'\n"
         "if rank == 1:\n"
         "    print('about to fail', file=sys.stderr)\n"
+        "    open(failing, 'x').close()\n"
         "    deep()\n"
-        "time.sleep(0.02)  # a later failure, within the same second and the same polling interval\n"
+        "while not os.path.exists(failing):\n"
+        "    time.sleep(0.001)\n"
+        "time.sleep(0.3)\n"
         "raise RuntimeError('because of rank 1')\n"
     )
     done = run("--nproc", 3, file)
@@ -83,7 +113,7 @@ def test_the_first_failure_comes_last_and_alone(script):
     ],
     ids=["exit", "exit message", "_exit", "killed", "crash", "syntax"],
 )
-def test_exit_codes(script, body, code, words):
+def test_exit_codes(run, script, body, code, words):
     if "print()" in body:
         file = script(body)
     else:
@@ -93,7 +123,7 @@ def test_exit_codes(script, body, code, words):
     assert words in done.stderr
 
 
-def test_a_successful_exit_is_no_failure(script):
+def test_a_successful_exit_is_no_failure(run, script):
     done = run("--nproc", 2, script("sys.exit(0)"))
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -141,8 +171,8 @@ def test_ranks_end_with_a_launcher_that_is_killed(script, tmp_path):
     assert_gone(pids)
 
 
-def started(file):
-    command = [sys.executable, "-m", "shardline.cli", "run", "--nproc", "2", str(file)]
+def started(file, *options):
+    command = [sys.executable, "-m", "shardline.cli", "run", *(options or ("--nproc", "2")), str(file)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -163,7 +193,7 @@ def assert_gone(pids):
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
-def test_log_dir_gets_a_file_for_each_rank_and_stream(script, tmp_path):
+def test_log_dir_gets_a_file_for_each_rank_and_stream(run, script, tmp_path):
     logs = tmp_path / "new" / "logs"
     done = run("--nproc", 2, "--log-dir", logs, script("print('out', rank); print('err', rank, file=sys.stderr)"))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -175,7 +205,7 @@ def test_log_dir_gets_a_file_for_each_rank_and_stream(script, tmp_path):
     }
 
 
-def test_restarts(script, tmp_path):
+def test_restarts(run, script, tmp_path, monkeypatch):
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     file = script(
@@ -184,7 +214,8 @@ def test_restarts(script, tmp_path):
         "    raise OSError(f'attempt {attempt}')\n"
         "print('done')\n"
     )
-    done = run("--nproc", 1, "--max-restarts", 2, file, env={"TMPDIR": str(temporary)})
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    done = run("--nproc", 1, "--max-restarts", 2, file)
     assert (done.returncode, done.stdout) == (0, "done\n")
     assert done.stderr == (
         "shardline run: OSError: attempt 0; restart 1 of 2.\nshardline run: OSError: attempt 1; restart 2 of 2.\n"
@@ -192,13 +223,14 @@ def test_restarts(script, tmp_path):
     assert list(temporary.iterdir()) == []  # no scratch file is left
 
 
-def test_a_module(script, tmp_path):
+def test_a_module(run, script, tmp_path, monkeypatch):
     script("print(__name__, sys.argv[1:], rank)", name="some_module.py")
-    done = run("--nproc", 1, "-m", "some_module", "x", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    done = run("--nproc", 1, "-m", "some_module", "x")
     assert (done.stdout, done.returncode) == ("__main__ ['x'] 0\n", 0), done.stderr
 
 
-def test_a_script_finds_its_neighbours_and_its_functions_can_be_sent(script, tmp_path):
+def test_a_script_finds_its_neighbours_and_its_functions_can_be_sent(run, script, tmp_path, monkeypatch):
     (tmp_path / "neighbour.py").write_text("value = 41\n")
     file = script(
         "import multiprocessing, neighbour\n"
@@ -207,30 +239,26 @@ def test_a_script_finds_its_neighbours_and_its_functions_can_be_sent(script, tmp
         "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
         "        print(pool.map(plus, [1]))\n"
     )
-    done = run("--nproc", 1, file, cwd="/")
+    monkeypatch.chdir("/")
+    done = run("--nproc", 1, file)
     assert (done.stdout, done.returncode) == ("[42]\n", 0), done.stderr
 
 
 def test_two_nodes_on_one_machine(script):
     """Each launcher is a node; they meet at the address given."""
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     file = script("print(rank, os.environ['WORLD_SIZE'], os.environ['GROUP_RANK'], os.environ['LOCAL_RANK'])")
-    nodes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "shardline.cli", "run", "--nproc", "1", "--nnodes", "2", "--node-rank", str(node)]
-            + ["--master", f"127.0.0.1:{port}", str(file)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for node in range(2)
-    ]
-    outputs = [node.communicate(timeout=LIMIT)[0] for node in nodes]
-    assert outputs == ["0 2 0 0\n", "[rank 1] 1 2 1 0\n"]
-    assert [node.returncode for node in nodes] == [0, 0]
+    place = ["--nproc", "1", "--nnodes", "2", "--master", f"127.0.0.1:{port}", "--node-rank"]
+    with started(file, *place, "0") as first, started(file, *place, "1") as second:
+        try:
+            done = [node.communicate(timeout=LIMIT) for node in (first, second)]
+        finally:
+            first.kill()
+            second.kill()
+    assert done == [("0 2 0 0\n", ""), ("[rank 1] 1 2 1 0\n", "")]
+    assert (first.returncode, second.returncode) == (0, 0)
 
 
 @pytest.mark.parametrize(

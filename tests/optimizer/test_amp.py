@@ -173,6 +173,13 @@ def test_prepare_keeps_what_is_there_and_touches_nobody_else() -> None:
     assert all(torch.equal(optimizer.state[p]["momentum_buffer"], b) for p, b in zip(params, before, strict=True))
     assert torch.equal(optimizer.state[late]["momentum_buffer"], torch.zeros(2))
 
+    first, second = tensors()
+    adagrad = Adagrad([first], initial_accumulator_value=0.5)
+    adagrad.add_param_group({"params": [second]})
+    prepare(adagrad)
+    assert torch.equal(adagrad.state[second]["sum"], torch.full((3,), 0.5))
+    assert adagrad.state[second]["step"].item() == 0.0
+
     for other in (AdamW(tensors(), fused=True), SGD(tensors(), fused=True), SGD(tensors(), momentum=0.9)):
         prepare(other)
         assert not other.state

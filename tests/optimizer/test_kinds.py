@@ -100,7 +100,7 @@ class Clipped(Descent):
 
     def direction(self, param: Tensor, group: dict[str, Any]) -> Tensor:
         grad = super().direction(param, group)
-        return grad / max(1.0, grad.square().mean().sqrt().item())
+        return grad / max(1.0, grad.square().mean().sqrt().item() / 20)
 
 
 class MatricesOnly(Descent):

@@ -12,7 +12,7 @@ from torch.optim import LBFGS, SGD, Adagrad, AdamW, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
 from shardline.errors import OptimizerError
-from shardline.optimizer import replace_params
+from shardline.optimizer import prepare, replace_params
 
 
 def test_a_scheduler_attached_before_goes_on() -> None:
@@ -43,8 +43,13 @@ def test_a_fresh_optimizer_has_nothing_to_carry(kind: type[Optimizer]) -> None:
     optimizer.state[p]  # asking creates an empty entry, which is no state; Adagrad has made one
     new = torch.ones(2, requires_grad=True)
     replace_params(optimizer, [[new]])
+    prepare(optimizer)
     new.grad = torch.ones(2)
     optimizer.step()
+    twin = torch.ones(2, requires_grad=True)
+    twin.grad = torch.ones(2)
+    kind([twin]).step()
+    assert torch.equal(new, twin)
     assert new[0].item() < 1.0
 
 

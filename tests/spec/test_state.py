@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from tests.harness import STAGES, Setup, assert_close, assert_identical, is_whole, seeded, spread, start, train_twin
-from tests.models import ConvNet, Lora, Mlp, TinyGpt, cross_entropy, images, mse, regression, tokens
+from tests.models import ConvNet, Lora, Mlp, TinyGpt, cross_entropy, images, mse, regression
 
 # --- full_state_dict --------------------------------------------------------------------------------------------------
 
@@ -244,8 +244,7 @@ def test_what_hooks_see(ranks, stage, dtype):
         for micro in window:
             for batch in micro:
                 twin.backward(mse(twin, twin.model, batch))
-        divisor = twin.weight * twin.scale.value
-        grads = {name: (g / divisor)[: shapes[name].numel()].view(shapes[name]) for name, g in twin.sums.items()}
+        grads = {name: (g / twin.average)[: shapes[name].numel()].view(shapes[name]) for name, g in twin.sums.items()}
         before = [seen["before"][step] for seen in results]
         weights = {name: twin.master(name).clone() for name in shapes}
         assert_close(assemble(before, lambda piece: piece[3], shapes), weights, dtype, start_state)
@@ -306,7 +305,7 @@ def test_what_hooks_change(ranks, stage, dtype):
             for batch in micro:
                 twin.backward(mse(twin, twin.model, batch))
         for name, g in twin.sums.items():
-            g.copy_((g / twin.weight).clamp(-1e-3, 1e-3) * twin.weight * (name != "head.bias"))
+            g.copy_((g / twin.average).clamp(-1e-3, 1e-3) * twin.average * (name != "head.bias"))
         twin.step()
         for name, kept in average.items():
             kept.lerp_(twin.master(name), 0.5)
@@ -323,39 +322,38 @@ def test_what_hooks_change(ranks, stage, dtype):
         torch.testing.assert_close(shown, twin.params["head.weight"].detach().float(), rtol=1e-2, atol=1e-4)
 
 
-def test_a_skipped_step_calls_no_hook_with_bad_gradients(ranks):
-    """fp16 overflow: a hook sees finite gradients or is not called; the twin that skipped is what comes out."""
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_hook_that_clips_hides_no_overflow(ranks, stage):
+    """Clamped to finite values, infinities would be stepped on."""
     setup = Setup("fp16", "SGD", scale_power=22)
     batches = spread(regression, 8, setup, 2)
     twin, expected = train_twin(Mlp, mse, batches, setup)
     assert 0 < twin.skipped < 8
-    for finite, calls, state in ranks(watch_finite, 2, batches, setup.config(2)):
-        assert all(finite)
-        assert calls == 8 - twin.skipped
+    for skipped, state in ranks(clip_overflow, 2, batches, setup.config(stage)):
+        assert skipped == twin.skipped
         assert_close(state, expected["state"], "fp16", setup.twin(seeded(Mlp)).state())
 
 
-def watch_finite(batches, config):
+def clip_overflow(batches, config):
     rank = dist.get_rank()
     engine = start(Mlp, config)
-    finite, calls = [], [0]
-    engine.before_step(lambda fragments: finite.extend(bool(f.grad.isfinite().all()) for f in fragments))
 
-    def count(fragments):
-        calls[0] += 1
+    def clip(fragments):
+        for f in fragments:
+            f.grad.nan_to_num_().clamp_(-10, 10)  # gradients are far smaller
 
-    engine.after_step(count)
+    engine.before_step(clip)
     for window in batches:
         engine.backward(mse(engine, engine.module, window[0][rank]))
         engine.step()
-    state = engine.full_state_dict()
+    result = engine.skipped_steps, engine.full_state_dict()
     engine.destroy()
-    return finite, calls[0], state
+    return result
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_batches_of_images_after_a_state_dict(ranks, stage):
-    """Reading the state between steps leaves no trace in the training."""
+def test_reading_leaves_no_trace(ranks, stage):
+    """Not in the middle of a micro-step either."""
     setup = Setup("bf16", "SGD")
     batches = spread(images, 3, setup, 2)
     _, expected = train_twin(ConvNet, cross_entropy, batches, setup)
@@ -378,9 +376,3 @@ def read_every_step(batches, config):
     state = engine.full_state_dict()
     engine.destroy()
     return state
-
-
-def test_tokens_make_a_difference():
-    """The data of these tests is not degenerate."""
-    assert not torch.equal(tokens(2, seed=1)[0], tokens(2, seed=2)[0])
-    assert not torch.equal(regression(2, seed=1)[1], regression(2, seed=2)[1])

@@ -49,8 +49,7 @@ class Comm:
             return
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         ranks = dist.get_process_group_ranks(group)
-        backend = dist.get_backend_config(group)
-        self._groups = [dist.new_group(ranks, backend=str(backend), timeout=timeout) for _ in range(2)]
+        self._groups = [dist.new_group(ranks, timeout=timeout) for _ in range(2)]
         self._transports = (choose(self._groups[0], device), choose(self._groups[1], device))
 
     def close(self) -> None:
@@ -101,19 +100,22 @@ class Comm:
     # -- set-up: not in any hot path --------------------------------------------------------------------------------
 
     def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
-        """Copy ``source``'s values of ``tensors`` to every rank, in place."""
+        """Copy ``source``'s values of ``tensors`` (dense, any dtype) to every rank, in place."""
         if not self._groups:
             return
         for tensor in tensors:
             if not tensor.numel():
                 continue
-            dense = tensor.detach().contiguous()
-            wire = dense.view(torch.uint8) if dense.dim() else dense.view(1).view(torch.uint8)
-            wire = wire.cpu() if self._staged else wire
-            dist.broadcast(wire, group_src=source, group=self._groups[0])
-            received = wire.to(tensor.device).view(tensor.dtype).view(tensor.shape)
-            if received.data_ptr() != tensor.data_ptr():
-                tensor.detach().copy_(received)
+            stored = tensor.detach()
+            if not _is_dense(stored):
+                stored = stored.contiguous()
+            wire = stored.as_strided((stored.numel(),), (1,), stored.storage_offset()).view(torch.uint8)
+            on_wire = wire.cpu() if self._staged else wire.to(self.device)
+            dist.broadcast(on_wire, group_src=source, group=self._groups[0])
+            if on_wire.data_ptr() != wire.data_ptr():
+                wire.copy_(on_wire)
+            if stored.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(stored)
 
     def exchange(self, value: Any) -> list[Any]:
         """Every rank's ``value``, in rank order. It travels as JSON text: nothing that is received can run."""
@@ -154,6 +156,11 @@ class Comm:
     def _staged(self) -> bool:
         """Whether this device's tensors cannot travel themselves."""
         return self.device.type != "cpu" and self._groups[0]._get_backend(self.device).name() == "gloo"
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their range of storage, in whatever order of dimensions."""
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 def digest(log: Sequence[int] | array[int]) -> int:

@@ -55,6 +55,8 @@ def fields(model: type[Section], path: str = "") -> Iterator[Key]:
         else:
             default = None if field.is_required() else field.get_default(call_default_factory=True)
             schema = adapter(model, name).json_schema()
+            if isinstance(default, tuple):
+                default = list(default)  # as JSON has it
             yield Key(at, "value", text, schema, default, field.is_required())
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shardline.config.kinds import left_out
+
 __all__ = [
     "ALIASES",
     "AUTO_IS_A_VALUE",
@@ -97,7 +99,7 @@ class Unsupported:
             return not any(_same(value, item) for item in self.refused)
         if self.switch or self.present:
             if not isinstance(value, Mapping) or not value:
-                return value in (None, False, {})
+                return left_out(value) or value == {}
             if self.switch not in value:
                 return not self.present
             value = value[self.switch]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from shardline.config.catalogue import join
+from shardline.config.catalogue import join, split
 from shardline.config.deepspeed import ALIASES, NO_EFFECT
 from shardline.config.schema import Config
 
@@ -31,13 +31,15 @@ def ineffective(config: Config) -> list[str]:
 
 def _rows(tree: Mapping[str, Any], origins: Mapping[str, str], path: str = "") -> Iterator[tuple[str, str]]:
     indent = "  " * (path.count(".") + 1 if path else 0)
+    # An "auto" that is left to a class outside the configuration has an origin and no value.
+    left = [name for parent, name in map(split, origins) if parent == path and name not in tree]
     for name, value in tree.items():
         at = join(path, name)
-        if isinstance(value, Mapping) and value and at not in origins:
+        below = any(origin.startswith(f"{at}.") for origin in origins)
+        if isinstance(value, Mapping) and (value or below) and at not in origins:
             yield f"{indent}{name}:", ""
             yield from _rows(value, origins, at)
         else:
             yield f"{indent}{name}: {json.dumps(value)}", origins.get(at, "default")
-    for at, origin in origins.items():  # left to a class outside the configuration, so there is no value to show
-        if origin.startswith("auto") and at.rpartition(".")[0] == path and at.rpartition(".")[2] not in tree:
-            yield f'{indent}{at.rpartition(".")[2]}: "auto"', origin
+    for name in left:
+        yield f'{indent}{name}: "auto"', origins[join(path, name)]

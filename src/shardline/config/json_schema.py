@@ -33,13 +33,12 @@ def _object(path: str, keys: list[Key]) -> JSON:
                 "description": f"Another name of {new}.",
             }
     needed = [split(key.path)[1] for key in here if key.required]
-    return {
-        "type": ["object", "null", "boolean"],  # null and false leave a section out
-        "not": {"const": True},
-        "properties": properties,
-        "additionalProperties": False,
-        "required": needed,
-    }
+    return {**_absent(), "properties": properties, "additionalProperties": False, "required": needed}
+
+
+def _absent() -> JSON:
+    """An object, or the null or false that leaves it out."""
+    return {"type": ["object", "null", "boolean"], "not": {"const": True}}
 
 
 def _property(key: Key, keys: list[Key]) -> JSON:
@@ -53,7 +52,8 @@ def _property(key: Key, keys: list[Key]) -> JSON:
     if key.kind == "value" and not key.required:
         text["default"] = key.default
     if key.required:
-        return {**text, **schema}
+        refused = refusal.refused if refusal else ()
+        return {**text, **schema, "not": {"enum": [*refused, "auto"]}}
     return {**text, "anyOf": [schema, {"enum": [None, "auto"] if takes_auto(key) else [None]}]}
 
 
@@ -61,7 +61,7 @@ def _typed(path: str, keys: list[Key]) -> JSON:
     """A section whose ``params`` depend on its ``type``; those of a class that is not known here are open."""
     schema = _object(path, keys)
     params = join(path, "params")
-    schema["properties"]["params"] = {"type": ["object", "null"]}
+    schema["properties"]["params"] = {"description": catalogue(Config)[params].description, **_absent()}
     schema["allOf"] = [
         {
             "if": {"properties": {"type": {"pattern": _any_case(name)}}, "required": ["type"]},

@@ -23,6 +23,7 @@ __all__ = [
     "Strings",
     "adapter",
     "key",
+    "left_out",
     "section_of",
 ]
 
@@ -88,6 +89,11 @@ class Section(BaseModel):
 
 
 Model = type[Section]
+
+
+def left_out(value: object) -> bool:
+    """Whether a section written as ``value`` is as good as not written: null, or false; 0 is neither."""
+    return value is None or value is False
 
 
 def key(default: Any, description: str, *, own: bool = False, **limits: Any) -> Any:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from shardline.config.catalogue import OPEN, catalogue, join, split
 from shardline.config.deepspeed import ALIASES, AUTO_IS_A_VALUE, AUTO_MEANS, AUTO_NEEDS, NO_EFFECT, UNSUPPORTED
-from shardline.config.kinds import Section, adapter, section_of
+from shardline.config.kinds import Section, adapter, left_out, section_of
 from shardline.config.sentences import allowed, found, nearest
 from shardline.errors import ConfigError
 
@@ -61,7 +61,7 @@ class Reading:
     def values(self, model: type[Section], raw: Any, path: str = "") -> dict[str, Any]:
         """The values of ``raw`` by field name: only what was written, checked, under canonical names."""
         raw = _plain(raw)
-        if raw is None or raw is False:
+        if left_out(raw):
             return {}
         if not isinstance(raw, Mapping):
             self._wrong(path, raw, {"type": "object"})
@@ -78,7 +78,7 @@ class Reading:
             elif name in model.open_fields:
                 values[name] = self._open(model.model_of(name, raw), value, at)
             elif (inner := section_of(model.model_fields[name])) is not None:
-                if value not in (None, False):
+                if not left_out(value):
                     # Built without validating again: each value was checked on its own, and a wrong one left out.
                     values[name] = inner.model_construct(**self.values(inner, value, at))
             else:
@@ -126,8 +126,8 @@ class Reading:
 
     def _open(self, model: type[Section] | None, value: Any, at: str) -> dict[str, Any]:
         """The arguments of a class: checked where the class is known, else only rid of ``"auto"``."""
-        if model is not None:
-            return self.values(model, value, at)
+        if model is not None or left_out(value):
+            return self.values(model or Section, value, at)
         if not isinstance(value, Mapping):
             self._wrong(at, value, {"type": "object"})
             return {}

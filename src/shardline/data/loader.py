@@ -211,7 +211,7 @@ class Loader:
         if epoch == self.epoch:
             return
         left = self.position
-        if left.window != Position(left.epoch) and self._rank == 0:
+        if left != Position(left.epoch) and self._rank == 0:
             of = self._batches(left.epoch)
             logger.warning(
                 "set_epoch(%d) leaves epoch %d after %d%s global batches; its other samples are not used.",
@@ -229,8 +229,7 @@ class Loader:
             stepped: False where the global batch of the micro-batch handed out last was not stepped yet, although it
                 may be handed out whole: the state is then the start of it.
         """
-        position = self.position if stepped or self._handed is None else self._handed
-        return self._state(position.window)
+        return self._state(self.position if stepped or self._handed is None else self._handed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved position, also at another world size, accumulation or number of workers.

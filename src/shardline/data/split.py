@@ -26,11 +26,6 @@ class Position:
     batch: int = 0
     micro: int = 0
 
-    @property
-    def window(self) -> Position:
-        """The start of the accumulation window that it lies in."""
-        return Position(self.epoch, self.batch)
-
     def following(self, accumulation: int) -> Position:
         """The next micro-step, where a global batch has ``accumulation`` of them."""
         if self.micro + 1 < accumulation:

@@ -12,7 +12,6 @@ import signal
 import sys
 import tempfile
 import threading
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -131,7 +130,7 @@ def _elastic_config(job: Launch, nproc: int, logs: LogsSpecs) -> LaunchConfig:
         min_nodes=job.nnodes,
         max_nodes=job.nnodes,
         nproc_per_node=nproc,
-        run_id=uuid.uuid4().hex,
+        run_id="shardline",  # the same on all nodes
         max_restarts=job.max_restarts,
         logs_specs=logs,
         log_line_prefix_template="[rank ${rank}] ",

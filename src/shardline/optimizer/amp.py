@@ -18,7 +18,7 @@ FUSED: dict[type[Optimizer], frozenset[str]] = {
     Adam: frozenset({"cpu", "cuda", "mps", "xpu"}),
     AdamW: frozenset({"cpu", "cuda", "mps", "xpu"}),
     SGD: frozenset({"cpu", "cuda", "mps", "xpu"}),
-    Adagrad: frozenset({"cpu", "cuda"}),
+    Adagrad: frozenset({"cpu", "cuda"} if torch.__version__ >= "2.13" else {"cpu"}),
 }
 """torch's optimizers with a fused kernel, and the device types it exists for."""
 
@@ -67,16 +67,21 @@ def takes_grad_scale(optimizer: Optimizer) -> bool:
 
 
 def prepare(optimizer: Optimizer) -> None:
-    """Create the state that a fused kernel would leave uninitialised when the very first step is skipped.
+    """Create the state that torch's step would miss or leave uninitialised; call it when the tensors are final.
 
-    That is SGD's momentum buffer: torch allocates it empty for the kernel to fill. Zeros give the same first step,
-    because ``momentum * 0 + (1 - dampening) * grad`` is the gradient when dampening is 0. With dampening the ordinary
-    first step is another formula, so `takes_grad_scale` refuses that. Call it when the optimizer's tensors are final:
-    after building it, replacing its parameters, adding a group.
+    That is after building, after replacing parameters, after adding a group. For any other optimizer it does nothing.
+
+    * Fused SGD allocates its momentum buffer empty, for the kernel to fill, which a skipped first step does not. Zeros
+      give the same first step: ``momentum * 0 + (1 - dampening) * grad`` is the gradient when dampening is 0. With
+      dampening torch's first step is another formula, so `takes_grad_scale` refuses that.
+    * Adagrad below torch 2.13 makes its state in the constructor only, so not for tensors that come later.
     """
-    if type(optimizer) is not SGD or not takes_grad_scale(optimizer):
-        return
+    momentum = type(optimizer) is SGD and takes_grad_scale(optimizer)
     for group in optimizer.param_groups:
-        for param in group["params"] if group["momentum"] else ():
-            if optimizer.state[param].get("momentum_buffer") is None:
-                optimizer.state[param]["momentum_buffer"] = torch.ones_like(param)
+        for param in group["params"]:
+            if momentum and group["momentum"] and optimizer.state[param].get("momentum_buffer") is None:
+                optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
+            if type(optimizer) is Adagrad and not optimizer.state[param]:
+                device = param.device if group["fused"] else torch.device("cpu")
+                optimizer.state[param]["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                optimizer.state[param]["sum"] = torch.full_like(param, optimizer.defaults["initial_accumulator_value"])

@@ -23,7 +23,7 @@ def replace_params(
     ``carry`` maps the state of an optimizer that has stepped (old parameter to its entries) to that of the new tensors;
     it gets the whole, because one new tensor may hold pieces of many old ones. Raises `OptimizerError` if there is
     state and no ``carry``, or if the optimizer keeps its parameters in an attribute of its own as well: it would go on
-    updating the old ones.
+    updating the old ones. Call `prepare` afterwards.
     """
     name = type(optimizer).__name__
     # Adagrad makes its state when it is built and would make the same again; before the first step it says nothing.

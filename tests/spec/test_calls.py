@@ -1,0 +1,437 @@
+"""What the calls of the engine mean: backward, step, no_sync, zero_grad, boundaries, counters, casts."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from tests.harness import (
+    DTYPES,
+    STAGES,
+    Setup,
+    assert_close,
+    assert_identical,
+    seeded,
+    spread,
+    start,
+    train_twin,
+    transitions,
+)
+from tests.models import ConvNet, Mlp, OpaqueMlp, TinyGpt, cross_entropy, mse, opaque_loss, regression, tokens
+
+
+def twin_state(setup, batches, build=Mlp, loss_of=mse):
+    """Expected weights, and those before."""
+    return train_twin(build, loss_of, batches, setup)[1]["state"], setup.twin(seeded(build)).state()
+
+
+# --- loss.backward() --------------------------------------------------------------------------------------------------
+
+
+def plain_backward(build, loss_of, batches, config):
+    import shardline
+
+    rank = dist.get_rank()
+    engine = start(build, config)
+    try:
+        for window in batches:
+            for micro in window:
+                loss_of(engine, engine.module, micro[rank]).backward()
+                engine.step()
+        result = None, engine.full_state_dict()
+    except shardline.errors.UsageError as error:
+        result = str(error), None
+    engine.destroy()
+    return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world", [1, 2])
+def test_plain_backward_means_the_same(ranks, world, stage, dtype):
+    setup = Setup(dtype, "SGD", accumulation=2, clip=0.2)
+    batches = spread(regression, 3, setup, world)
+    expected, before = twin_state(setup, batches)
+    for error, state in ranks(plain_backward, world, Mlp, mse, batches, setup.config(stage)):
+        assert error is None
+        assert_close(state, expected, dtype, before)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_plain_backward_of_what_cannot_be_hooked(ranks, stage):
+    """fp16 needs the loss scaled: an output that no pytree knows is found, or refused in a sentence; never unscaled."""
+    setup = Setup("fp16", "SGD")
+    batches = spread(regression, 2, setup, 2)
+    expected, before = twin_state(setup, batches, OpaqueMlp, opaque_loss)
+    for error, state in ranks(plain_backward, 2, OpaqueMlp, opaque_loss, batches, setup.config(stage)):
+        if error is None:
+            assert_close(state, expected, "fp16", before)
+        else:
+            assert "engine.backward" in error
+
+
+# --- accumulation by hand ---------------------------------------------------------------------------------------------
+
+
+def with_no_sync(batches, config):
+    rank = dist.get_rank()
+    engine = start(Mlp, config)
+    sent = []
+    for window in batches:
+        before, _ = transitions(engine)
+        for k, micro in enumerate(window):
+            with engine.no_sync() if k + 1 < len(window) else nullcontext():
+                engine.backward(mse(engine, engine.module, micro[rank]))
+            engine.step()
+        sent.append(transitions(engine)[0] - before)
+    state = engine.full_state_dict()
+    engine.destroy()
+    return state, [{n for (operation, _), n in counts.items() if operation == "reduce"} for counts in sent]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_sync_at_every_stage(ranks, stage, dtype):
+    """One reduction per step at stages 2 and 3 too."""
+    setup = Setup(dtype, "SGD", accumulation=3)
+    batches = spread(regression, 2, setup, 2)
+    expected, before = twin_state(setup, batches)
+    for state, reductions in ranks(with_no_sync, 2, batches, setup.config(stage)):
+        assert_close(state, expected, dtype, before)
+        assert reductions == [{1}] * len(batches)
+
+
+def discard(batches, config):
+    """At accumulation 1 a backward is discarded before each step; at 2 also a half window."""
+    rank = dist.get_rank()
+    engine = start(Mlp, config)
+    for window in batches:
+        bad = (torch.full((4, 32), 3.0), torch.full((4, 32), -7.0))
+        engine.backward(mse(engine, engine.module, bad))
+        engine.zero_grad()
+        for micro in window:
+            engine.backward(mse(engine, engine.module, micro[rank]))
+        engine.step(boundary=True)
+    state, norm = engine.full_state_dict(), float(engine.get_global_grad_norm())
+    engine.destroy()
+    return state, norm
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_zero_grad_discards(ranks, stage):
+    setup = Setup(clip=0.2)
+    batches = spread(regression, 3, setup, 2)
+    twin, expected = train_twin(Mlp, mse, batches, setup)
+    for state, norm in ranks(discard, 2, batches, setup.config(stage)):
+        assert_close(state, expected["state"])
+        assert norm == pytest.approx(twin.norm, rel=1e-5)
+
+
+WINDOWS = (1, 3, 2)
+
+
+def set_boundaries(batches, config):
+    """As accelerate drives an engine: it says before each backward whether the window ends."""
+    rank = dist.get_rank()
+    engine = start(Mlp, config)
+    told = []
+    for size, window in zip(WINDOWS, batches, strict=True):
+        for k in range(size):
+            engine.set_gradient_accumulation_boundary(k + 1 == size)
+            told.append(engine.is_gradient_accumulation_boundary())
+            engine.backward(mse(engine, engine.module, window[k][rank]))
+            engine.step()
+    result = engine.full_state_dict(), told, engine.global_steps
+    engine.destroy()
+    return result
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_boundaries_set_by_the_caller(ranks, stage):
+    setup = Setup(accumulation=3)
+    batches = spread(regression, 3, setup, 2)
+    twin = setup.twin(seeded(Mlp))
+    for size, window in zip(WINDOWS, batches, strict=True):
+        for micro in window[:size]:
+            for batch in micro:
+                twin.backward(mse(twin, twin.model, batch))
+        twin.step()
+    for state, told, steps in ranks(set_boundaries, 2, batches, setup.config(stage)):
+        assert_close(state, twin.state())
+        assert told == [True, False, False, True, False, True]
+        assert steps == 3
+
+
+# --- counters ---------------------------------------------------------------------------------------------------------
+
+
+def count(batches, config):
+    rank = dist.get_rank()
+    engine = start(Mlp, config)
+    seen, returned = [], []
+    for window in batches:
+        for micro in window:
+            boundary = engine.is_gradient_accumulation_boundary()
+            loss = mse(engine, engine.module, micro[rank])
+            back = engine.backward(loss)
+            returned.append((float(back), loss.item()))
+            engine.step()
+            seen.append(
+                (
+                    boundary,
+                    engine.micro_steps,
+                    engine.global_steps,
+                    engine.global_samples,
+                    engine.skipped_steps,
+                    engine.was_step_applied(),
+                )
+            )
+    sizes = engine.train_batch_size(), engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
+    where = engine.global_rank, engine.world_size, str(engine.device), engine.zero_optimization_stage()
+    kinds = engine.fp16_enabled(), engine.bfloat16_enabled()
+    engine.destroy()
+    return seen, returned, sizes, where, kinds
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_counters(ranks, stage):
+    setup = Setup("bf16", accumulation=3)
+    batches = spread(regression, 2, setup, 2)
+    for rank, (seen, returned, sizes, where, kinds) in enumerate(ranks(count, 2, batches, setup.config(stage))):
+        assert seen == [
+            (False, 1, 0, 0, 0, False),
+            (False, 2, 0, 0, 0, False),
+            (True, 3, 1, 24, 0, True),
+            (False, 4, 1, 24, 0, False),
+            (False, 5, 1, 24, 0, False),
+            (True, 6, 2, 48, 0, True),
+        ]
+        assert all(back == pytest.approx(loss / 3, rel=1e-6) for back, loss in returned)  # as in DeepSpeed, 1.8.1
+        assert sizes == (24, 4, 3)
+        assert where == (rank, 2, "cpu", stage)
+        assert kinds == (False, True)
+
+
+# --- the model in the engine ------------------------------------------------------------------------------------------
+
+
+class Curious(nn.Module):
+    """Remembers the dtypes that reach it; has attributes for the engine to fall through to."""
+
+    answer = 42
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x, *rest, **more):
+        self.seen = [x.dtype, *(value.dtype for value in _leaves([rest, more]))]
+        return {"out": self.linear(x), "untouched": rest}
+
+    def double_answer(self):
+        return 2 * self.answer
+
+
+def _leaves(value):
+    if torch.is_tensor(value):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [leaf for item in value for leaf in _leaves(item)] if isinstance(value, (list, tuple)) else []
+
+
+def look_inside(config):
+    engine = start(Curious, config)
+    x = torch.randn(2, 8)
+    out = engine(x, torch.arange(3), [x, (torch.ones(1, dtype=torch.bool),)], mask=x, nested={"deep": x.double()})
+    kept = type(out) is dict and len(out["untouched"]) == 2
+    seen = [str(dtype) for dtype in engine.module.seen]
+    through = engine.answer, engine.double_answer()
+    engine.eval()
+    modes = [engine.module.training]
+    engine.train()
+    modes.append(engine.module.training)
+    try:
+        engine.no_such_thing  # noqa: B018
+        missing = None
+    except AttributeError as error:
+        missing = str(error)
+    is_module = isinstance(engine, nn.Module)
+    engine.destroy()
+    return seen, kept, through, modes, missing, is_module
+
+
+@pytest.mark.parametrize(("dtype", "casts"), [("fp32", True), ("bf16", True), ("fp16", True), ("fp16", False)])
+def test_inputs_are_cast_and_the_rest_falls_through(ranks, dtype, casts):
+    more = {} if casts else {"fp16": {"enabled": True, "auto_cast": False}}
+    setup = Setup(dtype, more=more)
+    if not casts:
+        return check_no_cast(ranks, setup)
+    for seen, kept, through, modes, missing, is_module in ranks(look_inside, 2, setup.config(3)):
+        low = str(DTYPES[dtype])
+        wide = "torch.float64" if dtype == "fp32" else low
+        assert seen[:5] == [low, "torch.int64", low, "torch.bool", low] and seen[5] in (low, wide)
+        assert kept and is_module
+        assert through == (42, 84)
+        assert modes == [False, True]
+        assert "no_such_thing" in missing
+
+
+def check_no_cast(ranks, setup):
+    for error in ranks(forward_of_fp32, 2, setup.config(0)):
+        assert error is not None  # torch's own: fp32 inputs meet fp16 weights
+
+
+def forward_of_fp32(config):
+    engine = start(Curious, config)
+    try:
+        engine(torch.randn(2, 8))
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return None
+
+
+def autocast_loss(call, module, batch):
+    """What `torch_autocast` means, spelled out; inside the engine it is a nested no-op."""
+    with torch.autocast("cpu", torch.bfloat16):
+        out = call(batch[0])
+    return F.mse_loss(out.float(), batch[1])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_torch_autocast(ranks, accumulation):
+    """fp32 weights, bf16 matrix products, at every stage."""
+    more = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    setup = Setup("fp32", "SGD", accumulation=accumulation)
+    batches = spread(regression, 3, setup, 2)
+    before = setup.twin(seeded(Mlp)).state()
+    _, expected = train_twin(Mlp, autocast_loss, batches, setup)
+    for stage in STAGES:
+        for state, dtypes in ranks(autocast, 2, batches, setup.config(stage) | more):
+            assert_close(state, expected["state"], "bf16", before)
+            assert dtypes == ("torch.float32", "torch.bfloat16")
+
+
+def autocast(batches, config):
+    rank = dist.get_rank()
+    engine = start(Mlp, config)
+    for window in batches:
+        for micro in window:
+            x, y = micro[rank]
+            out = engine(x)
+            engine.backward(F.mse_loss(out.float(), y))
+            engine.step()
+    result = engine.full_state_dict(), (str(engine.module.head.weight.dtype), str(out.dtype))
+    engine.destroy()
+    return result
+
+
+def module_dtypes(config):
+    engine = start(TinyGpt, config)
+    batch = tokens(4, seed=dist.get_rank())
+    losses = []
+    for _ in range(4):
+        loss = cross_entropy(engine, engine.module, batch)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    dtypes = {name: str(p.dtype) for name, p in engine.module.named_parameters()}
+    engine.destroy()
+    return dtypes, losses
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dtypes_by_module_class(ranks, stage):
+    more = {"data_types": {"module_dtypes": {"LayerNorm": "fp32"}}}
+    for dtypes, losses in ranks(module_dtypes, 2, Setup("bf16", more=more).config(stage)):
+        assert {dtype for name, dtype in dtypes.items() if "norm" in name} == {"torch.float32"}
+        assert {dtype for name, dtype in dtypes.items() if "norm" not in name} == {"torch.bfloat16"}
+        assert losses[-1] < losses[0]
+
+
+def buffers_alone(config):
+    """Statistics are each rank's own while it trains; `full_state_dict` has rank 0's."""
+    engine = start(ConvNet, config)
+    x = torch.randn(4, 3, 8, 8) + 10 * dist.get_rank()
+    engine(x)
+    own = engine.module.norm1.running_mean.clone()
+    state = engine.full_state_dict()["norm1.running_mean"]
+    engine.destroy()
+    return own, state
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_buffers(ranks, stage):
+    (own0, state0), (own1, state1) = ranks(buffers_alone, 2, Setup().config(stage))
+    assert not torch.allclose(own0, own1)
+    assert torch.equal(state0, own0) and torch.equal(state1, own0)
+
+
+# --- ends -------------------------------------------------------------------------------------------------------------
+
+
+def inference_only(config):
+    engine = start(TinyGpt, config)
+    ids, _ = tokens(2)
+    with torch.inference_mode():
+        out = engine(ids)
+    try:
+        engine.backward(cross_entropy(engine, engine.module, tokens(2)))
+        engine.step()
+        error = None
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    state = engine.full_state_dict()
+    engine.destroy()
+    return out, error, state
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_without_an_optimizer(ranks, stage):
+    """Legal for inference (reference 1.1); training then says what is missing."""
+    config = {k: v for k, v in Setup().config(stage).items() if k != "optimizer"}
+    model = seeded(TinyGpt)
+    for out, error, state in ranks(inference_only, 2, config):
+        torch.testing.assert_close(out, model(tokens(2)[0]), rtol=1e-5, atol=1e-6)
+        assert error is not None and "optimizer" in error
+        assert_identical(state, model.state_dict())
+
+
+def start_twice(config):
+    """An engine after an engine on the same model."""
+    import shardline
+
+    model = seeded(Mlp)
+    states = []
+    for _ in range(2):
+        engine, *_ = shardline.initialize(model=model, config=config)
+        engine.backward(mse(engine, engine.module, regression(4)))
+        engine.step()
+        states.append(engine.full_state_dict())
+        engine.destroy()
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+    return states, hooks
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_destroyed_engine_leaves_a_model_for_the_next(ranks, stage):
+    setup = Setup("fp32", "SGD")
+    one = regression(4)
+    expected = []
+    model = seeded(Mlp)
+    for _ in range(2):
+        twin = setup.twin(model)
+        twin.backward(mse(twin, model, one))
+        twin.step()
+        expected.append(twin.state())
+    for states, hooks in ranks(start_twice, 2, setup.config(stage)):
+        assert hooks == 0
+        for state, wanted in zip(states, expected, strict=True):
+            assert_close(state, wanted)
