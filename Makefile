@@ -41,7 +41,7 @@ check: .venv  ## formatting, lint, types, import levels
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 format: .venv  ## format and sort imports in place
 	$(BIN)/ruff check --fix --select I .

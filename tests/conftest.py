@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from shardline.testing import Pool
 
+torch.set_num_threads(1)  # as in the ranks, so that results compare bit by bit
+
 MAX_PROCESSES = 12
 """Warm ranks over all pools; each takes 200 to 300 MB. Worlds 1, 2, 3 and 4 fit together."""
 
@@ -74,7 +76,8 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def _state() -> tuple[set[Any], set[Any], set[Any]]:
     threads = {t for t in threading.enumerate() if type(t).__name__ != "TMonitor"}  # tqdm keeps one for ever
-    environment = {item for item in os.environ.items() if item[0] != "PYTEST_CURRENT_TEST"}
+    passing = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}  # set by pytest and, where it imports inductor, torch
+    environment = {item for item in os.environ.items() if item[0] not in passing}
     return _children(), threads, environment
 
 

@@ -32,46 +32,40 @@ class Pool:
     """Lends flat 1-D buffers on one device.
 
     Giving 64 MB back to the system and taking it again costs about ten times as long as filling it, in page faults, so
-    on CPU buffers are kept. The best-fitting free one is lent.
+    on CPU memory is kept. The best-fitting free piece is lent.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._keep = device.type == "cpu"
-        self._free: list[Tensor] = []  # uint8, 1-D
+        self._free: list[torch.UntypedStorage] = []
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A buffer of ``numel`` elements with arbitrary contents."""
         size = numel * dtype.itemsize
-        if not self._keep or size < _SMALL:
-            return self._empty(numel, dtype)
-        fits = [raw for raw in self._free if size <= raw.numel() <= 2 * size and _holders(raw) == 1]
-        if fits:
-            raw = min(fits, key=Tensor.numel)
-            self._free = [other for other in self._free if other is not raw]
-        else:
-            raw = self._empty(size, torch.uint8)
-        return raw[:size].view(dtype)
+        # Buffers outlive the inference_mode in which one may first be needed, so they must not be inference tensors.
+        with torch.inference_mode(False):
+            fits = [memory for memory in self._free if size <= memory.nbytes() <= 2 * size and _is_alone(memory)]
+            if size < _SMALL or not fits:
+                return torch.empty(numel, dtype=dtype, device=self.device)
+            memory = min(fits, key=torch.UntypedStorage.nbytes)
+            self._free = [other for other in self._free if other is not memory]
+            return torch.empty(0, dtype=dtype, device=self.device).set_(memory, 0, (numel,))
 
     def give(self, buffer: Tensor) -> None:
         """Take a lent buffer back. The caller must not use it any more."""
-        if self._keep and buffer.untyped_storage().nbytes() >= _SMALL:
-            whole = buffer.view(torch.uint8).as_strided((buffer.untyped_storage().nbytes(),), (1,), 0)
-            self._free.append(whole)
+        memory = buffer.untyped_storage()
+        if self._keep and memory.nbytes() >= _SMALL:
+            self._free.append(memory)
 
     def clear(self) -> None:
         """Let go of everything that is free."""
         self._free.clear()
 
-    def _empty(self, numel: int, dtype: torch.dtype) -> Tensor:
-        # Buffers outlive the inference_mode in which one may first be needed, so they must not be inference tensors.
-        with torch.inference_mode(False):
-            return torch.empty(numel, dtype=dtype, device=self.device)
 
-
-def _holders(tensor: Tensor) -> int:
-    """How many tensors share ``tensor``'s storage (the storage object made here is not counted)."""
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)) - 1
+def _is_alone(memory: torch.UntypedStorage) -> bool:
+    """Whether no tensor uses ``memory`` any more."""
+    return int(torch._C._storage_Use_Count(memory._cdata)) == 1
 
 
 def view(flat: Tensor, entry: Entry) -> Tensor:

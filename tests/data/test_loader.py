@@ -474,3 +474,13 @@ def test_what_cannot_be_split_is_a_sentence(changes: dict[str, Any], sentence: s
     good = {"dataset": range(101), "global_batch": 12, "micro_batch": 6, "accumulation": 1}
     with pytest.raises(DataError, match=sentence):
         Loader(**({**good, "rank": 0, "world_size": 2, "seed": 0} | changes))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinning needs CUDA")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_pinned(workers: int) -> None:
+    (loader,) = loaders(Noisy(), 1, 1, num_workers=workers, pin_memory=True)
+    for fields in loader:
+        assert all(field.is_pinned() for field in fields)
+        assert loader.samples == len(fields[0])

@@ -134,7 +134,14 @@ def test_rotated_products_depend_on_the_distance_only():
     assert not torch.allclose(products[0, 0], products[0, 3])
 
 
-def test_generation_appends_is_repeatable_and_goes_beyond_the_context(model):
+def test_generation_sees_no_more_than_the_context(model):
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
+    model.generate(torch.randint(11, (1, 14)), 5)
+    assert seen == [14, 15, 16, 16, 16]
+
+
+def test_generation_appends_and_is_repeatable(model):
     prompt = torch.tensor([[1, 2, 3]])
     once = model.generate(prompt, 30, seed=5)
     assert once.shape == (1, 33)

@@ -59,7 +59,7 @@ def expected_state(plan, argument, batches, setup):
 
 def check(ranks, plan, argument, stage, setup, world=2):
     batches = spread(regression, len(plan), setup, world)
-    results = ranks(branch, world, plan, argument, batches, setup.config(stage))
+    results = ranks(branch, world, plan, argument, batches, setup.config(stage), timeout=20)
     assert_ranks_agree([state for state, _ in results])
     if results[0][1] is None:
         assert_close(results[0][0], expected_state(plan, argument, batches, setup))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.harness import Setup, assert_close, assert_identical, seeded, spread, start, train_twin
+from tests.harness import DTYPES, Setup, assert_close, assert_identical, seeded, spread, start, train_twin
 from tests.models import Mlp, TinyGpt, cross_entropy, mse, regression, tokens
 
 MOMENTS = ("initialize", "forward", "backward", "step")
@@ -151,7 +152,7 @@ def test_parameters(ranks, build, loss_of, make, dtype):
                 where = f"{operation} of {name} after {moment}: {outcome}"
                 if kind == "metadata":
                     assert outcome[0] == "value", where
-                    expected = {"shape": shapes[name], "size": shapes[name], "numel": torch.Size(shapes[name]).numel()}
+                    expected = {"shape": shapes[name], "numel": math.prod(shapes[name]), "dtype": str(DTYPES[dtype])}
                     assert outcome[1] == expected.get(operation, outcome[1]), where
                 else:
                     assert outcome[:2] == ("error", "SealedError"), where

@@ -329,7 +329,7 @@ class Loader:
     def _length(self, epoch: int) -> int | None:
         """Samples in an epoch, as far as known; those of this rank in a sharded dataset."""
         if self._order is not None:
-            return len(self._order.indices(epoch))
+            return self._order.length(epoch)
         return len(self.dataset) if hasattr(self.dataset, "__len__") else None
 
     def _batches(self, epoch: int) -> int | None:

@@ -30,6 +30,10 @@ class Order:
         self.shuffle = shuffle
         self._latest: tuple[int, torch.Tensor] | None = None
 
+    def length(self, epoch: int) -> int:
+        """Samples in the epoch. Without a sampler it asks the dataset and lays out no order."""
+        return len(self.dataset) if self.sampler is None else len(self.indices(epoch))
+
     def indices(self, epoch: int) -> torch.Tensor:
         """All indices of the epoch, int64, 1-D. The latest epoch asked for is kept: 8 bytes a sample."""
         if self._latest is None or self._latest[0] != epoch:

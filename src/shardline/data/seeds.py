@@ -32,7 +32,7 @@ def outer_states_kept() -> Iterator[None]:
     """Put the states of those generators back at the end; 0.1 ms, so for each micro-batch and not for each sample."""
     python, cpu = random.getstate(), torch.default_generator.get_state()
     numpy = sys.modules.get("numpy")
-    array = numpy.random.get_state() if numpy else None
+    array = numpy.random.get_state(legacy=False) if numpy else None
     try:
         yield
     finally:
