@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -90,7 +91,13 @@ def train(engine: shardline.Engine, loader: Any, held_out: Windows, steps: int, 
     journal.held_out.append((engine.global_steps, evaluate(engine, held_out)))
     batches = endless(loader)
     journal.open()
-    with tqdm(total=steps, initial=engine.global_steps, bar_format=BAR, disable=engine.global_rank != 0) as bar:
+    with tqdm(
+        total=steps,
+        initial=engine.global_steps,
+        bar_format=BAR,
+        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; in a log file a bar is a line each time
+        disable=engine.global_rank != 0,
+    ) as bar:
         while engine.global_steps < steps:
             for tokens, targets in islice(batches, engine.gradient_accumulation_steps()):
                 loss = engine(tokens.to(engine.device), targets.to(engine.device))
@@ -104,7 +111,9 @@ def train(engine: shardline.Engine, loader: Any, held_out: Windows, steps: int, 
                 journal.close(step)
                 bar.set_postfix_str(
                     f"loss {journal.train[-1][1]:.3f}, held out {journal.held_out[-1][1]:.3f}, "
-                    f"lr {engine.get_lr()[0]:.1e}, {journal.rate:,.0f} tokens/s, {mebibytes(peak_bytes(engine.device))}"
+                    f"lr {engine.get_lr()[0]:.1e}, {journal.rate:,.0f} tokens/s, "
+                    f"peak {mebibytes(peak_bytes(engine.device))}",
+                    refresh=False,
                 )
             if look:
                 journal.held_out.append((step, evaluate(engine, held_out)))

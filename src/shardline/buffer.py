@@ -50,7 +50,7 @@ class Pool:
                 return torch.empty(numel, dtype=dtype, device=self.device)
             memory = min(fits, key=torch.UntypedStorage.nbytes)
             self._free = [other for other in self._free if other is not memory]
-            return torch.empty(0, dtype=dtype, device=self.device).set_(memory, 0, (numel,))
+            return torch.empty(0, dtype=dtype, device=self.device).set_(memory, 0, (numel,), (1,))
 
     def give(self, buffer: Tensor) -> None:
         """Take a lent buffer back. The caller must not use it any more."""
@@ -73,7 +73,7 @@ def view(flat: Tensor, entry: Entry) -> Tensor:
     return flat.as_strided(entry.param.shape, entry.param.stride, flat.storage_offset() + entry.offset)
 
 
-# -- the seal -----------------------------------------------------------------------------------------------------------
+# -- the seal ---------------------------------------------------------------------------------------------------------
 
 _Gatherer = Callable[[], bool]
 """Brings a sealed parameter's unit here if this is a moment at which all ranks do; says whether it did."""
@@ -83,8 +83,8 @@ _DESCRIPTORS = ("shape", "dtype", "device", "requires_grad", "grad", "is_leaf", 
                 "_backward_hooks", "_post_accumulate_grad_hooks", "retains_grad", "output_nr", "is_nested", "is_mps",
                 "is_xpu", "grad_dtype", "is_inference", "is_mkldnn", "is_sparse_csr", "name")  # fmt: skip
 _METHODS = ("size", "numel", "nelement", "dim", "ndimension", "element_size", "get_device", "is_floating_point",
-            "is_complex", "__len__", "__hash__", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook",
-            "is_signed", "is_inference")  # fmt: skip
+            "is_complex", "__len__", "__hash__", "requires_grad_", "register_hook", "is_signed",
+            "register_post_accumulate_grad_hook", "is_inference")  # fmt: skip
 
 
 def _harmless() -> frozenset[Any]:
@@ -104,10 +104,14 @@ _HARMLESS = _harmless()
 
 
 class _Sealed(nn.Parameter):
-    """The class of a parameter while its data is away. Three attributes: its name, who gathers it, and its own class."""
+    """The class of a parameter while its data is away: its name, who gathers it, and the class that it had."""
+
+    _shardline_name: str
+    _shardline_gather: _Gatherer
+    _shardline_class: type[nn.Parameter]
 
     @classmethod
-    def __torch_function__(  # type: ignore[override]
+    def __torch_function__(
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}

@@ -18,10 +18,10 @@ from shardline.config import Config
 from shardline.describe import chosen_units, describe_modules, describe_params, first_names
 from shardline.errors import OptimizerError
 from shardline.fragments import ParamState, put_states, take_states, whole_weights
+from shardline.meta import is_on_meta
 from shardline.optimizer import build as build_optimizer
 from shardline.optimizer import kind, prepare, replace_params
 from shardline.placement import STAGES, Stage
-from shardline.meta import is_on_meta
 from shardline.plan import Entry, ModuleSpec, ParamSpec, Plan, make_plan
 from shardline.precision import Precision
 from shardline.unit import RunTensors, Slab, Unit

@@ -163,9 +163,7 @@ class Engine(nn.Module):
             reshard_after_forward=zero.reshard_after_forward,
         )
         self._hooks = Hooks(self.module, units, self.schedule, self._begin_forward)
-        self._update = (
-            None if self.optimizer is None else Update(units, self.comm, self.optimizer, self._layout.runs)
-        )
+        self._update = None if self.optimizer is None else Update(units, self.comm, self.optimizer, self._layout.runs)
         self._probe = next((param for unit in units for slab in unit.trainable for param in slab.params), None)
 
     # -- forward ----------------------------------------------------------------------------------------------------
@@ -304,7 +302,7 @@ class Engine(nn.Module):
         if weight is not None and share != 1.0:
             raise UsageError(
                 f"step(weight=...) says that losses are sums, but this batch of the engine's loader holds {share:.3g} "
-                f"of a full one and was weighted as a mean. Set \"data_loader\": {{\"weighting\": \"none\"}}."
+                f'of a full one and was weighted as a mean. Set "data_loader": {{"weighting": "none"}}.'
             )
         if any(unit.holds for unit in self._layout.units):
             raise UsageError("step() was called inside a forward or inside gathered_parameters(). Call it after them.")
@@ -332,7 +330,7 @@ class Engine(nn.Module):
         update = self._update
         if update is None:
             raise AssertionError("an engine without optimizer does not step")
-        units, schedule = self._layout.units, self.schedule
+        units = self._layout.units
         for unit in units:
             unit.adopt()
         if window.unreduced and self.comm.world_size > 1:
@@ -359,7 +357,9 @@ class Engine(nn.Module):
         self._applied = host is None or not host.skipped
         self._drop_gradients()
         if self._applied:
-            torch.autograd.graph.increment_version([p for unit in units for slab in unit.trainable for p in slab.params])
+            torch.autograd.graph.increment_version(
+                [p for unit in units for slab in unit.trainable for p in slab.params]
+            )
             for unit in units:
                 unit.settle_versions()
             self._call(self._after)
@@ -780,7 +780,7 @@ class Engine(nn.Module):
 
 
 def _guard(optimizer: Optimizer, engine: Engine) -> None:
-    """Make the optimizer's own calls mean what they mean with an engine: gradients and weights are not where it thinks."""
+    """Give the optimizer's own calls the meaning they have with an engine: gradients are not where it thinks."""
     original = optimizer.step
     add = optimizer.add_param_group
 

@@ -197,7 +197,7 @@ def watch_outputs(
         if not _accumulates(probe):
             return None
         if begin():
-            Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
+            Variable._execution_engine.queue_callback(end)
         factor = scale()
         return None if factor == 1.0 else grad * factor
 
@@ -212,7 +212,10 @@ def watch_outputs(
 def _accumulates(param: nn.Parameter) -> bool:
     """Whether the backward that runs now fills ``.grad``, as opposed to ``torch.autograd.grad``."""
     with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
-        node = param.view_as(param).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        alias = param.view_as(param).grad_fn
+    node = None if alias is None else alias.next_functions[0][0]
+    if node is None:
+        return False
     try:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # the parameter itself is an input of autograd.grad

@@ -1,9 +1,9 @@
 """Fills a model that was created on ``meta``, module by module, as its ordinary construction would have.
 
 Modules are visited children first, which is the order in which constructors finish, and each one's
-``reset_parameters`` runs on real CPU tensors. So with the same seed the same random numbers go to the same weights as in
-an ordinary construction, while at any time only the tensors of one such module are whole on a rank. ``init_fn`` then
-visits the modules in the order of ``nn.Module.apply``.
+``reset_parameters`` runs on real CPU tensors. So with the same seed the same random numbers go to the same weights as
+in an ordinary construction, while at any time only the tensors of one such module are whole on a rank. ``init_fn``
+then visits the modules in the order of ``nn.Module.apply``.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _make_real(module: nn.Module, filled: set[nn.Parameter]) -> dict[str, nn.Par
             borrowed[name] = param
             module._parameters[name] = nn.Parameter(torch.empty(param.shape, dtype=param.dtype), param.requires_grad)
         elif param.is_meta:
-            real = type(param)(_unset(param), param.requires_grad)  # type: ignore[call-arg]
+            real = type(param)(_unset(param), param.requires_grad)
             real.__dict__.update(param.__dict__)
             torch.utils.swap_tensors(param, real)  # the object stays: optimizers and ties refer to it
             filled.add(param)

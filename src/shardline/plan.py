@@ -334,7 +334,7 @@ def make_plan(
     for module in modules:
         for name in module.params:
             holders.setdefault(name, []).append(module.path)
-    units = []
+    units: list[UnitPlan] = []
     for candidate in merged:
         held = {path for param in candidate.params for path in holders[param.name]}
         users = [module.path for module in modules if module.path in held or module.path in candidate.roots]

@@ -33,7 +33,7 @@ from shardline.errors import ConfigError, UsageError
 from shardline.events import Notice
 from shardline.observe import Console
 from shardline.precision import Precision
-from shardline.topology import Topology, discover, init_distributed
+from shardline.topology import discover, init_distributed
 from shardline.unit import Unit
 
 __all__ = ["initialize"]
@@ -94,7 +94,7 @@ def initialize(
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     topology = discover(getattr(args, "local_rank", None))
     comm = Comm(_group(mesh), topology.device)
-    settings = load_config(source, comm.world_size)  # type: ignore[arg-type]
+    settings = load_config(source, comm.world_size)
     comm.agree(
         {
             "the version of torch": torch.__version__,

@@ -138,9 +138,7 @@ class Update:
         if grads and scale != 1.0:
             torch._foreach_div_(grads, scale)
 
-    def apply(
-        self, verdict: Verdict, host: HostVerdict | None, clip: float, before: Callable[[], None] | None
-    ) -> None:
+    def apply(self, verdict: Verdict, host: HostVerdict | None, clip: float, before: Callable[[], None] | None) -> None:
         """Step the optimizer, unless the verdict says not to, and refresh the weights.
 
         Args:
@@ -196,5 +194,3 @@ class Update:
         works = [work for unit in self.units for work in unit.refresh()]
         for work in works:
             work.wait()
-
-

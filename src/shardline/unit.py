@@ -273,9 +273,7 @@ class Slab:
             fragments = tuple(self.plan.fragments(run.start, run.stop))
             if run.entry is None:
                 first, last = run.start - low, run.stop - low
-                yield RunTensors(
-                    run, self.start, self.stop, self.master[first:last], grad[first:last], fragments
-                )
+                yield RunTensors(run, self.start, self.stop, self.master[first:last], grad[first:last], fragments)
             else:
                 shape, stride, offset = run.entry.param.shape, run.entry.param.stride, run.start - low
                 yield RunTensors(

@@ -34,7 +34,7 @@ class Comm:
         rank, world_size: of this process in the group.
         device: of the tensors that travel.
         counts: transitions by (operation, unit index), since the start.
-        elements: elements put on the wire by this rank's group as ``{"gather": n, "reduce": n}``, whole buffers counted.
+        elements: elements of the whole buffers that travelled, by operation.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device, timeout: timedelta | None = None) -> None:
@@ -61,7 +61,7 @@ class Comm:
     # -- transitions ------------------------------------------------------------------------------------------------
 
     def gather(self, unit: int, buffer: Tensor, boundaries: Sequence[int]) -> Work:
-        """Bring every rank's range of ``buffer`` (1-D, own range in place) here. In a world of one there is nothing to do."""
+        """Bring every rank's range of ``buffer`` (1-D, own range in place) here; nothing to do in a world of one."""
         if self._transports is None:
             return DONE
         self._note("gather", unit, buffer.numel())

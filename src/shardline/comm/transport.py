@@ -7,13 +7,23 @@ Every transport answers the same two questions about a flat buffer cut into one 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["DONE", "ExchangeTransport", "HostStagedTransport", "NcclTransport", "Scratch", "Transport", "Work", "choose"]
+__all__ = [
+    "DONE",
+    "ExchangeTransport",
+    "HostStagedTransport",
+    "NcclTransport",
+    "Scratch",
+    "Transport",
+    "Work",
+    "choose",
+]
 
 
 class Work:
@@ -23,7 +33,9 @@ class Work:
     or stream.
     """
 
-    def __init__(self, handles: Sequence[dist.Work], then: Callable[[], None] | None = None, hold: object = None) -> None:
+    def __init__(
+        self, handles: Sequence[dist.Work], then: Callable[[], None] | None = None, hold: object = None
+    ) -> None:
         self._handles, self._then, self._hold = handles, then, hold
 
     def wait(self) -> None:
@@ -167,7 +179,7 @@ class _HostScratch:
 
 def _equal(boundaries: Sequence[int]) -> bool:
     first = boundaries[1]
-    return all(stop - start == first for start, stop in zip(boundaries, boundaries[1:], strict=False))
+    return all(stop - start == first for start, stop in pairwise(boundaries))
 
 
 # torch 2.13 renames these two and deprecates the old names; 2.11 knows only the old ones.
