@@ -1,0 +1,375 @@
+"""Saving and loading for one engine: what belongs into a checkpoint, in which order it goes back, in which thread."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import import_module
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from shardline import lr
+from shardline.checkpoint.capture import Captured, capture_buffers, capture_tensors, merge, optimizer_record
+from shardline.checkpoint.commit import Content, commit, together
+from shardline.checkpoint.directory import Directory, Lock, Manifest, check_files, read_manifest
+from shardline.checkpoint.faults import armed
+from shardline.checkpoint.parts import Parts
+from shardline.checkpoint.randomness import RandomState, derive_states
+from shardline.checkpoint.reader import Reader
+from shardline.checkpoint.restore import ages, load_buffers, load_optimizer, load_weights, match, settle_weights
+from shardline.checkpoint.values import encode, name_of
+from shardline.checkpoint.window import WindowStart, persistent_buffers
+from shardline.comm import Comm
+from shardline.config import Config
+from shardline.data import Loader
+from shardline.errors import CheckpointError, UsageError
+from shardline.events import Events, Notice
+from shardline.precision import LossScaler
+from shardline.topology import fault
+
+__all__ = ["Checkpointer", "Trainer"]
+
+logger = logging.getLogger("shardline")
+
+
+class Trainer(Protocol):
+    """What saving and loading need of an engine."""
+
+    module: nn.Module
+    optimizer: Optimizer | None
+    lr_scheduler: Any
+    training_dataloader: Loader | None
+    config: Config
+    comm: Comm
+    events: Events
+    scaler: LossScaler
+    client_state: dict[str, Any]
+    window_start: WindowStart
+
+    def checkpoint_parts(self) -> Parts:
+        """The engine's tensors, with edits adopted and the last step's verdict read."""
+        ...
+
+    def checkpoint_counters(self) -> dict[str, int]:
+        """Steps, micro-steps and samples at the start of the current window."""
+        ...
+
+    def in_window(self) -> bool:
+        """Whether micro-steps were done that no step has applied."""
+        ...
+
+    def lay_out_by_age(self, ages: Mapping[str, int]) -> None:
+        """Lay the model out so that only parameters of one age share a run. Collective."""
+        ...
+
+    def go_on_from(self, counters: Mapping[str, int] | None) -> None:
+        """Forget the current window and count from here on."""
+        ...
+
+
+class Checkpointer:
+    """Saves and loads one engine. Every method is collective."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._locks: dict[str, Lock] = {}
+        self._channel: Comm | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._staging: dict[str, Tensor] = {}
+
+    # -- saving -----------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        *,
+        latest: bool = True,
+        frozen: bool = True,
+        background: bool = False,
+    ) -> bool:
+        """Write a checkpoint, or with ``background`` begin to."""
+        trainer = self._trainer
+        self.wait()
+        counters = trainer.checkpoint_counters()
+        name = Directory.check_tag(f"global_step{counters['global_steps']}" if tag is None else str(tag))
+        trainer.comm.agree({"the tag of the checkpoint": name})
+        found, content = self._collect(counters, client_state or {}, frozen=frozen)
+        config = trainer.config.checkpoint
+        ours = config.dir is not None and os.path.realpath(path) == os.path.realpath(config.dir)
+        keep = config.keep if ours else None
+        reach = armed(trainer.comm.rank, fault())
+
+        def run(channel: Comm) -> None:
+            commit(path, name, content, channel, reach, latest=latest, keep=keep, hold=self._hold)
+
+        if not background:
+            run(trainer.comm)
+            return True
+        if self._channel is None:
+            self._channel = trainer.comm.channel()
+        content.tensors = self._stage(found.tensors)
+        channel = self._channel
+
+        def in_background() -> None:
+            try:
+                run(channel)
+            except BaseException as error:
+                self._error = error
+                logger.error("a checkpoint could not be written in the background: %s", error)
+
+        self._thread = threading.Thread(target=in_background, name="shardline-checkpoint")  # exit waits for it
+        self._thread.start()
+        return True
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more.
+
+        Raises:
+            CheckpointError: if the last save in the background failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise CheckpointError(f"the last checkpoint was not written in the background: {error}") from error
+
+    def close(self) -> None:
+        """Wait, and let go of locks and process groups."""
+        try:
+            self.wait()
+        finally:
+            if self._channel is not None:
+                self._channel.close()
+                self._channel = None
+            self._locks.clear()
+            self._staging.clear()
+
+    def _hold(self, lock: Lock) -> None:
+        self._locks[str(id(lock))] = lock
+
+    def _stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies on the host, in memory that is kept from save to save."""
+        staged: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            kept = self._staging.get(key)
+            if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+                kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+            staged[key] = kept.copy_(tensor, non_blocking=True)
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self._staging = staged
+        return dict(staged)
+
+    def _collect(
+        self, counters: dict[str, int], client_state: Mapping[str, Any], *, frozen: bool
+    ) -> tuple[Captured, Content]:
+        trainer = self._trainer
+        parts = trainer.checkpoint_parts()
+        comm, within = parts.comm, trainer.in_window()
+        start = trainer.window_start
+
+        def collect() -> tuple[Captured, dict[str, Any]]:
+            """What may fail on one rank: values that cannot be saved."""
+            found = capture_tensors(parts, frozen=frozen)
+            common = self._common(parts, counters, client_state, found, within=within) if comm.rank == 0 else {}
+            return found, common
+
+        result: list[tuple[Captured, dict[str, Any]]] = []
+        together(comm, "collecting the checkpoint", lambda: result.append(collect()))
+        found, common = result[0]
+        buffers = start.buffers() if within else {name: b.detach() for name, b in persistent_buffers(parts.module)}
+        writers = capture_buffers(found, buffers, comm)
+        random = start.random if within and start.random is not None else RandomState.now(comm.device)
+        tensors, values = random.to_tensors()
+        found.tensors.update(tensors)
+
+        def manifest(reports: list[dict[str, Any]]) -> Manifest:
+            return {
+                **common,
+                "parameters": merge(parts, reports, frozen=frozen),
+                "buffers": {
+                    name: {"shape": list(buffer.shape), "dtype": name_of(buffer.dtype), "files": writers[name]}
+                    for name, buffer in buffers.items()
+                },
+                "random": [report["random"] for report in reports],
+            }
+
+        return found, Content(found.tensors, found.report() | {"random": values}, manifest)
+
+    def _common(
+        self,
+        parts: Parts,
+        counters: dict[str, int],
+        client_state: Mapping[str, Any],
+        found: Captured,
+        *,
+        within: bool,
+    ) -> dict[str, Any]:
+        """What rank 0 says for all."""
+        trainer = self._trainer
+        scheduler, loader = trainer.lr_scheduler, trainer.training_dataloader
+        tensors: dict[str, Tensor] = {}
+        if not isinstance(client_state, Mapping):
+            raise UsageError(f"client_state is a {type(client_state).__name__}; it must be a dict.")
+        common = {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "shardline": import_module("shardline").__version__,
+            "torch": torch.__version__,
+            "world_size": parts.comm.world_size,
+            "stage": trainer.config.zero_optimization.stage,
+            "counters": counters,
+            "optimizer": optimizer_record(parts, tensors),
+            "scheduler": None if scheduler is None else encode(scheduler.state_dict(), "scheduler", tensors),
+            "scaler": trainer.scaler.state_dict() if trainer.scaler.dynamic else None,
+            "loader": None if loader is None else _loader_state(loader, trainer.window_start, within=within),
+            "seed": trainer.config.seed,
+            "config": trainer.config.to_dict(),
+            "client_state": encode(dict(client_state), "client_state", tensors),
+        }
+        found.tensors.update(tensors)
+        return common
+
+    # -- loading ----------------------------------------------------------------------------------------------------
+
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        tag: str | None = None,
+        *,
+        strict: bool = True,
+        optimizer: bool = True,
+        scheduler: bool = True,
+        position: bool = True,
+        weights_only: bool = False,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Read a checkpoint: the one ``tag`` names, else the newest whole one."""
+        trainer = self._trainer
+        self.wait()
+        chosen = self._choose(Directory(path), tag)
+        if chosen is None:
+            return None, None
+        reader, passed_over = chosen
+        try:
+            client_state = self._apply(
+                reader,
+                strict=strict,
+                optimizer=optimizer and not weights_only,
+                scheduler=scheduler and not weights_only,
+                position=position and not weights_only,
+                counters=not weights_only,
+            )
+        finally:
+            reader.close()
+        for reason in passed_over:
+            trainer.events.emit(Notice(f"loaded {reader.path} and not a later checkpoint: {reason}"))
+        return str(reader.path), client_state
+
+    def _choose(self, directory: Directory, tag: str | None) -> tuple[Reader, list[str]] | None:
+        """The checkpoint to load, verified by all ranks together, and why others were passed over."""
+        comm = self._trainer.comm
+        order = comm.exchange([tag] if tag is not None else directory.order() if comm.rank == 0 else [])[0]
+        passed_over: list[str] = []
+        for each in order:
+            manifest, mine = self._verify(directory, str(each))
+            everyone = comm.exchange([None if manifest is None else manifest["id"], mine])
+            problems = [f"{text}" for _, theirs in everyone for text in theirs]
+            if len({identity for identity, _ in everyone}) > 1 and not problems:
+                problems = [f"{directory.path / str(each)} is not the same checkpoint on all ranks"]
+            path = directory.locate(str(each))
+            if not problems and manifest is not None and path is not None:
+                return Reader(path, manifest), passed_over
+            passed_over.append("; ".join(dict.fromkeys(problems)))
+        if not order:
+            return None
+        what = f"the checkpoint {directory.path / str(tag)} cannot be loaded" if tag is not None else (
+            f"no checkpoint in {directory.path} is whole"
+        )  # fmt: skip
+        there = f" There are: {', '.join(directory.tags()) or 'none'}." if tag is not None else ""
+        raise CheckpointError(f"{what}: {'; '.join(passed_over)}.{there}")
+
+    def _verify(self, directory: Directory, tag: str) -> tuple[Manifest | None, list[str]]:
+        """The manifest, and what is wrong with it and with this rank's part of the files."""
+        comm = self._trainer.comm
+        path = directory.locate(tag)
+        if path is None:
+            return None, [f"there is no {directory.path / tag}"]
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError as error:
+            return None, [str(error)]
+        return manifest, check_files(path, manifest, range(comm.rank, len(manifest["files"]), comm.world_size))
+
+    def _apply(
+        self, reader: Reader, *, strict: bool, optimizer: bool, scheduler: bool, position: bool, counters: bool
+    ) -> dict[str, Any]:
+        trainer, manifest = self._trainer, reader.manifest
+        parts = trainer.checkpoint_parts()
+        found = match(parts, reader, strict=strict)
+        client_state: dict[str, Any] = reader.value(manifest["client_state"])
+        if position and trainer.training_dataloader is not None and manifest["loader"] is not None:
+            trainer.training_dataloader.load_state_dict(manifest["loader"])
+        same_kind = parts.optimizer is not None and manifest["optimizer"] is not None
+        if optimizer and same_kind and manifest["optimizer"]["class"] == type(parts.optimizer).__name__:
+            by_age = ages(parts, reader, found)
+            if by_age is not None:
+                trainer.lay_out_by_age(by_age)
+                parts = trainer.checkpoint_parts()
+
+        def read() -> str | None:
+            load_weights(parts, reader, found)
+            load_buffers(parts, reader, found)
+            return load_optimizer(parts, reader, found) if optimizer else None
+
+        try:
+            weights_only = together(parts.comm, f"reading the checkpoint {reader.path}", read)[0]
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} The model may hold a part of it now: load a whole one, or end.") from error
+        settle_weights(parts)
+        if weights_only is not None:
+            found.notes.append(weights_only)
+        if (
+            scheduler
+            and weights_only is None
+            and manifest["scheduler"] is not None
+            and trainer.lr_scheduler is not None
+        ):
+            state = reader.value(manifest["scheduler"])
+            if isinstance(trainer.lr_scheduler, LRScheduler):
+                lr.restore(trainer.lr_scheduler, state)
+            else:
+                trainer.lr_scheduler.load_state_dict(state)
+        if counters and manifest["scaler"] is not None and trainer.scaler.dynamic:
+            trainer.scaler.load_state_dict(manifest["scaler"])
+        if counters:
+            self._restore_random(reader)
+        trainer.go_on_from(manifest["counters"] if counters else None)
+        for note in found.notes:
+            trainer.events.emit(Notice(f"{reader.path}: {note}"))
+        return client_state
+
+    def _restore_random(self, reader: Reader) -> None:
+        comm, manifest = self._trainer.comm, reader.manifest
+        if manifest["world_size"] != comm.world_size:
+            derive_states(manifest["seed"], manifest["counters"]["global_steps"], comm.rank)
+            return
+        file = reader.file(comm.rank)
+        tensors = {key: file.tensor(key) for key in file.keys() if key.startswith("random/")}  # noqa: SIM118
+        RandomState.from_tensors(tensors, manifest["random"][comm.rank]).restore(comm.device)
+
+
+def _loader_state(loader: Loader, start: WindowStart, *, within: bool) -> dict[str, Any]:
+    if within and start.position is not None:
+        return loader.state_dict(at=start.position)
+    # A batch that was handed out and not used yet will be handed out again.
+    return loader.state_dict(stepped=False) if start.position != loader.position else loader.state_dict()

@@ -1,0 +1,294 @@
+"""The commit: all ranks write into one temporary directory, and one rename makes it a checkpoint.
+
+    rank 0        lock, clear away the remains of killed saves, make the temporary directory with a token file
+    all           exchange: the name of the directory
+    each          see the token; write its shard, flush, fsync
+    all           exchange: size and checksum of the shard, or the error: then every rank raises it
+    rank 0        write the manifest, fsync it and the directory; rename; fsync; replace ``latest``; fsync; prune
+    all           exchange: done, or the error
+
+Whatever fails, the temporary directory is removed, the checkpoints that were there are untouched, and the job can go
+on. Whenever a process dies, a reader finds the old checkpoints and perhaps the new one, each whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from shardline.checkpoint import directory as names
+from shardline.checkpoint.directory import Directory, Lock, Manifest, sync
+from shardline.checkpoint.faults import Reach
+from shardline.checkpoint.tensorfile import write
+from shardline.errors import CheckpointError
+
+__all__ = ["Channel", "Content", "commit", "together"]
+
+T = TypeVar("T")
+_TOKEN = "token"
+_TOKEN_SECONDS = 2.0  # a network file system may show a new directory a moment late
+
+
+class Channel(Protocol):
+    """What ranks say to each other: JSON values."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    def exchange(self, value: Any) -> list[Any]: ...
+
+
+@dataclass
+class Content:
+    """What this rank saves.
+
+    Attributes:
+        tensors: for its file.
+        report: a JSON value for rank 0, about the tensors.
+        manifest: on rank 0: makes the manifest from everybody's reports.
+    """
+
+    tensors: Mapping[str, Tensor]
+    report: Any
+    manifest: Callable[[list[Any]], Manifest]
+
+
+def together(channel: Channel, what: str, action: Callable[[], T]) -> list[Any]:
+    """Do something that may fail on some ranks only; its results (JSON values) by rank.
+
+    Raises:
+        CheckpointError: on every rank alike, if it failed on any; names the ranks and what each said.
+    """
+    value: T | None = None
+    cause: Exception | None = None
+    try:
+        value = action()
+    except Exception as error:
+        cause = error
+    everyone = channel.exchange([value, None if cause is None else _say(cause)])
+    failed = {rank: error for rank, (_, error) in enumerate(everyone) if error is not None}
+    if not failed:
+        return [value for value, _ in everyone]
+    alike = len(set(failed.values())) == 1
+    said = next(iter(failed.values())) if alike else "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
+    whom = "" if channel.world_size == 1 else f" on rank {', '.join(map(str, failed))}"
+    raise CheckpointError(f"{what} failed{whom}: {said}") from cause
+
+
+def _say(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        advice = {
+            errno.ENOSPC: " Make room on the disk, keep fewer checkpoints, or save elsewhere.",
+            errno.EDQUOT: " Make room in the quota, keep fewer checkpoints, or save elsewhere.",
+            errno.EACCES: " Give this user the right to write there, or save elsewhere.",
+            errno.EROFS: " Save to a file system that can be written.",
+        }.get(error.errno or 0, "")
+        return f"{error.strerror}: {error.filename or ''}.{advice}".replace(": .", ".")
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+
+
+def file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def commit(
+    path: str | os.PathLike[str],
+    tag: str,
+    content: Content,
+    channel: Channel,
+    reach: Reach,
+    *,
+    latest: bool = True,
+    keep: int | None = None,
+    hold: Callable[[Lock], None] = lambda lock: None,
+) -> Path:
+    """Write a checkpoint. Collective; returns its directory when it is committed, on every rank.
+
+    Args:
+        path: the directory of checkpoints, the same for all ranks.
+        latest: whether ``latest`` shall name it.
+        keep: delete all but so many of the newest afterwards.
+        hold: gets the directory's lock on rank 0, to keep it for as long as the job writes here.
+
+    Raises:
+        CheckpointError: on every rank, if any failed.
+    """
+    directory = Directory(path)
+    final = directory.path / Directory.check_tag(tag)
+    lead = channel.rank == 0
+    reach("begin")
+    ours: list[Path] = []  # what rank 0 made and must clear away if anything fails
+
+    def prepare() -> Manifest | None:
+        reach("prepare-barrier:before")
+        if not lead:
+            return None
+        directory.path.mkdir(parents=True, exist_ok=True)
+        hold(Lock.of(directory.path))
+        reach("lock:after")
+        directory.sweep()
+        reach("sweep:after")
+        identity = secrets.token_hex(16)
+        temp = directory.path / f"{names.TEMP}{identity}"
+        ours.append(temp)
+        temp.mkdir()
+        reach("mkdir:after")
+        (temp / _TOKEN).write_text(identity)
+        reach("token-write:after")
+        newest = max((directory.sequence(each) for each in directory.tags()), default=-1)
+        return {"id": identity, "sequence": newest + 1, "path": str(directory.path.absolute())}
+
+    try:
+        plan = together(channel, f"preparing the checkpoint {final}", prepare)[0]
+        reach("prepare-barrier:after")
+        temp = directory.path / f"{names.TEMP}{plan['id']}"
+
+        def write_shard() -> Any:
+            _see_token(temp, plan["id"], plan["path"])
+            reach("shard-write:before")
+            with _opened(temp / file_name(channel.rank)) as file:
+                written = write(
+                    file,  # type: ignore[arg-type]
+                    content.tensors,
+                    {"format": "pt", "id": plan["id"], "rank": str(channel.rank)},
+                    lambda: reach("shard-write:middle"),
+                )
+                reach("shard-write:after")
+            reach("shard-fsync:after")
+            reach("shard-barrier:before")
+            return [written.bytes, written.crc32, content.report]
+
+        reports = together(channel, f"writing the checkpoint {final}", write_shard)
+        reach("shard-barrier:after")
+
+        def finish() -> None:
+            if lead:
+                files = [
+                    {"name": file_name(rank), "bytes": size, "crc32": crc}
+                    for rank, (size, crc, _) in enumerate(reports)
+                ]
+                head = {
+                    "format": names.FORMAT,
+                    "version": names.VERSION,
+                    "id": plan["id"],
+                    "sequence": plan["sequence"],
+                    "tag": tag,
+                    "latest": latest,
+                    "files": files,
+                }
+                _write_manifest(temp, head | content.manifest([report for _, _, report in reports]), reach)
+                _put_in_place(directory, temp, final, plan["id"], reach, ours, latest=latest)
+                if keep is not None:
+                    directory.prune(keep)
+                reach("prune:after")
+            reach("commit-barrier:before")
+
+        together(channel, f"committing the checkpoint {final}", finish)
+        reach("commit-barrier:after")
+    except BaseException:
+        for each in ours:
+            if each.is_dir():
+                shutil.rmtree(each, ignore_errors=True)
+            else:
+                each.unlink(missing_ok=True)
+        raise
+    return final
+
+
+def _see_token(temp: Path, identity: str, theirs: str) -> None:
+    give_up = time.monotonic() + _TOKEN_SECONDS
+    while True:
+        with contextlib.suppress(OSError):
+            if (temp / _TOKEN).read_text() == identity:
+                return
+        if time.monotonic() > give_up:
+            raise CheckpointError(
+                f"this rank does not see the directory that rank 0 made in {theirs}: here, {temp.parent.absolute()} "
+                f"is another one. All ranks must save to one directory on a file system that they share, by a path "
+                f"that means the same to all."
+            )
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """A new file whose contents are on the disk afterwards."""
+    with path.open("wb", buffering=1 << 20) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_manifest(temp: Path, manifest: Manifest, reach: Reach) -> None:
+    data = json.dumps(manifest, separators=(",", ":"), allow_nan=False).encode()
+    reach("manifest-write:before")
+    with _opened(temp / names.MANIFEST) as file:
+        file.write(data[: len(data) // 2])
+        file.flush()
+        reach("manifest-write:middle")
+        file.write(data[len(data) // 2 :])
+        reach("manifest-write:after")
+    reach("manifest-fsync:after")
+    with _opened(temp / names.MANIFEST_SUM) as file:
+        file.write(f"{hashlib.sha256(data).hexdigest()}  {names.MANIFEST}\n".encode())
+    reach("checksum-write:after")
+    (temp / _TOKEN).unlink()
+    sync(temp)
+    reach("temp-fsync:after")
+
+
+def _put_in_place(
+    directory: Directory, temp: Path, final: Path, identity: str, reach: Reach, ours: list[Path], *, latest: bool
+) -> None:
+    """The commit point is the rename in the middle."""
+    parent = directory.path
+    intent = parent / f"{names.INTENT}{identity}"
+    if latest:  # written before the rename: a full disk shows while nothing has changed yet
+        reach("intent-write:before")
+        ours.append(intent)
+        with _opened(intent) as file:
+            file.write(f"{final.name}\n".encode())
+        reach("intent-write:after")
+    aside = parent / f"{names.OLD}{identity}-{final.name}"
+    replaced = final.exists()
+    if replaced:
+        os.rename(final, aside)
+        reach("set-aside:after")
+        sync(parent)
+        reach("set-aside-fsync:after")
+    reach("rename:before")
+    try:
+        os.rename(temp, final)
+    except OSError:
+        if replaced:
+            os.rename(aside, final)
+        raise
+    ours.clear()
+    reach("rename:after")
+    sync(parent)
+    reach("rename-fsync:after")
+    if latest:
+        reach("latest:before")
+        os.replace(intent, parent / names.LATEST)
+        reach("latest:after")
+        sync(parent)
+        reach("latest-fsync:after")
+    if replaced:
+        shard = aside / file_name(0)
+        shard.unlink(missing_ok=True)
+        reach("remove-old:middle")
+        shutil.rmtree(aside)
+        reach("remove-old:after")

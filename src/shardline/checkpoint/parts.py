@@ -1,0 +1,52 @@
+"""What a checkpoint is made from: the state of an engine, as it hands it over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from shardline.comm import Comm
+from shardline.fragments import ParamState
+from shardline.plan import ParamSpec
+from shardline.unit import RunTensors, Unit
+
+__all__ = ["Parts"]
+
+
+@dataclass
+class Parts:
+    """The tensors of one engine in its current layout. All are its own, to be read and written in place.
+
+    Attributes:
+        runs: this rank's runs, the very tensors that the optimizer holds.
+        parked: the optimizer state of frozen parameters, whole on every rank.
+    """
+
+    module: nn.Module
+    units: Sequence[Unit]
+    runs: Sequence[RunTensors]
+    optimizer: Optimizer | None
+    parked: dict[str, ParamState]
+    comm: Comm
+
+    @property
+    def specs(self) -> dict[str, ParamSpec]:
+        """Every parameter of the model, by first name."""
+        return {
+            entry.param.name: entry.param
+            for unit in self.units
+            for slab in unit.plan.slabs
+            for entry in slab.entries
+        }  # fmt: skip
+
+
+def optimizer_name(optimizer: Optimizer) -> str:
+    """The class whose state it keeps."""
+    return type(optimizer).__name__
+
+
+Groups = list[dict[str, Any]]
