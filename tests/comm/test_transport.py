@@ -1,0 +1,151 @@
+"""Gather and reduce over real processes, against a plain concatenation and a plain sum."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from shardline.comm.transport import ExchangeTransport, HostStagedTransport, NcclTransport, Work, choose
+
+CUTS = {
+    2: {"equal": [0, 64, 128], "unequal": [0, 128, 192], "empty first": [0, 0, 64], "empty last": [0, 64, 64]},
+    3: {"equal": [0, 64, 128, 192], "unequal": [0, 64, 256, 320], "empty middle": [0, 64, 64, 192]},
+}
+CASES = [(world, name) for world, cuts in CUTS.items() for name in cuts]
+
+
+class Scratch:
+    """Counts what is borrowed."""
+
+    def __init__(self):
+        self.out = []
+
+    def take(self, numel, dtype):
+        self.out.append(torch.full((numel,), 7.0).to(dtype))
+        return self.out[-1]
+
+    def give(self, buffer):
+        self.out = [other for other in self.out if other is not buffer]
+
+
+def values(rank, numel, dtype):
+    return torch.randn(numel, generator=torch.Generator().manual_seed(rank)).to(dtype)
+
+
+def transport_of(kind):
+    return kind(dist.group.WORLD) if kind is not HostStagedTransport else kind(ExchangeTransport(dist.group.WORLD))
+
+
+def gather_all(kind, boundaries, dtype):
+    rank, numel = dist.get_rank(), boundaries[-1]
+    buffer = torch.full((numel + 5,), -1.0, dtype=dtype)
+    own = slice(boundaries[rank], boundaries[rank + 1])
+    buffer[:numel][own] = values(rank, numel, dtype)[own]
+    transport_of(kind).gather(buffer[:numel], boundaries).wait()
+    return buffer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("world", "cut"), CASES)
+def test_gather_is_the_concatenation(ranks, world, cut, dtype) -> None:
+    boundaries = CUTS[world][cut]
+    numel = boundaries[-1]
+    parts = [values(rank, numel, dtype)[low:high] for rank, (low, high) in enumerate(pairwise(boundaries))]
+    for kind in (ExchangeTransport, HostStagedTransport):
+        for buffer in ranks(gather_all, world, kind, boundaries, dtype):
+            assert torch.equal(buffer[:numel], torch.cat(parts))
+            assert bool((buffer[numel:] == -1).all()), "wrote behind the buffer"
+
+
+def reduce_one(kind, boundaries, dtype, out_dtype, add):
+    rank, numel = dist.get_rank(), boundaries[-1]
+    buffer, scratch = values(rank, numel, dtype), Scratch()
+    before = buffer.clone()
+    out = torch.full((boundaries[rank + 1] - boundaries[rank],), 3.0, dtype=out_dtype)
+    transport_of(kind).reduce(buffer, boundaries, out, add=add, scratch=scratch).wait()
+    return out, torch.equal(buffer, before), len(scratch.out)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(("dtype", "out_dtype"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize(("world", "cut"), CASES)
+def test_reduce_is_the_sum_in_rank_order(ranks, world, cut, dtype, out_dtype, add) -> None:
+    """Bit by bit, in the dtype of the result: bf16 values are never added up in bf16."""
+    boundaries = CUTS[world][cut]
+    for kind in (ExchangeTransport, HostStagedTransport):
+        results = ranks(reduce_one, world, kind, boundaries, dtype, out_dtype, add)
+        for (low, high), (out, kept, borrowed) in zip(pairwise(boundaries), results, strict=True):
+            terms = [values(rank, boundaries[-1], dtype)[low:high].to(out_dtype) for rank in range(world)]
+            start = torch.full((high - low,), 3.0)
+            if kind is HostStagedTransport:
+                expected = sum(terms[1:], terms[0]) + (start if add else 0)
+            else:
+                expected = sum(terms, start) if add else sum(terms[1:], terms[0])
+            assert torch.equal(out, expected)
+            assert kept and borrowed == 0
+
+
+def in_flight_at_once(boundaries):
+    """Three transitions are started before the first is waited for, in the same order everywhere."""
+    rank, numel = dist.get_rank(), boundaries[-1]
+    transport, scratch = transport_of(ExchangeTransport), Scratch()
+    buffer = torch.zeros(numel)
+    buffer[boundaries[rank] : boundaries[rank + 1]] = rank + 1.0
+    out = [torch.zeros(boundaries[rank + 1] - boundaries[rank]) for _ in range(2)]
+    works = [
+        transport.gather(buffer, boundaries),
+        transport.reduce(torch.ones(numel), boundaries, out[0], add=False, scratch=scratch),
+        transport.reduce(torch.full((numel,), 2.0), boundaries, out[1], add=False, scratch=scratch),
+    ]
+    for work in reversed(works):
+        work.wait()
+        work.wait()  # waiting again changes nothing
+    return buffer, *out
+
+
+def test_several_in_flight(ranks) -> None:
+    for buffer, one, two in ranks(in_flight_at_once, 2, [0, 64, 192]):
+        assert torch.equal(buffer, torch.cat([torch.ones(64), torch.full((128,), 2.0)]))
+        assert bool((one == 2).all()) and bool((two == 4).all())
+
+
+def test_a_work_lets_go_of_what_it_holds() -> None:
+    calls = []
+    work = Work((), lambda: calls.append(1), hold=torch.zeros(1))
+    work.wait()
+    work.wait()
+    assert calls == [1] and work._hold is None
+
+
+def chosen():
+    return type(choose(dist.group.WORLD, torch.device("cpu"))).__name__
+
+
+def test_cpu_tensors_are_exchanged(ranks) -> None:
+    assert ranks(chosen, 2) == ["ExchangeTransport"] * 2
+
+
+def nccl_over_gloo(boundaries, add, dtype):
+    """What :class:`NcclTransport` calls exists on gloo too, so its bookkeeping can be seen without a GPU."""
+    rank, numel = dist.get_rank(), boundaries[-1]
+    transport, scratch = NcclTransport(dist.group.WORLD), Scratch()
+    buffer = torch.zeros(numel, dtype=dtype)
+    buffer[boundaries[rank] : boundaries[rank + 1]] = rank + 1.0
+    transport.gather(buffer, boundaries).wait()
+    out = torch.full((boundaries[rank + 1] - boundaries[rank],), 3.0)
+    transport.reduce(torch.full((numel,), 2.0, dtype=dtype), boundaries, out, add=add, scratch=scratch).wait()
+    return buffer.float(), out, len(scratch.out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("cut", ["equal", "unequal"])
+def test_nccl_transport_where_its_collectives_exist(ranks, cut, add, dtype) -> None:
+    boundaries = CUTS[2][cut]
+    whole = torch.cat([torch.full((high - low,), i + 1.0) for i, (low, high) in enumerate(pairwise(boundaries))])
+    for buffer, out, borrowed in ranks(nccl_over_gloo, 2, boundaries, add, dtype):
+        assert torch.equal(buffer, whole)
+        assert bool((out == (7.0 if add else 4.0)).all()) and borrowed == 0
