@@ -262,7 +262,7 @@ def transitions(engine: Any) -> tuple[Counter[tuple[str, int]], Counter[str]]:
 
 def loss_scale(engine: Any) -> float:
     """The scale that the next backward will use."""
-    return float(engine.loss_scale())
+    return float(engine.loss_scale)
 
 
 def live_bytes() -> int:
@@ -274,6 +274,8 @@ def live_bytes() -> int:
     storages: dict[int, int] = {}
     with torch._C.DisableTorchFunctionSubclass():  # sealed parameters guard themselves
         for x in gc.get_objects():
+            if issubclass(type(x), torch.UntypedStorage):
+                storages[x._cdata] = x.nbytes()
             for tensor in (x, x.grad if x.is_leaf else None) if issubclass(type(x), Tensor) else ():
                 if tensor is not None and tensor.device.type != "meta" and tensor.layout == torch.strided:
                     storage = tensor.untyped_storage()

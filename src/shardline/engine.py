@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from shardline.build import Layout, group_parameters, regroup
-from shardline.comm import Comm, describe, digest
+from shardline.checkpoint import Checkpointer, Parts, WindowStart
+from shardline.comm import Comm, digest
 from shardline.config import Config
 from shardline.data import Loader
+from shardline.data.split import Position
 from shardline.errors import DisagreementError, UsageError
 from shardline.events import Events, Notice, PhaseTimes, StepDone, StepSkipped
 from shardline.fragments import ParamState, StateFragment, local_fragments, whole_weights
@@ -44,6 +47,7 @@ class _Window:
     loss: Tensor | None = None
     backwards: int = 0
     unreduced: bool = False  # gradients of the last backward are on this rank only
+    begun: bool = False  # a forward with gradients has drawn random numbers and updated buffers
 
     def add_loss(self, loss: Tensor) -> None:
         self.loss = loss if self.loss is None else self.loss + loss
@@ -133,10 +137,13 @@ class Engine(nn.Module):
         self._trained = {name: param.requires_grad for name, param in layout.params.items()}
         self._accumulation = config.gradient_accumulation_steps
         self._window = _Window()
+        self.window_start = WindowStart(model, comm.device)
+        self.checkpoints = Checkpointer(self)
+        self.client_state: dict[str, Any] = {}
         self._boundary: bool | None = None
         self._no_sync = False
         self._in_engine_backward = False
-        self._loader_position: object = None
+        self._loader_position: Position | None = None
         self._share = 1.0
         self._before: list[StepHook] = []
         self._after: list[StepHook] = []
@@ -161,6 +168,7 @@ class Engine(nn.Module):
             units,
             prefetch=zero.stage3_prefetch_bucket_size > 0,
             reshard_after_forward=zero.reshard_after_forward,
+            max_kept=zero.stage3_max_live_parameters,
         )
         self._hooks = Hooks(self.module, units, self.schedule, self._begin_forward)
         self._update = None if self.optimizer is None else Update(units, self.comm, self.optimizer, self._layout.runs)
@@ -185,6 +193,10 @@ class Engine(nn.Module):
 
     def _begin_forward(self) -> None:
         """The model's forward begins outside of any backward: the moment to notice what changed since the last one."""
+        if torch.is_grad_enabled() and not self._window.begun:
+            self._window.begun = True
+            if self.window_start.random is None:
+                self.window_start.mark(self._loader_position)
         if self._window.backwards or self.optimizer is None:
             return
         if self._trained != {name: param.requires_grad for name, param in self._layout.params.items()}:
@@ -324,6 +336,7 @@ class Engine(nn.Module):
             )
         with self._clock.phase("step"):
             self._end_window(window, lr_kwargs or {})
+        self.window_start.mark(self._loader_position)
 
     def _end_window(self, window: _Window, lr_kwargs: dict[str, Any]) -> None:
         self._resolve()
@@ -380,7 +393,7 @@ class Engine(nn.Module):
         row = Row(
             squares=update.squares(),
             weight=window.weight,
-            transitions=digest(self._log),
+            transitions=digest(*self._log.values()),
             orders=self.schedule.record(),
             late=late,
             samples=window.samples,
@@ -434,19 +447,20 @@ class Engine(nn.Module):
     def _refuse(self) -> None:
         """Ranks exchanged the wrong ranges: name both sides, before any weight was touched."""
         names = [unit.name for unit in self._layout.units]
-        logs = self.comm.exchange(describe(self._log, names))
+        logs = self.comm.exchange({operation: list(units) for operation, units in self._log.items()})
         self._drop_gradients()
         for rank, log in enumerate(logs):
-            if log != logs[0]:
-                spot = next(
-                    (i for i, (ours, theirs) in enumerate(zip(logs[0], log, strict=False)) if ours != theirs),
-                    min(len(log), len(logs[0])),
-                )
-                ours, theirs = ([*each, "nothing more"][spot] for each in (logs[0], log))
+            for operation in log:
+                ours, theirs = logs[0][operation], log[operation]
+                if ours == theirs:
+                    continue
+                spot = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+                spot = min(len(ours), len(theirs)) if spot is None else spot
+                here, there = (repr(names[each[spot]]) if spot < len(each) else "none" for each in (ours, theirs))
                 raise DisagreementError(
-                    f"ranks did not use the same units in the same order, so this step was not applied: as collective "
-                    f"{spot} since the last step, rank 0 did '{ours}' and rank {rank} did '{theirs}'. Give every rank "
-                    f"the same sequence of forwards; run forwards that differ by rank inside "
+                    f"ranks did not use the same units in the same order, so this step was not applied: as {operation} "
+                    f"{spot + 1} since the last step, rank 0 had unit {here} and rank {rank} unit {there}. Give every "
+                    f"rank the same sequence of forwards; run forwards that differ by rank inside "
                     f"engine.gathered_parameters()."
                 )
 
@@ -679,6 +693,133 @@ class Engine(nn.Module):
     def _touched(self, unit: Unit) -> bool:
         return self.schedule.touch(unit)
 
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+        *,
+        async_save: bool | None = None,
+    ) -> bool:
+        """Save everything that a resume needs to ``save_dir/tag``. Collective: every rank calls it alike.
+
+        Inside an accumulation window it holds the start of the window, and a resume replays it.
+
+        Args:
+            save_dir: a directory that all ranks share.
+            tag: name of the checkpoint; ``global_step<n>`` if left out. One of the same name is replaced.
+            client_state: the user's own values (plain ones and tensors), given back by :meth:`load_checkpoint`;
+                rank 0's are kept.
+            save_latest: whether a load without a tag may take it.
+            exclude_frozen_parameters: leave out the weights of frozen parameters.
+            async_save: go on training while it is written; the configuration's ``checkpoint.async`` if left out. An
+                error is raised by the next call that saves, loads or destroys.
+
+        Returns:
+            True.
+
+        Raises:
+            CheckpointError: on every rank, if any could not write. Nothing has changed then, and training can go on.
+            DisagreementError: if ranks gave different tags.
+        """
+        background = self.config.checkpoint.async_save if async_save is None else async_save
+        return self.checkpoints.save(
+            save_dir,
+            tag,
+            self.client_state if client_state is None else client_state,
+            latest=save_latest,
+            frozen=not exclude_frozen_parameters,
+            background=background,
+        )
+
+    def load_checkpoint(
+        self,
+        load_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: None = None,
+        *,
+        load_data_position: bool = True,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Load a checkpoint that any stage, precision and number of ranks has saved. Collective. Runs no code from it.
+
+        Args:
+            load_dir: the directory given to :meth:`save_checkpoint`.
+            tag: which one; the newest whole one if left out, and a notice says why not a later one.
+            load_module_strict: names of parameters and buffers must be the same. If false, each that only one side has
+                is named in a notice, and the rest is loaded.
+            load_optimizer_states: and its param groups' options.
+            load_lr_scheduler_states: the schedule's position.
+            load_module_only: weights and buffers only; no counters, random states or position of the loader either.
+            custom_load_fn: not supported.
+            load_data_position: the position of the engine's loader.
+
+        Returns:
+            ``(path, client_state)``, or ``(None, None)`` where there is no checkpoint.
+
+        Raises:
+            CheckpointError: if the one that ``tag`` names, or every one that there is, is damaged or does not fit.
+            DataError: if the loader's position does not fit this dataset; nothing was loaded then.
+        """
+        if custom_load_fn is not None:
+            raise UsageError("custom_load_fn is not supported. Load weights inside gathered_parameters(write=True).")
+        path, state = self.checkpoints.load(
+            load_dir,
+            None if tag is None else str(tag),
+            strict=load_module_strict,
+            optimizer=load_optimizer_states,
+            scheduler=load_lr_scheduler_states,
+            position=load_data_position,
+            weights_only=load_module_only,
+        )
+        self.client_state = self.client_state if state is None else state
+        return path, state
+
+    def checkpoint_parts(self) -> Parts:
+        """This rank's tensors as a checkpoint sees them."""
+        self._resolve()
+        for unit in self._layout.units:
+            unit.adopt()
+        return Parts(self.module, self._layout.units, self._layout.runs, self.optimizer, self._parked, self.comm)
+
+    def checkpoint_counters(self) -> dict[str, int]:
+        """Counts at the start of the current window."""
+        return {
+            "global_steps": self.global_steps,
+            "micro_steps": self.micro_steps - self._window.steps,
+            "global_samples": self.global_samples,
+            "skipped_steps": self._skipped_steps,
+        }
+
+    def in_window(self) -> bool:
+        """Whether the current window has begun."""
+        return bool(self._window.begun or self._window.backwards or self._window.steps)
+
+    def lay_out_by_age(self, ages: Mapping[str, int]) -> None:
+        """Lay the model out anew, so that only parameters whose state has seen as many steps share a run."""
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
+        self._parked = {name: ParamState(scalars={"step": torch.tensor(float(age))}) for name, age in ages.items()}
+        self._regroup()
+        self._parked.clear()
+
+    def go_on_from(self, counters: Mapping[str, int] | None) -> None:
+        """Begin a new window, with ``counters`` where given."""
+        self._drop_gradients()
+        self._pending, self._norm, self._applied = None, None, False
+        if counters is not None:
+            self.global_steps, self.micro_steps = counters["global_steps"], counters["micro_steps"]
+            self.global_samples, self._skipped_steps = counters["global_samples"], counters["skipped_steps"]
+        self._note_loader()
+        self.window_start.mark(self._loader_position)
+
     # -- the rest of the surface ------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
@@ -762,6 +903,7 @@ class Engine(nn.Module):
             self.events.emit(Notice(f"destroy() discards {window.steps} micro-steps that no step has applied"))
         self._drop_gradients()
         self._resolve()
+        self.checkpoints.close()
         self._hooks.remove()
         for unit in self._layout.units:
             unit.wait()

@@ -25,31 +25,19 @@ __all__ = ["Schedule"]
 
 
 class _Walk:
-    """A position in an agreed order of gathers."""
+    """A position in an agreed order of gathers. What was issued is not issued again, even if it was released since."""
 
     def __init__(self, order: Sequence[int], *, strict: bool) -> None:
         self.order, self.strict = order, strict
-        self.position = 0
+        self.position = 0  # what is before it was used, or passed over
+        self.issued = 0  # the gathers before it were started: at most one ahead of ``position``
 
-    def pass_over(self, unit: int) -> Sequence[int]:
-        """Move behind ``unit`` and return what was skipped on the way; stay where it is not ahead."""
+    def find(self, unit: int) -> int | None:
+        """Where ``unit`` stands, not before the position."""
         try:
-            found = self.order.index(unit, self.position)
+            return self.order.index(unit, self.position)
         except ValueError:
-            return ()
-        skipped = self.order[self.position : found] if self.strict else ()
-        self.position = found + 1
-        return skipped
-
-    def rest(self) -> Sequence[int]:
-        """What was not reached; the walk is over."""
-        skipped = self.order[self.position :] if self.strict else ()
-        self.position = len(self.order)
-        return skipped
-
-    @property
-    def next(self) -> int | None:
-        return self.order[self.position] if self.position < len(self.order) else None
+            return None
 
 
 class _Hints:
@@ -70,8 +58,10 @@ class Schedule:
         factor: what gradients are multiplied by when they are collected.
     """
 
-    def __init__(self, units: Sequence[Unit], *, prefetch: bool, reshard_after_forward: bool) -> None:
+    def __init__(self, units: Sequence[Unit], *, prefetch: bool, reshard_after_forward: bool, max_kept: int) -> None:
         self.units = units
+        self._max_kept = max_kept  # elements of units that were gathered for other ranks' sake
+        self._kept: deque[Unit] = deque()
         self.in_backward = False
         self.reducing = True
         self.factor = 1.0
@@ -107,7 +97,7 @@ class Schedule:
         """The model's own forward is over, with or without an error."""
         if self.in_backward or self._walk is None:
             return
-        self._catch_up(self._walk.rest())
+        self._catch_up(self._walk, len(self._walk.order))
         self._walk = None
         if self._reshard:
             self.release_all()
@@ -160,22 +150,43 @@ class Schedule:
 
     def _bring(self, unit: Unit, walk: _Walk | None) -> None:
         """Gather ``unit`` after everything that comes before it in the agreed order, and start the one behind it."""
-        if walk is not None:
-            self._catch_up(walk.pass_over(unit.index))
-        unit.wait()
-        if walk is not None and walk.next is not None and self._prefetch:
-            self.units[walk.next].gather()
-
-    def _catch_up(self, skipped: Sequence[int]) -> None:
-        """Take part in gathers that other ranks need and this one does not."""
-        for index in skipped:
-            unit = self.units[index]
+        place = None if walk is None else walk.find(unit.index)
+        if walk is None or place is None:
             unit.wait()
-            if self._reshard or self.in_backward:
+            return
+        self._catch_up(walk, place)
+        walk.issued = max(walk.issued, place + 1)
+        unit.wait()
+        walk.position = place + 1
+        if self._prefetch and walk.issued == walk.position < len(walk.order):
+            self.units[walk.order[walk.position]].gather()
+            walk.issued += 1
+
+    def _catch_up(self, walk: _Walk, place: int) -> None:
+        """Take part in the gathers before ``place``, which other ranks need and this one does not, or not yet.
+
+        What comes is kept while there is room: if this rank merely uses its units in another order, it needs no gather
+        of its own for them.
+        """
+        over = place == len(walk.order)
+        for position in range(walk.position, place if walk.strict else walk.position):
+            unit = self.units[walk.order[position]]
+            if position >= walk.issued:
+                unit.gather()
+                walk.issued = position + 1
+            if unit.residence is Residence.GATHERING:
+                unit.wait()
+            if over:
                 unit.release()
+            else:
+                self._kept.append(unit)
+        walk.position = place
+        while sum(unit.plan.numel for unit in self._kept) > self._max_kept:
+            self._kept.popleft().release()
 
     def release_all(self) -> None:
         """Let every unit go that is not in use."""
+        self._kept.clear()
         for unit in self.units:
             unit.release()
 
@@ -200,8 +211,7 @@ class Schedule:
             return
         if unit.index not in self._needs:
             self._needs.append(unit.index)
-        if unit.residence is not Residence.GATHERED or self._back.next == unit.index:
-            self._bring(unit, self._back)
+        self._bring(unit, self._back)
 
     def expect(self, unit: Unit, inputs: int) -> None:
         """A call of ``unit`` joined the graph; its backward will be over when ``inputs`` gradients are complete."""
@@ -243,10 +253,17 @@ class Schedule:
                 self._ready.append(unit.index)
             self._turn += 1
             while len(self._in_flight) > 1:  # at most two units' gradients are alive
-                self._in_flight.popleft().finish_reduce()
+                self._finish(self._in_flight.popleft())
             unit.reduce(self.factor)
             self._in_flight.append(unit)
             unit.release()
+
+    def _finish(self, unit: Unit) -> None:
+        """Wait for a reduction. The other ranks join it once they have what they gather before: so join that first."""
+        place = self._back.find(unit.index)
+        if place is not None:
+            self._catch_up(self._back, place + 1)
+        unit.finish_reduce()
 
     def end_backward(self) -> None:
         """Backward is over: collect what no hint announced, in order, on every rank alike."""
@@ -262,7 +279,7 @@ class Schedule:
             if unit.has_grad():
                 self._untrusted.add(unit.index)
                 unit.fold(self.factor)
-        self._catch_up(self._back.rest())
+        self._catch_up(self._back, len(self._back.order))
         self.abort_backward()
 
     def abort_backward(self) -> None:
@@ -280,15 +297,21 @@ class Schedule:
 
     def record(self) -> int:
         """A digest of the orders seen since the last step, to compare with the other ranks'."""
-        return digest([*self._uses, -1, *self._needs, -1, *self._ready])
+        return digest(self._uses, self._needs, self._ready)
 
     def adopt_record(self) -> None:
-        """Every rank recorded the same: follow it from now on."""
+        """Every rank recorded the same: follow it from now on.
+
+        An order always holds every sharded unit, so that a rank which suddenly uses one that all had skipped does not
+        gather alone. Only a backward leaves out what its forward used and it did not need (an embedding).
+        """
+        sharded = [unit.index for unit in self.units if unit.sharded]
         if self._uses:
-            self._forward_order = list(dict.fromkeys(self._uses))
+            self._forward_order = list(dict.fromkeys([*self._uses, *sharded]))
             self._use_counts = Counter(self._uses)
         if self._needs:
-            self._backward_order = list(self._needs)
+            unused = [index for index in reversed(sharded) if index not in self._uses]
+            self._backward_order = list(dict.fromkeys([*self._needs, *unused]))
         if self._ready:
             self._reduce_order = [index for index in self._ready if self.units[index].trainable]
 

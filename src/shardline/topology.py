@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from shardline.errors import LaunchError, UsageError
 
-__all__ = ["Topology", "default_backend", "discover", "init_distributed"]
+__all__ = ["Topology", "default_backend", "discover", "fault", "init_distributed"]
 
 logger = logging.getLogger("shardline")
 
@@ -80,6 +80,11 @@ class _Place:
     local_rank: int | None = None
     local_world_size: int | None = None
     node_rank: int | None = None
+
+
+def fault() -> str | None:
+    """Where a test wants a process to die, as ``"<point>@<rank>"``: see ``shardline.checkpoint.faults``."""
+    return os.environ.get("SHARDLINE_FAULT")
 
 
 def _read_environment(env: Mapping[str, str]) -> _Place:

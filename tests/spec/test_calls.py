@@ -75,6 +75,31 @@ def test_plain_backward_of_what_cannot_be_hooked(ranks, stage):
             assert "engine.backward" in error
 
 
+class Layered(Mlp):
+    """Returns its output and the hidden state that it was made of, as language models do."""
+
+    def forward(self, x):
+        hidden = self.encode(x)
+        return self.head(hidden), [hidden]
+
+
+def layered_loss(call, module, batch):
+    out, (hidden,) = call(batch[0])
+    return F.mse_loss(out.float(), batch[1]) + 0.1 * hidden.float().square().mean()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stage", [0, 3])
+def test_plain_backward_through_an_output_and_its_origin(ranks, stage, dtype):
+    """The gradient that reaches the hidden state by way of the output is scaled already."""
+    setup = Setup(dtype, "SGD")
+    batches = spread(regression, 2, setup, 2)
+    expected, before = twin_state(setup, batches, Layered, layered_loss)
+    for error, state in ranks(plain_backward, 2, Layered, layered_loss, batches, setup.config(stage)):
+        assert error is None
+        assert_close(state, expected, dtype, before)
+
+
 # --- accumulation by hand ---------------------------------------------------------------------------------------------
 
 

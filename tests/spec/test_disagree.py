@@ -72,8 +72,8 @@ WORDS = {
     "another_rate": "lr",
     "another_stage": "stage",
     "another_shape": "head",
-    "one_more_parameter": "extra",
-    "another_name": "tail",
+    "one_more_parameter": "number of parameters",
+    "another_name": "head.weight",
     "one_frozen": "blocks.1.up.weight",
     "another_torch": "9.9.9",
 }

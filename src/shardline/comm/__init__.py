@@ -37,11 +37,18 @@ class Comm:
         elements: elements of the whole buffers that travelled, by operation.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, device: torch.device, timeout: timedelta | None = None) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        timeout: timedelta | None = None,
+        backend: str | None = None,
+    ) -> None:
         self.device = device
         self.counts: Counter[tuple[str, int]] = Counter()
         self.elements: Counter[str] = Counter()
-        self._log = array("l")
+        self._log: dict[str, array[int]] = {operation: array("l") for operation in _OPERATIONS}
+        self._whole = group
         if group is None or dist.get_world_size(group) == 1:
             self.rank, self.world_size = 0, 1
             self._groups: list[dist.ProcessGroup] = []
@@ -49,8 +56,12 @@ class Comm:
             return
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         ranks = dist.get_process_group_ranks(group)
-        self._groups = [dist.new_group(ranks, timeout=timeout) for _ in range(2)]
+        self._groups = [dist.new_group(ranks, timeout=timeout, backend=backend) for _ in range(2)]
         self._transports = (choose(self._groups[0], device), choose(self._groups[1], device))
+
+    def channel(self) -> Comm:
+        """Another line between the same ranks, for values on the CPU: what another thread may use. Collective."""
+        return Comm(self._whole, torch.device("cpu"), backend="gloo")
 
     def close(self) -> None:
         """Give the process groups back. Collective calls after it raise."""
@@ -79,11 +90,11 @@ class Comm:
     def _note(self, operation: str, unit: int, elements: int) -> None:
         self.counts[operation, unit] += 1
         self.elements[operation] += elements
-        self._log.append(_OPERATIONS.index(operation) | unit << 1)
+        self._log[operation].append(unit)
 
-    def take_log(self) -> array[int]:
-        """What was sent since the last call, in order, one integer for each transition. See :meth:`describe`."""
-        log, self._log = self._log, array("l")
+    def take_log(self) -> dict[str, array[int]]:
+        """The units of every operation since the last call, in the order in which they were issued."""
+        log, self._log = self._log, {operation: array("l") for operation in _OPERATIONS}
         return log
 
     # -- one small collective a step --------------------------------------------------------------------------------
@@ -163,14 +174,12 @@ def _is_dense(tensor: Tensor) -> bool:
     return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
-def digest(log: Sequence[int] | array[int]) -> int:
-    """A 32-bit digest of a sequence of integers; exact in a float64."""
-    return zlib.crc32(array("l", log).tobytes())
-
-
-def describe(log: array[int], names: Sequence[str]) -> list[str]:
-    """The entries of a log (see :meth:`Comm.take_log`) in words."""
-    return [f"{_OPERATIONS[entry & 1]} {names[entry >> 1]}" for entry in log]
+def digest(*sequences: Sequence[int] | array[int]) -> int:
+    """A 32-bit digest of sequences of integers; exact in a float64."""
+    found = 0
+    for sequence in sequences:
+        found = zlib.crc32(array("l", [len(sequence), *sequence]).tobytes(), found)
+    return found
 
 
 def _shorten(value: Any, limit: int = 300) -> str:

@@ -173,7 +173,6 @@ NO_EFFECT: dict[str, Ineffective] = {
     "zero_optimization.elastic_checkpoint": _boolean(_LAYOUT),
     "zero_optimization.sub_group_size": _number("the optimizer takes one run per unit"),
     "zero_optimization.stage3_model_persistence_threshold": _number("stage3_param_persistence_threshold alone decides"),
-    "zero_optimization.stage3_max_live_parameters": _number(_LIVE),
     "zero_optimization.stage3_max_reuse_distance": _number(_LIVE),
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": _boolean("whole weights can always be gathered"),
     "zero_optimization.stage3_module_granularity_threshold": _number("unit_min_numel merges small modules"),
@@ -274,10 +273,6 @@ UNSUPPORTED: dict[str, Unsupported] = {
     "activation_checkpointing.enabled": Unsupported(
         f"{_NOT_YET}; wrap blocks in torch.utils.checkpoint, which works at every stage"
     ),
-    **{
-        f"checkpoint.{name}": Unsupported(f"{_NOT_YET}; save engine.full_state_dict() yourself", off=off)
-        for name, off in {"dir": (), "every_steps": (), "keep": (), "async_save": (False,), "resume": ()}.items()
-    },
     "checkpoint.use_node_local_storage": Unsupported("all ranks write to one shared directory"),
     "nebula": Unsupported("checkpoints are written by Shardline alone", switch="enabled"),
     "datastates_ckpt": Unsupported("checkpoints are written by Shardline alone", present=True),

@@ -85,6 +85,11 @@ class ZeroOptimization(Section):
         10_000, "Stage 3: parameters of fewer elements stay on every rank (DeepSpeed's default is 100000).", ge=0
     )
     stage3_prefetch_bucket_size: Integer = key(50_000_000, "Stage 3: elements to gather ahead of their use.", ge=0)
+    stage3_max_live_parameters: Integer = key(
+        1_000_000_000,
+        "Stage 3: elements of units that are kept although this rank passed them over, in case it uses them later.",
+        ge=0,
+    )
     unit_min_numel: Integer = key(100_000, "Smaller modules are merged into one unit, in elements.", own=True, ge=0)
     unit_max_numel: Integer = key(500_000_000, "A unit is split above this many elements.", own=True, ge=1)
     leaf_module: LeafModule = key(LeafModule, "Modules that are one unit each, whatever they hold.")

@@ -219,7 +219,7 @@ class Loader:
             )  # fmt: skip
         self._jump(Position(epoch))
 
-    def state_dict(self, *, stepped: bool = True) -> dict[str, Any]:
+    def state_dict(self, *, stepped: bool = True, at: Position | None = None) -> dict[str, Any]:
         """The position as a value for JSON; it counts what was handed out, not what workers prefetched.
 
         It is the start of a global batch, so that any world size and accumulation can go on from it: inside an
@@ -228,7 +228,10 @@ class Loader:
         Args:
             stepped: False where the global batch of the micro-batch handed out last was not stepped yet, although it
                 may be handed out whole: the state is then the start of it.
+            at: an earlier `position` whose state is asked for.
         """
+        if at is not None:
+            return self._state(at)
         return self._state(self.position if stepped or self._handed is None else self._handed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,0 +1,61 @@
+"""What is written is a safetensors file to the library, and what the library writes can be read by ranges."""
+
+from __future__ import annotations
+
+import zlib
+
+import pytest
+import safetensors.torch
+import torch
+
+from shardline.checkpoint.tensorfile import CODES, TensorFile, write
+from shardline.errors import CheckpointError
+
+
+def some():
+    torch.manual_seed(0)
+    return {
+        f"t/{code}": (torch.rand(5, 7) * 100).to(dtype)
+        for dtype, code in CODES.items()
+        if not dtype.is_complex and dtype not in (torch.uint16, torch.uint32, torch.uint64)
+    } | {"none": torch.empty(0), "number": torch.tensor(3.5), "turned": torch.rand(4, 6).t()}  # fmt: skip
+
+
+def test_the_library_reads_what_is_written(tmp_path):
+    tensors, path = some(), tmp_path / "x.safetensors"
+    with path.open("wb") as file:
+        written = write(file, tensors, {"id": "7"}, lambda: None)
+    data = path.read_bytes()
+    assert (written.bytes, written.crc32) == (len(data), zlib.crc32(data))
+    again = safetensors.torch.load_file(path)
+    assert again.keys() == tensors.keys()
+    for key, value in tensors.items():
+        assert torch.equal(again[key].double(), value.double()) and again[key].dtype == value.dtype
+    with safetensors.safe_open(path, "pt") as opened:
+        assert opened.metadata() == {"id": "7"}
+
+
+def test_ranges_of_what_the_library_writes(tmp_path):
+    path = tmp_path / "x.safetensors"
+    value = torch.arange(3_000_000, dtype=torch.float32)
+    safetensors.torch.save_file({"a": value, "b": torch.ones(3)}, path)
+    file = TensorFile(path)
+    for start, stop in [(0, 1), (5, 2_999_999), (2_999_999, 3_000_000), (7, 7)]:
+        for dtype in (torch.float32, torch.float64):
+            out = torch.empty(stop - start, dtype=dtype)
+            file.fill(out, "a", start)
+            assert torch.equal(out, value[start:stop].to(dtype))
+    with pytest.raises(CheckpointError, match=r"x.safetensors holds 3 elements of 'b'"):
+        file.fill(torch.empty(2), "b", 2)
+    with pytest.raises(CheckpointError, match="no tensor 'c'"):
+        file.tensor("c")
+    file.close()
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 60, -8])
+def test_a_truncated_file_is_an_error_and_no_crash(tmp_path, keep):
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(1000)}, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"x.safetensors"):
+        TensorFile(path)
