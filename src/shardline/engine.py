@@ -47,6 +47,7 @@ class _Window:
     loss: Tensor | None = None
     backwards: int = 0
     unreduced: bool = False  # gradients of the last backward are on this rank only
+    handed: bool = False  # the engine's loader has handed out a batch for it
     begun: bool = False  # a forward with gradients has drawn random numbers and updated buffers
 
     def add_loss(self, loss: Tensor) -> None:
@@ -197,6 +198,12 @@ class Engine(nn.Module):
             self._window.begun = True
             if self.window_start.random is None:
                 self.window_start.mark(self._loader_position)
+
+    def _batch_comes(self, position: Position) -> None:
+        """The engine's loader hands out a batch. Where it is a window's first, a resume of the window begins right here."""
+        if not (self._window.begun or self._window.backwards or self._window.steps):
+            self._window.handed = True
+            self.window_start.mark(position)
         if self._window.backwards or self.optimizer is None:
             return
         if self._trained != {name: param.requires_grad for name, param in self._layout.params.items()}:
@@ -800,7 +807,8 @@ class Engine(nn.Module):
 
     def in_window(self) -> bool:
         """Whether the current window has begun."""
-        return bool(self._window.begun or self._window.backwards or self._window.steps)
+        window = self._window
+        return bool(window.handed or window.begun or window.backwards or window.steps)
 
     def lay_out_by_age(self, ages: Mapping[str, int]) -> None:
         """Lay the model out anew, so that only parameters whose state has seen as many steps share a run."""

@@ -81,7 +81,7 @@ class Schedule:
         self._untrusted: set[int] = set()  # units whose gradients came after their hint
         self._ready: list[int] = []
         self._turn = 0
-        self._in_flight: deque[Unit] = deque()
+        self._in_flight: deque[tuple[Unit, _Walk]] = deque()
         self._holding = 0
 
     # -- forward ----------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ class Schedule:
         """The model's own forward is over, with or without an error."""
         if self.in_backward or self._walk is None:
             return
-        self._catch_up(self._walk, len(self._walk.order))
+        self._catch_up(self._walk, len(self._walk.order), keep=False)
         self._walk = None
         if self._reshard:
             self.release_all()
@@ -162,13 +162,12 @@ class Schedule:
             self.units[walk.order[walk.position]].gather()
             walk.issued += 1
 
-    def _catch_up(self, walk: _Walk, place: int) -> None:
+    def _catch_up(self, walk: _Walk, place: int, *, keep: bool = True) -> None:
         """Take part in the gathers before ``place``, which other ranks need and this one does not, or not yet.
 
-        What comes is kept while there is room: if this rank merely uses its units in another order, it needs no gather
-        of its own for them.
+        With ``keep`` what comes is kept while there is room: if this rank merely uses its units in another order, it
+        needs no gather of its own for them.
         """
-        over = place == len(walk.order)
         for position in range(walk.position, place if walk.strict else walk.position):
             unit = self.units[walk.order[position]]
             if position >= walk.issued:
@@ -176,10 +175,10 @@ class Schedule:
                 walk.issued = position + 1
             if unit.residence is Residence.GATHERING:
                 unit.wait()
-            if over:
-                unit.release()
-            else:
+            if keep:
                 self._kept.append(unit)
+            else:
+                unit.release()
         walk.position = place
         while sum(unit.plan.numel for unit in self._kept) > self._max_kept:
             self._kept.popleft().release()
@@ -253,16 +252,16 @@ class Schedule:
                 self._ready.append(unit.index)
             self._turn += 1
             while len(self._in_flight) > 1:  # at most two units' gradients are alive
-                self._finish(self._in_flight.popleft())
+                self._finish(*self._in_flight.popleft())
             unit.reduce(self.factor)
-            self._in_flight.append(unit)
+            self._in_flight.append((unit, self._back))
             unit.release()
 
-    def _finish(self, unit: Unit) -> None:
+    def _finish(self, unit: Unit, back: _Walk) -> None:
         """Wait for a reduction. The other ranks join it once they have what they gather before: so join that first."""
-        place = self._back.find(unit.index)
+        place = back.find(unit.index)
         if place is not None:
-            self._catch_up(self._back, place + 1)
+            self._catch_up(back, place + 1)
         unit.finish_reduce()
 
     def end_backward(self) -> None:
@@ -279,7 +278,7 @@ class Schedule:
             if unit.has_grad():
                 self._untrusted.add(unit.index)
                 unit.fold(self.factor)
-        self._catch_up(self._back, len(self._back.order))
+        self._catch_up(self._back, len(self._back.order), keep=False)
         self.abort_backward()
 
     def abort_backward(self) -> None:
@@ -291,7 +290,7 @@ class Schedule:
     def finish_reductions(self) -> None:
         """Return when everything that was reduced has arrived."""
         while self._in_flight:
-            self._in_flight.popleft().finish_reduce()
+            self._in_flight.popleft()[0].finish_reduce()
 
     # -- agreement --------------------------------------------------------------------------------------------------
 

@@ -132,6 +132,7 @@ def initialize(
     if training_data is not None:
         engine.training_dataloader = make_loader(training_data, settings, comm, collate_fn)
         engine._note_loader()
+        engine.training_dataloader.on_batch = engine._batch_comes
     Console().attach(engine.events, settings, topology)
     if settings.no_effect:
         engine.events.emit(

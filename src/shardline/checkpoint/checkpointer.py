@@ -369,7 +369,4 @@ class Checkpointer:
 
 
 def _loader_state(loader: Loader, start: WindowStart, *, within: bool) -> dict[str, Any]:
-    if within and start.position is not None:
-        return loader.state_dict(at=start.position)
-    # A batch that was handed out and not used yet will be handed out again.
-    return loader.state_dict(stepped=False) if start.position != loader.position else loader.state_dict()
+    return loader.state_dict(at=start.position) if within else loader.state_dict()

@@ -77,6 +77,7 @@ class Loader:
     Attributes:
         samples: real samples in the micro-batch handed out last.
         weight: the same over ``micro_batch``: 1.0 for a full one, 0.0 for padding; 1.0 before the first.
+        on_batch: called with the position of each micro-batch right before it is handed out.
 
     Raises:
         DataError: a dataset, a sampler or numbers that cannot be split.
@@ -109,6 +110,7 @@ class Loader:
         self.collate_fn = collate_fn or default_collate
         self.samples = 0
         self.weight = 1.0
+        self.on_batch: Callable[[Position], None] | None = None
 
         iterable = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
         self._sharded = iterable and bool(getattr(dataset, "sharded", False))
@@ -299,6 +301,8 @@ class Loader:
 
     def _hand_out(self, item: Drawn) -> None:
         here = self._position
+        if self.on_batch is not None:
+            self.on_batch(here)
         if self._sharded and here.batch >= (self._batches(here.epoch) or 0):
             raise DataError(
                 f"The dataset {type(self.dataset).__name__} yields more than the {len(self.dataset)} samples of its "
