@@ -198,16 +198,16 @@ class Engine(nn.Module):
             self._window.begun = True
             if self.window_start.random is None:
                 self.window_start.mark(self._loader_position)
-
-    def _batch_comes(self, position: Position) -> None:
-        """The engine's loader hands out a batch. Where it is a window's first, a resume of the window begins right here."""
-        if not (self._window.begun or self._window.backwards or self._window.steps):
-            self._window.handed = True
-            self.window_start.mark(position)
         if self._window.backwards or self.optimizer is None:
             return
         if self._trained != {name: param.requires_grad for name, param in self._layout.params.items()}:
             self._regroup()
+
+    def _batch_comes(self, position: Position) -> None:
+        """The engine's loader hands out a batch. If it is the first of a window, this is where a resume begins."""
+        if not (self._window.begun or self._window.backwards or self._window.steps):
+            self._window.handed = True
+            self.window_start.mark(position)
 
     # -- backward ---------------------------------------------------------------------------------------------------
 
