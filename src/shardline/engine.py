@@ -789,6 +789,47 @@ class Engine(nn.Module):
         self.client_state = self.client_state if state is None else state
         return path, state
 
+    def export(
+        self,
+        save_dir: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        exclude_frozen_parameters: bool = False,
+        max_shard_bytes: int = 5_000_000_000,
+    ) -> list[str]:
+        """Write the whole model in Hugging Face's layout: safetensors files and their index. Collective.
+
+        One unit at a time is whole in memory. Tied parameters are written once.
+
+        Args:
+            save_dir: a directory of rank 0.
+            dtype: of floating weights; ``None`` leaves that of the masters, fp32 where there are any.
+            exclude_frozen_parameters: leave out frozen parameters.
+            max_shard_bytes: a file holds no more, unless a single tensor is larger.
+
+        Returns:
+            The files that were written.
+
+        Raises:
+            CheckpointError: on every rank, if rank 0 could not write.
+        """
+        return self.checkpoints.export(
+            save_dir, dtype, frozen=not exclude_frozen_parameters, shard_bytes=max_shard_bytes
+        )
+
+    def save_16bit_model(
+        self,
+        save_dir: str | os.PathLike[str],
+        save_filename: str = "model.safetensors",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write the whole model in its compute dtype, as :meth:`export` does: safetensors whatever the name says."""
+        stem = os.path.splitext(save_filename)[0]
+        stem = "model" if stem == "pytorch_model" else stem  # the name that goes with safetensors
+        self.checkpoints.export(save_dir, self.precision.compute, frozen=not exclude_frozen_parameters, stem=stem)
+        return True
+
+    save_fp16_model = save_16bit_model
+
     def checkpoint_parts(self) -> Parts:
         """This rank's tensors as a checkpoint sees them."""
         self._resolve()

@@ -19,6 +19,7 @@ from shardline import lr
 from shardline.checkpoint.capture import Captured, capture_buffers, capture_tensors, merge, optimizer_record
 from shardline.checkpoint.commit import Content, commit, together
 from shardline.checkpoint.directory import Directory, Lock, Manifest, check_files, read_manifest
+from shardline.checkpoint.export import SHARD_BYTES, export_model
 from shardline.checkpoint.faults import armed
 from shardline.checkpoint.parts import Parts
 from shardline.checkpoint.randomness import RandomState, derive_states
@@ -239,6 +240,20 @@ class Checkpointer:
         }
         found.tensors.update(tensors)
         return common
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        *,
+        frozen: bool = True,
+        stem: str = "model",
+        shard_bytes: int = SHARD_BYTES,
+    ) -> list[str]:
+        """Write the whole model in Hugging Face's layout; returns the files."""
+        parts = self._trainer.checkpoint_parts()
+        files = export_model(parts, path, dtype, frozen=frozen, stem=stem, shard_bytes=shard_bytes)
+        return [str(file) for file in files]
 
     # -- loading ----------------------------------------------------------------------------------------------------
 
