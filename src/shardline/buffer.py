@@ -129,6 +129,9 @@ class _Sealed(nn.Parameter):
             f"(shape={tuple(self.shape)}, dtype={self.dtype}, requires_grad={self.requires_grad})"
         )
 
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise sealed_error(self._shardline_name, "copying")
 
@@ -154,15 +157,18 @@ def _sealed_among(values: Sequence[Any]) -> list[Any]:
     return found
 
 
-def seal(param: nn.Parameter, name: str, gather: _Gatherer) -> None:
-    """Take ``param``'s data away, leaving its metadata true. ``gather`` may bring it back when it is touched."""
+def seal(param: nn.Parameter, name: str, gather: _Gatherer, like: Tensor) -> None:
+    """Take ``param``'s data away, leaving its metadata true: its shape, and dtype and device of the buffer ``like``.
+
+    ``gather`` may bring the data back when it is touched.
+    """
     if is_sealed(param):
         return
-    filler = _FILLERS.get((param.dtype, param.device))
+    filler = _FILLERS.get((like.dtype, like.device))
     if filler is None:
-        value = float("nan") if param.is_floating_point() else 0
+        value = float("nan") if like.is_floating_point() else 0
         with torch.inference_mode(False):
-            filler = _FILLERS[param.dtype, param.device] = torch.full((), value, dtype=param.dtype, device=param.device)
+            filler = _FILLERS[like.dtype, like.device] = torch.full((), value, dtype=like.dtype, device=like.device)
     with torch.inference_mode(False):
         param.data = filler.expand(param.shape)
     sealed: Any = param

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from shardline.build import Layout, group_parameters, regroup
-from shardline.checkpoint import Checkpointer, Parts, WindowStart
+from shardline.checkpoint.checkpointer import Checkpointer
+from shardline.checkpoint.parts import Parts
+from shardline.checkpoint.window import WindowStart
 from shardline.comm import Comm, digest
 from shardline.config import Config
 from shardline.data import Loader
@@ -152,6 +154,7 @@ class Engine(nn.Module):
         self._norm: Tensor | float | None = None
         self._applied = False
         self._known_losses = True
+        self._leaving = False  # some rank was asked to save and end
         self._unwatched = False
         self._clock = _Clock(config.wall_clock_breakdown, comm.device)
         self._last_step = time.perf_counter()
@@ -314,6 +317,8 @@ class Engine(nn.Module):
         Raises:
             UsageError: without an optimizer, or if the window has seen no backward.
             DisagreementError: if ranks did not issue the same collectives; no weight was changed.
+            CheckpointError: if the checkpoint that is due after this step could not be written; the step is done.
+            SystemExit: after a SIGTERM, once the checkpoint is written, where ``checkpoint.save_on_sigterm`` is set.
         """
         self._check_trains("step()")
         ends = self.is_gradient_accumulation_boundary() if boundary is None else boundary
@@ -344,6 +349,7 @@ class Engine(nn.Module):
         with self._clock.phase("step"):
             self._end_window(window, lr_kwargs or {})
         self.window_start.mark(self._loader_position)
+        self.checkpoints.after_step(leave=self._leaving)
 
     def _end_window(self, window: _Window, lr_kwargs: dict[str, Any]) -> None:
         self._resolve()
@@ -404,6 +410,7 @@ class Engine(nn.Module):
             orders=self.schedule.record(),
             late=late,
             samples=window.samples,
+            leaving=self.checkpoints.leaving.asked,
         )
         return Verdict.of(
             self.comm.rows(row.stack(self.comm.device)),
@@ -443,6 +450,7 @@ class Engine(nn.Module):
         if host.same_orders:
             self.schedule.adopt_record()
         self.global_samples += host.samples
+        self._leaving = self._leaving or host.leaving
 
     def _reduce_late(self) -> None:
         """A second round for gradients that came after their unit was reduced, on every rank alike."""

@@ -41,6 +41,30 @@ class _Place:
     offset: int
 
 
+class _Hook:
+    """A module hook that stays behind when the module is copied or pickled: the copy is no engine's."""
+
+    def __init__(self, call: Callable[..., None], *first: Any) -> None:
+        self._call, self._first = call, first
+
+    def __call__(self, *args: Any) -> None:
+        self._call(*self._first, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _nothing
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _left_behind, ()
+
+
+def _nothing(*args: Any) -> None:
+    """What is left of a hook in a copy."""
+
+
+def _left_behind() -> Callable[..., None]:
+    return _nothing
+
+
 class Hooks:
     """The hooks of one engine on one model. ``remove`` takes them off again."""
 
@@ -62,9 +86,9 @@ class Hooks:
         for path, its_units in used.items():
             module, is_model = modules[path], not path
             before = module.register_forward_pre_hook(
-                partial(self._before, its_units, is_model), prepend=True, with_kwargs=True
+                _Hook(self._before, its_units, is_model), prepend=True, with_kwargs=True
             )
-            after = module.register_forward_hook(partial(self._after, is_model), always_call=True)
+            after = module.register_forward_hook(_Hook(self._after, is_model), always_call=True)
             self._handles += [before, after]
 
     def remove(self) -> None:

@@ -138,6 +138,7 @@ def initialize(
         engine.events.emit(
             Notice("these configuration keys have no effect here: " + ", ".join(sorted(settings.no_effect)))
         )
+    engine.checkpoints.resume()
     return engine, final, engine.training_dataloader, engine.lr_scheduler
 
 

@@ -28,6 +28,7 @@ class Row:
         orders: digest of the orders recorded since the last step.
         late: units with gradients that no reduction has seen yet.
         samples: samples seen.
+        leaving: whether this rank was asked to save and end.
     """
 
     squares: Tensor
@@ -36,10 +37,13 @@ class Row:
     orders: int
     late: int
     samples: int
+    leaving: bool = False
 
     def stack(self, device: torch.device) -> Tensor:
-        # One copy to the device: pinned memory would not be faster for five numbers.
-        known = torch.tensor([self.weight, self.transitions, self.orders, self.late, self.samples], dtype=torch.float64)
+        # One copy to the device: pinned memory would not be faster for so few numbers.
+        known = torch.tensor(
+            [self.weight, self.transitions, self.orders, self.late, self.samples, self.leaving], dtype=torch.float64
+        )
         return torch.cat([self.squares.view(1), known.to(device, non_blocking=True)])
 
 
@@ -86,6 +90,7 @@ class Verdict:
             same_orders=all(row[3] == rows[0][3] for row in rows),
             late=any(row[4] for row in rows),
             samples=int(sum(row[5] for row in rows)),
+            leaving=any(row[6] for row in rows),
         )
 
 
@@ -99,6 +104,7 @@ class HostVerdict:
     same_orders: bool
     late: bool
     samples: int
+    leaving: bool = False
 
 
 class Update:

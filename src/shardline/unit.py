@@ -326,7 +326,7 @@ class Unit:
     def rest(self, slab: Slab, param: nn.Parameter, entry: Entry) -> None:
         """Bring one parameter, whose values are stored, into the state in which it rests."""
         if self.sharded:
-            seal(param, entry.param.name, self._touch)
+            seal(param, entry.param.name, self._touch, slab.weights)
         else:
             unseal(param, view(slab.weights, entry))
 
@@ -389,7 +389,7 @@ class Unit:
     def _seal(self) -> None:
         for slab in self.slabs:
             for param, entry in zip(slab.params, slab.plan.entries, strict=True):
-                seal(param, entry.param.name, self._touch)
+                seal(param, entry.param.name, self._touch, slab.weights)
             if slab.gathered is not None:
                 self.pool.give(slab.gathered)
                 slab.gathered = None

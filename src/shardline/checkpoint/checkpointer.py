@@ -21,6 +21,7 @@ from shardline.checkpoint.commit import Content, commit, together
 from shardline.checkpoint.directory import Directory, Lock, Manifest, check_files, read_manifest
 from shardline.checkpoint.export import SHARD_BYTES, export_model
 from shardline.checkpoint.faults import armed
+from shardline.checkpoint.leaving import Leaving
 from shardline.checkpoint.parts import Parts
 from shardline.checkpoint.randomness import RandomState, derive_states
 from shardline.checkpoint.reader import Reader
@@ -85,6 +86,9 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._staging: dict[str, Tensor] = {}
+        self.leaving = Leaving()
+        if trainer.config.checkpoint.save_on_sigterm:
+            self.leaving.listen()
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
@@ -132,6 +136,32 @@ class Checkpointer:
         self._thread.start()
         return True
 
+    def after_step(self, *, leave: bool) -> None:
+        """Save where the configuration says so, and end the process if that was asked for."""
+        trainer = self._trainer
+        config = trainer.config.checkpoint
+        due = (
+            bool(config.every_steps) and trainer.checkpoint_counters()["global_steps"] % (config.every_steps or 1) == 0
+        )
+        if config.dir is None or not (due or leave):
+            return
+        self.save(config.dir, client_state=trainer.client_state, background=config.async_save and not leave)
+        if leave:
+            self.close()
+            trainer.events.emit(Notice(f"saved to {config.dir} and ended, as SIGTERM asked"))
+            raise SystemExit(0)
+
+    def resume(self) -> None:
+        """Load what ``checkpoint.resume`` names: "auto" is the newest whole one, if there is any."""
+        trainer = self._trainer
+        config = trainer.config.checkpoint
+        if config.dir is None or config.resume is None:
+            return
+        path, state = self.load(config.dir, None if config.resume == "auto" else config.resume)
+        if path is not None and state is not None:
+            trainer.client_state = state
+            trainer.events.emit(Notice(f"resumed from {path}, step {trainer.checkpoint_counters()['global_steps']}"))
+
     def wait(self) -> None:
         """Return when nothing is being written any more.
 
@@ -146,7 +176,8 @@ class Checkpointer:
             raise CheckpointError(f"the last checkpoint was not written in the background: {error}") from error
 
     def close(self) -> None:
-        """Wait, and let go of locks and process groups."""
+        """Wait, and let go of locks, process groups and signals."""
+        self.leaving.stop()
         try:
             self.wait()
         finally:

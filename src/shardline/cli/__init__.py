@@ -14,13 +14,14 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (2 for a mistake on the command line, as argparse does)."""
-    from shardline.cli import config, run
+    from shardline.cli import checkpoint, config, run
 
     parser = argparse.ArgumentParser(prog="shardline", description="Sharded, mixed-precision, distributed training.")
     parser.add_argument("--version", action="version", version=f"shardline {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     run.add_parser(commands)
     config.add_parser(commands)
+    checkpoint.add_parser(commands)
     parsed = parser.parse_args(arguments)
     try:
         code: int = parsed.func(parsed)

@@ -48,6 +48,7 @@ def broken(config: Config) -> Iterator[tuple[str, list[str]]]:
             paths = [f"data_loader.{name}", "data_loader.num_workers"]
             yield f"{paths[0]} needs workers, and {paths[1]} is 0; set it to 1 or more.", paths
 
-    if config.checkpoint.every_steps and not config.checkpoint.dir:
-        paths = ["checkpoint.every_steps", "checkpoint.dir"]
-        yield f"{paths[0]} needs {paths[1]}, a directory that every rank sees.", paths
+    for name in ("every_steps", "resume", "save_on_sigterm"):
+        if getattr(config.checkpoint, name) and not config.checkpoint.dir:
+            paths = [f"checkpoint.{name}", "checkpoint.dir"]
+            yield f"{paths[0]} needs {paths[1]}, a directory that every rank sees.", paths

@@ -1,0 +1,211 @@
+"""``shardline checkpoint list|inspect|verify|export|prune``: look at checkpoints and tend them, without a process group.
+
+Nothing here needs a GPU, and only ``export`` imports torch, for its dtypes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shardline.errors import CheckpointError, ShardlineError
+
+__all__ = ["add_parser"]
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register ``checkpoint``; the chosen command is ``args.func(args)``, which returns the exit code."""
+    parser = subparsers.add_parser("checkpoint", help="list, inspect, verify, export or prune checkpoints")
+    commands = parser.add_subparsers(required=True, metavar="{list,inspect,verify,export,prune}")
+
+    def command(name: str, func: Command, text: str, *, tag: bool = True) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.add_argument("dir", metavar="DIR", type=Path, help="a directory of checkpoints, or one checkpoint in it")
+        if tag:
+            made.add_argument("--tag", metavar="TAG", help="which checkpoint (default: the newest)")
+        made.set_defaults(func=_guarded(func))
+        return made
+
+    command("list", _list, "list the checkpoints, the newest first", tag=False)
+    inspect = command("inspect", _inspect, "show what a checkpoint holds")
+    inspect.add_argument("--tensors", action="store_true", help="every parameter and buffer as well")
+    verify = command("verify", _verify, "read every byte and compare the checksums; exit code 1 if any is wrong")
+    verify.add_argument("--all", action="store_true", help="all checkpoints of the directory")
+    export = command(
+        "export", _export, "write the whole model as safetensors with an index, as Hugging Face lays it out"
+    )
+    export.add_argument("out", metavar="OUT", type=Path, help="directory to write to")
+    export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of floating weights (default: the masters')")
+    export.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, metavar="N", help="(default 5 GB)")
+    prune = command("prune", _prune, "delete all but the newest checkpoints", tag=False)
+    prune.add_argument("--keep", type=_positive, required=True, metavar="N", help="keep the N newest")
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
+def _guarded(command: Command) -> Command:
+    def run(args: argparse.Namespace) -> int:
+        try:
+            return command(args)
+        except ShardlineError as error:
+            print(error, file=sys.stderr)
+            return 1
+
+    return run
+
+
+def _chosen(args: argparse.Namespace) -> tuple[str, Path]:
+    """The tag and the path of the checkpoint that the arguments name."""
+    from shardline.checkpoint.directory import MANIFEST, Directory
+
+    if (args.dir / MANIFEST).exists() and args.tag is None:
+        return args.dir.name, args.dir
+    directory = Directory(args.dir)
+    order = directory.order() or directory.tags()
+    if args.tag is None and not order:
+        raise CheckpointError(f"there is no checkpoint in {args.dir}.")
+    tag = args.tag if args.tag is not None else order[0]
+    path = directory.locate(tag)
+    if path is None:
+        raise CheckpointError(
+            f"there is no checkpoint {tag!r} in {args.dir}. There are: {', '.join(directory.tags()) or 'none'}."
+        )
+    return tag, path
+
+
+def _size(manifest: dict[str, Any]) -> str:
+    size = float(sum(row["bytes"] for row in manifest["files"]))
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def _list(args: argparse.Namespace) -> int:
+    from shardline.checkpoint.directory import Directory, read_manifest
+
+    directory = Directory(args.dir)
+    tags = directory.tags()
+    if not tags:
+        print(f"there is no checkpoint in {args.dir}")
+        return 0
+    first = next(iter(directory.order()), None)
+    rows = [("", "tag", "step", "saved", "ranks", "stage", "size")]
+    for tag in tags:
+        path = directory.locate(tag)
+        try:
+            manifest = read_manifest(path) if path is not None else {}
+            rows.append((
+                "*" if tag == first else "",
+                tag,
+                str(manifest["counters"]["global_steps"]),
+                manifest["created"],
+                str(manifest["world_size"]),
+                str(manifest["stage"]),
+                _size(manifest),
+            ))  # fmt: skip
+        except CheckpointError as error:
+            rows.append(("!", tag, str(error), "", "", "", ""))
+    widths = [max(len(row[column]) for row in rows if row[0] != "!") for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\n* is what a load without a tag takes, if its checksums are right (see verify)")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from shardline.checkpoint.directory import read_manifest
+
+    tag, path = _chosen(args)
+    manifest = read_manifest(path)
+    parameters, buffers = manifest["parameters"], manifest["buffers"]
+    trained = sum(math.prod(row["shape"]) for row in parameters.values() if row["trainable"])
+    total = sum(math.prod(row["shape"]) for row in parameters.values())
+    optimizer = manifest["optimizer"]
+    print(f"{path} (tag {tag}, format {manifest['format']} {manifest['version']}, id {manifest['id']})")
+    print(f"  saved      {manifest['created']} by shardline {manifest['shardline']}, torch {manifest['torch']}")
+    print(f"  layout     stage {manifest['stage']} on {manifest['world_size']} ranks, {len(manifest['files'])} files, "
+          f"{_size(manifest)}")  # fmt: skip
+    print(f"  counters   {', '.join(f'{name} {value}' for name, value in manifest['counters'].items())}")
+    print(f"  parameters {len(parameters)} with {total:,} elements, {trained:,} trained; {len(buffers)} buffers")
+    if optimizer is not None:
+        keys = sorted({key for row in parameters.values() for key in (*row["state"], *row["scalars"])})
+        print(f"  optimizer  {optimizer['class']}, {len(optimizer['groups'])} param groups; state: {', '.join(keys)}")
+    for name in ("scheduler", "scaler", "loader"):
+        if manifest[name] is not None:
+            print(f"  {name:<10} {manifest[name]}")
+    print(f"  client_state has {', '.join(manifest['client_state']) or 'nothing'}")
+    if args.tensors:
+        for name, row in parameters.items():
+            kind = "trained" if row["trainable"] else "frozen"
+            stored = row["weight"]["dtype"] if row["weight"] is not None else "left out"
+            print(f"    {name} {tuple(row['shape'])} {kind}, stored as {stored}")
+        for name, row in buffers.items():
+            print(f"    {name} {tuple(row['shape'])} buffer, {row['dtype']}, from ranks {row['files']}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from shardline.checkpoint.directory import Directory, check_files, read_manifest
+
+    chosen = (
+        [(tag, path) for tag in Directory(args.dir).tags() if (path := Directory(args.dir).locate(tag)) is not None]
+        if args.all
+        else [_chosen(args)]
+    )
+    wrong = 0
+    for tag, path in chosen:
+        try:
+            manifest = read_manifest(path)
+            problems = check_files(path, manifest, range(len(manifest["files"])))
+        except CheckpointError as error:
+            problems = [str(error)]
+        print(f"{tag}: {'; '.join(problems) if problems else 'whole'}")
+        wrong += bool(problems)
+    return 1 if wrong else 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from shardline.checkpoint.directory import check_files
+    from shardline.checkpoint.export import export_checkpoint
+    from shardline.checkpoint.reader import Reader
+    from shardline.precision import DTYPES
+
+    _, path = _chosen(args)
+    reader = Reader(path)
+    problems = check_files(path, reader.manifest, range(len(reader.manifest["files"])))
+    if problems:
+        raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}.")
+    try:
+        dtype = DTYPES[args.dtype] if args.dtype else None
+        for file in export_checkpoint(reader, args.out, dtype, args.max_shard_bytes):
+            print(file)
+    finally:
+        reader.close()
+    return 0
+
+
+def _prune(args: argparse.Namespace) -> int:
+    from shardline.checkpoint.directory import Directory, Lock
+
+    directory = Directory(args.dir)
+    if not directory.tags():
+        raise CheckpointError(f"there is no checkpoint in {args.dir}.")
+    lock = Lock.of(directory.path)
+    for tag in directory.prune(args.keep):
+        print(f"deleted {tag}")
+    print(f"kept {', '.join(directory.tags())}")
+    del lock
+    return 0
