@@ -129,13 +129,13 @@ def test_sealing_takes_the_data_and_leaves_everything_else() -> None:
     param = Tagged(torch.randn(3, 4, dtype=torch.float64), requires_grad=False)
     param.note = "kept"
     before, data = param, param.data.clone()
-    seal(param, "net.w", lambda: False)
+    seal(param, "net.w", lambda: False, data)
     assert is_sealed(param) and param is before and isinstance(param, nn.Parameter)
     assert (param.shape, param.dtype, param.requires_grad, param.note) == ((3, 4), torch.float64, False, "kept")
     assert "net.w" in repr(param) and "(3, 4)" in repr(param)
     with torch._C.DisableTorchFunctionSubclass():
         assert param.untyped_storage().nbytes() == 8
-    seal(param, "other", lambda: False)  # once is enough
+    seal(param, "other", lambda: False, data)  # once is enough
     with pytest.raises(SealedError, match=r"'net\.w'.*gathered_parameters"):
         param + 1
     unseal(param, data)
@@ -143,10 +143,17 @@ def test_sealing_takes_the_data_and_leaves_everything_else() -> None:
     assert not any(name.startswith("_shardline") for name in param.__dict__)
 
 
+def test_a_sealed_parameter_has_the_dtype_and_device_that_it_will_have() -> None:
+    """One that was made on meta, or in fp32 for a model in bf16, says what is true from now on."""
+    param = nn.Parameter(torch.zeros(4, 5, device="meta"))
+    seal(param, "w", lambda: False, torch.ones(64, dtype=torch.bfloat16))
+    assert (param.shape, param.dtype, param.device) == ((4, 5), torch.bfloat16, CPU)
+
+
 def test_identity_survives_hooks_hashes_and_optimizers() -> None:
     param = nn.Parameter(torch.randn(4))
     optimizer = torch.optim.SGD([param], lr=0.1)
-    seal(param, "w", lambda: False)
+    seal(param, "w", lambda: False, param.data)
     assert param in {param: 1} and optimizer.param_groups[0]["params"][0] is param
     param.requires_grad_(False)
     assert not param.requires_grad
@@ -161,14 +168,14 @@ def test_an_operation_gathers_where_it_may() -> None:
         unseal(param, data)
         return True
 
-    seal(param, "w", gather)
+    seal(param, "w", gather, data)
     assert torch.equal(torch.stack([param, param]), torch.ones(2, 2, 2)) and calls == [1]
 
 
 def test_sealed_integers_and_scalars() -> None:
     for value in (torch.tensor(3), torch.tensor(0.5), torch.zeros(0, 5)):
         param = nn.Parameter(value, requires_grad=False)
-        seal(param, "w", lambda: False)
+        seal(param, "w", lambda: False, param.data)
         assert param.shape == value.shape and param.numel() == value.numel()
         with pytest.raises(SealedError):
             param.clone()
@@ -177,7 +184,7 @@ def test_sealed_integers_and_scalars() -> None:
 def test_sealing_in_inference_mode_leaves_an_ordinary_parameter() -> None:
     param = nn.Parameter(torch.zeros(3))
     with torch.inference_mode():
-        seal(param, "w", lambda: False)
+        seal(param, "w", lambda: False, param.data)
         unseal(param, torch.ones(3))
     (param * 2).sum().backward()
     assert bool((param.grad == 2).all())
@@ -197,7 +204,7 @@ outcomes = {}
 
 def fresh():
     param = nn.Parameter(torch.randn(6, 6))
-    seal(param, "net.weight", lambda: False)
+    seal(param, "net.weight", lambda: False, torch.ones(1))
     return param
 
 
