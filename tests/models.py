@@ -126,12 +126,15 @@ class TinyGpt(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Convolutions with BatchNorm: parameters that stay fp32, statistics that are buffers."""
+    """Convolutions with BatchNorm: parameters that stay fp32, statistics that are buffers.
+
+    No biases before the norms: their gradient is zero but for rounding, and nothing can be compared with noise.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
-        self.conv2, self.norm2 = nn.Conv2d(6, 10, 3), nn.BatchNorm2d(10)
+        self.conv1, self.norm1 = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv2, self.norm2 = nn.Conv2d(6, 10, 3, bias=False), nn.BatchNorm2d(10)
         self.head = nn.Linear(10 * 36, 5)
 
     def forward(self, x: Tensor) -> Tensor:

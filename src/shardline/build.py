@@ -233,7 +233,7 @@ def take_over(optimizer: Optimizer, layout: Layout) -> None:
 
 def sample_optimizer(name: str, params: Mapping[str, Any]) -> Optimizer:
     """The configured optimizer on a tensor of nothing, to learn what it needs before the layout is made."""
-    return build_optimizer(name, params, [{"params": [torch.zeros(64)]}])
+    return build_optimizer(name, params, [{"params": [torch.zeros(8, 8)]}])
 
 
 def new_optimizer(name: str, params: Mapping[str, Any], groups: ParamGroups, layout: Layout) -> Optimizer:
@@ -262,11 +262,12 @@ def regroup(
     on_touch: Callable[[Unit], bool],
     *,
     whole: bool,
+    ages: Mapping[str, int] | None = None,
 ) -> Layout:
     """Lay the model out anew after parameters were frozen, unfrozen or added to the optimizer. Collective.
 
     Weights, masters and optimizer state move by name, and pass whole through every rank; the state of frozen parameters
-    waits in ``parked``.
+    waits in ``parked``. ``ages`` are the steps that each parameter's state has seen, where it is still to be loaded.
     """
     states: dict[str, ParamState] = dict(parked)
     weights: dict[str, Tensor] = {}
@@ -278,7 +279,7 @@ def regroup(
         replace(
             spec,
             group=groups.get(spec.name) if layout.params[spec.name].requires_grad else None,
-            era=states[spec.name].steps if spec.name in states else 0,
+            era=ages.get(spec.name, 0) if ages is not None else states[spec.name].steps if spec.name in states else 0,
         )
         for spec in layout.plan.params
     ]

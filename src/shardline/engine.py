@@ -32,7 +32,7 @@ from shardline.precision import LossScaler, Precision
 from shardline.schedule import Schedule
 from shardline.step import HostVerdict, Row, Update, Verdict
 from shardline.topology import Topology
-from shardline.unit import Unit
+from shardline.unit import Unit, replaced_error
 
 __all__ = ["Engine", "StepHook"]
 
@@ -160,6 +160,12 @@ class Engine(nn.Module):
         self._last_step = time.perf_counter()
         # Reading a verdict waits for the device: done at once where that is free (CPU) or needed (the loss scale).
         self._reads_at_once = comm.device.type == "cpu" or self.scaler.dynamic
+        self._holders = [
+            (module, key, param)
+            for module in model.modules()
+            for key, param in module._parameters.items()
+            if param is not None
+        ]
         self._arrange()
         if optimizer is not None:
             _guard(optimizer, self)
@@ -201,7 +207,10 @@ class Engine(nn.Module):
             self._window.begun = True
             if self.window_start.random is None:
                 self.window_start.mark(self._loader_position)
-        if self._window.backwards or self.optimizer is None:
+        if self._window.backwards:
+            return
+        self._check_held()
+        if self.optimizer is None:
             return
         if self._trained != {name: param.requires_grad for name, param in self._layout.params.items()}:
             self._regroup()
@@ -211,6 +220,17 @@ class Engine(nn.Module):
         if not (self._window.begun or self._window.backwards or self._window.steps):
             self._window.handed = True
             self.window_start.mark(position)
+
+    def _check_held(self) -> None:
+        """See that nobody replaced a parameter of the model, or its tensor."""
+        for module, key, param in self._holders:
+            found = module._parameters.get(key)
+            if found is not param:
+                name = next(name for name, known in self._layout.params.items() if known is param)
+                raise replaced_error(name, param if found is None else found)
+        for unit in self._layout.units:
+            for slab in unit.slabs:
+                slab.check_in_place()
 
     # -- backward ---------------------------------------------------------------------------------------------------
 
@@ -680,7 +700,7 @@ class Engine(nn.Module):
         self._groups.update(dict.fromkeys(joining, index))
         self._trained = {}
 
-    def _regroup(self) -> None:
+    def _regroup(self, ages: Mapping[str, int] | None = None) -> None:
         """Parameters were frozen, unfrozen, or added to the optimizer: plan anew, keeping all state."""
         if self.optimizer is None:
             return
@@ -699,6 +719,7 @@ class Engine(nn.Module):
             self._parked,
             self._touched,
             whole=self._whole,
+            ages=ages,
         )
         self._trained = {name: param.requires_grad for name, param in self._layout.params.items()}
         self._arrange()
@@ -863,9 +884,8 @@ class Engine(nn.Module):
         """Lay the model out anew, so that only parameters whose state has seen as many steps share a run."""
         if self.optimizer is not None:
             self.optimizer.state.clear()
-        self._parked = {name: ParamState(scalars={"step": torch.tensor(float(age))}) for name, age in ages.items()}
-        self._regroup()
         self._parked.clear()
+        self._regroup(ages)
 
     def go_on_from(self, counters: Mapping[str, int] | None) -> None:
         """Begin a new window, with ``counters`` where given."""

@@ -126,9 +126,14 @@ class Slab:
         low, high = self._range(self.row.weights)
         if self.weights.data_ptr() != whole.data_ptr():
             self.weights.copy_(whole[low:high])
+        low, high = self.state_range
+        self._raise_masters(whole[low:high])
+
+    def _raise_masters(self, part: Tensor) -> None:
+        """Bring masters up to weights that somebody edited; where a weight is still its rounded master, that stays."""
         if self.master is not None and self.master_dtype != self.plan.dtype:
-            low, high = self.state_range
-            self.master.copy_(whole[low:high])
+            same = self.master.to(part.dtype) == part
+            torch.where(same, self.master, part.to(self.master_dtype), out=self.master)
 
     def refresh(self) -> None:
         """Bring this rank's updated masters into the weights at rest."""
@@ -149,32 +154,32 @@ class Slab:
             if param._version != before
         ]
 
+    def check_in_place(self) -> None:
+        """See that every parameter shown is the one the engine knows, and a view of ``gathered``.
+
+        Raises:
+            ModelError: if a parameter or its tensor was replaced instead of edited.
+        """
+        whole = self.gathered
+        if whole is None:
+            return
+        base, size = whole.data_ptr(), whole.element_size()
+        for param, entry in zip(self.params, self.plan.entries, strict=True):
+            moved = param.data_ptr() != base + entry.offset * size and entry.param.numel
+            if moved or param.dtype != self.plan.dtype or param.stride() != entry.param.stride:
+                raise replaced_error(entry.param.name, param)
+
     def adopt(self) -> None:
         """Take in-place edits of resting weights (``clamp_``, ``load_state_dict``) over into the masters.
 
         Raises:
             ModelError: if a parameter's tensor was replaced instead of edited.
         """
-        base, size = self.weights.data_ptr(), self.weights.element_size()
-        for param, entry in zip(self.params, self.plan.entries, strict=True):
-            replaced = param.data_ptr() != base + entry.offset * size and param.numel()
-            if replaced or param.dtype != self.plan.dtype or param.stride() != entry.param.stride:
-                raise ModelError(
-                    f"parameter {entry.param.name!r} was replaced after initialize: it is now a tensor of "
-                    f"{tuple(param.shape)} {param.dtype} with strides {param.stride()} outside the engine's buffers. "
-                    f"Edit weights in place (copy_, load_state_dict); convert dtype or memory format (.half(), "
-                    f".to(memory_format=...)) before shardline.initialize."
-                )
-        edited = set(self.edited())
-        if not edited:
-            return
-        if self.master is not None and self.master_dtype != self.plan.dtype:
+        self.check_in_place()
+        if self.edited():
             low, high = self.state_range
-            for piece in self.plan.fragments(low, high):
-                if piece.name in edited:
-                    size = piece.stop - piece.start
-                    self.master[piece.offset - low :][:size].copy_(self.weights[piece.offset :][:size])
-        self.note_versions()
+            self._raise_masters(self.weights[low:high])
+            self.note_versions()
 
     # -- gradients --------------------------------------------------------------------------------------------------
 
@@ -284,6 +289,15 @@ class Slab:
                     grad.as_strided(shape, stride, offset),
                     fragments,
                 )
+
+
+def replaced_error(name: str, found: Tensor) -> ModelError:
+    return ModelError(
+        f"parameter {name!r} was replaced after initialize: the model now holds a tensor of {tuple(found.shape)} "
+        f"{found.dtype} with strides {found.stride()} outside the engine's buffers. Edit weights in place (copy_, "
+        f"load_state_dict); convert dtype or memory format (.half(), .to(memory_format=...)) before "
+        f"shardline.initialize."
+    )
 
 
 class Unit:
@@ -406,6 +420,7 @@ class Unit:
             whole = slab.gathered
             if whole is None:
                 raise AssertionError(f"unit {self.name} shows no weights")
+            slab.check_in_place()
             self.comm.broadcast([whole])
             slab.take(whole)
             slab.note_versions()
@@ -485,5 +500,5 @@ class Unit:
     def drop_grads(self) -> None:
         """Forget all gradients of this window, those in flight included."""
         self.finish_reduce()
-        for slab in self.trainable:
+        for slab in self.slabs:
             slab.drop_grad()

@@ -1,4 +1,4 @@
-"""``shardline checkpoint`` on real checkpoints: without a process group, and without torch where nothing is computed."""
+"""``shardline checkpoint`` on real checkpoints: one process, and no torch where nothing is computed."""
 
 from __future__ import annotations
 
