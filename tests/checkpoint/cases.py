@@ -104,11 +104,11 @@ def train(
                 assert built.save_checkpoint(save[1], client_state={"at": save[0]}, **options)
                 save = None
             loss = nn.functional.mse_loss(built(x).float(), y)
-            built.backward(loss)
-            built.step()
             losses.append(loss.item())
             samples.append(index.tolist() if built.training_dataloader.samples else [])
             numbers.append(torch.rand(()).item() + random.random() + float(numpy.random.rand()))
+            built.backward(loss)
+            built.step()
             if built.global_steps >= steps:
                 break
     return losses, samples, numbers

@@ -1,0 +1,201 @@
+"""Saving and resuming by itself, in the background, at SIGTERM, and after a SIGKILL in the middle of a save."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from shardline.checkpoint import checkpointer, commit
+from shardline.errors import CheckpointError
+from shardline.testing import RankFailed, run_distributed
+from tests.checkpoint import cases
+from tests.harness import full
+
+
+def settings(path, stage=2, world=2, **checkpoint):
+    return cases.config(stage, world, checkpoint={"dir": str(path), **checkpoint})
+
+
+def weights_after(config, steps, fault=None, rank_state=None):
+    """Train to ``steps``; the weights, where the run began, and its client state."""
+    if fault is not None:
+        os.environ["SHARDLINE_FAULT"] = fault
+    built = cases.engine(config)
+    begun = built.global_steps
+    if rank_state is not None:
+        built.client_state["note"] = rank_state
+    cases.train(built, steps)
+    result = (built.full_state_dict(), begun, dict(built.client_state))
+    built.destroy()
+    return result
+
+
+def same(one, other):
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_saves_and_resumes_by_itself(ranks, tmp_path, background):
+    straight = ranks(weights_after, 2, cases.config(2, 2), 7)
+    config = settings(tmp_path, every_steps=2, keep=2, resume="auto", **{"async": background})
+    first = ranks(weights_after, 2, config, 5, None, "kept")
+    assert [begun for _, begun, _ in first] == [0, 0]
+    assert sorted(path.name for path in tmp_path.glob("global*")) == ["global_step2", "global_step4"]
+    again = ranks(weights_after, 2, config, 7)
+    for (weights, begun, state), (expected, _, _) in zip(again, straight, strict=True):
+        assert begun == 4 and state == {"note": "kept"} and same(weights, expected)
+    assert sorted(path.name for path in tmp_path.glob("global*")) == ["global_step4", "global_step6"]
+    assert ranks(weights_after, 2, settings(tmp_path, resume="global_step4"), 4)[0][1] == 4
+    with pytest.raises(RankFailed, match=r"there is no .*global_step2"):
+        ranks(weights_after, 2, settings(tmp_path, resume="global_step2"), 4)
+
+
+def in_background(path):
+    """Back-pressure, an error that is not lost, and that training goes on."""
+    built = cases.engine(cases.config(2, 2))
+    cases.train(built, 1)
+    gate, original, running = threading.Event(), commit.write, []
+
+    def slow(*args):
+        running.append(1)
+        assert len(running) == 1, "two saves at once"
+        assert gate.wait(30)
+        running.pop()
+        return original(*args)
+
+    def full_disk(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "shard")
+
+    commit.write = slow
+    try:
+        built.save_checkpoint(path, tag="one", async_save=True)
+        cases.train(built, 3)  # while nothing is written yet
+        before = Path(path, "one").exists()
+        threading.Timer(0.2, gate.set).start()
+        built.save_checkpoint(path, tag="two", async_save=True)  # waits for the first
+        after = Path(path, "one").exists()
+        built.checkpoints.wait()
+        commit.write = full_disk if built.comm.rank == 1 else original
+        built.save_checkpoint(path, tag="three", async_save=True)
+        cases.train(built, 4)
+        try:
+            built.save_checkpoint(path, tag="four")
+            error = None
+        except CheckpointError as caught:
+            error = str(caught)
+        commit.write = original
+        built.save_checkpoint(path, tag="four")
+    finally:
+        commit.write = original
+    built.destroy()
+    return before, after, error
+
+
+def load_steps(path, config, tag=None):
+    built = cases.engine(config)
+    built.load_checkpoint(path, tag)
+    steps = built.global_steps
+    built.destroy()
+    return steps
+
+
+def test_in_the_background(ranks, tmp_path):
+    for before, after, error in ranks(in_background, 2, str(tmp_path)):
+        assert (before, after) == (False, True)
+        assert "was not written in the background" in error and "on rank 1: No space left on device" in error
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".") == ["four", "latest", "one", "two"]
+    # What was saved is the moment of the call, though training went on while it was written.
+    assert ranks(load_steps, 2, str(tmp_path), cases.config(2, 2), "one") == [1, 1]
+    assert ranks(load_steps, 1, str(tmp_path), cases.config(0, 1), "two") == [3]
+
+
+SCRIPT = """
+import sys, time
+from shardline.checkpoint import commit
+from tests.checkpoint import cases
+original = commit.write
+commit.write = lambda *args: (time.sleep(0.5), original(*args))[1]
+built = cases.engine(cases.config(0, 1))
+cases.train(built, 1)
+built.save_checkpoint(sys.argv[1], async_save=True)
+"""
+
+
+def test_exit_waits_for_it(ranks, tmp_path):
+    subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], check=True, capture_output=True, timeout=60)
+    assert ranks(load_steps, 1, str(tmp_path), cases.config(0, 1)) == [1]
+
+
+def ended(config, who):
+    """Rank ``who`` gets SIGTERM in the middle of step 3; the step where this rank ended, and how."""
+    built = cases.engine(config)
+    cases.train(built, 2)
+    if built.comm.rank == who:
+        os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        cases.train(built, 10)
+    except SystemExit as exit:
+        return built.global_steps, exit.code, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    return None
+
+
+def test_sigterm_on_one_rank_saves_and_ends_all(ranks, tmp_path):
+    config = settings(tmp_path, save_on_sigterm=True, resume="auto")
+    assert ranks(ended, 2, config, 1) == [(3, 0, True), (3, 0, True)]
+    straight = ranks(weights_after, 2, cases.config(2, 2), 6)
+    again = ranks(weights_after, 2, config, 6)
+    assert again[0][1] == 3 and same(again[0][0], straight[0][0])
+
+
+# -- SIGKILL in real jobs ---------------------------------------------------------------------------------------------
+
+SOME = [("shard-write:middle", 1, False), ("rename:after", 0, True)]
+MANY = [
+    (point, rank, background)
+    for point in (
+        "shard-write:before",
+        "shard-barrier:after",
+        "manifest-write:middle",
+        "rename:before",
+        "latest:before",
+    )
+    for rank in ((0, 1) if point.startswith("shard") else (0,))
+    for background in (False, True)
+]
+
+
+def kill_a_job(ranks, tmp_path, point, rank, background):
+    """A job saves every step; it is killed while it saves step 3, after the first two saves went well."""
+    config = settings(tmp_path, stage=3, every_steps=1, resume="auto", **{"async": background})
+    run_distributed(weights_after, 2, config, 2)
+    with pytest.raises(RankFailed, match=f"Rank {rank} of 2 was killed by SIGKILL"):
+        run_distributed(weights_after, 2, config, 6, f"{point}@{rank}")
+    straight = ranks(weights_after, 2, cases.config(3, 2), 6)
+    begun = 3 if point in ("rename:after", "latest:before") else 2
+    for weights, where, _ in ranks(weights_after, 2, config, 6):
+        assert where == begun or (point == "shard-barrier:after" and rank == 1 and where == 3)
+        assert same({k: v for k, v in weights.items() if not k.startswith("norm")}, straight[0][0])
+
+
+@pytest.mark.parametrize(("point", "rank", "background"), SOME)
+def test_a_killed_job_resumes_bitwise(ranks, tmp_path, point, rank, background):
+    kill_a_job(ranks, tmp_path, point, rank, background)
+
+
+@full
+@pytest.mark.parametrize(("point", "rank", "background"), MANY)
+def test_jobs_killed_at_many_points_resume_bitwise(ranks, tmp_path, point, rank, background):
+    kill_a_job(ranks, tmp_path, point, rank, background)
+
+
+def test_the_environment_names_a_point(monkeypatch):
+    monkeypatch.setenv("SHARDLINE_FAULT", "rename:before@1")
+    assert checkpointer.fault() == "rename:before@1"
