@@ -57,14 +57,18 @@ class Cached(nn.Module):
 
 
 def filled(build, init_fn=None):
-    """The model filled from meta, and the order in which its parameters were taken."""
+    """The model filled from meta, and every parameter as it was when it was taken."""
     with torch.device("meta"):
         model = build()
     assert is_on_meta(model)
-    taken = []
-    names = {param: name for name, param in model.named_parameters()}
+    params = dict(model.named_parameters())
+    taken: list[tuple[str, torch.Tensor]] = []
+
+    def store(name: str) -> None:
+        taken.append((name, params[name].detach().clone()))
+
     torch.manual_seed(0)
-    fill(model, names, taken.append, lambda module: [], init_fn)
+    fill(model, {param: name for name, param in params.items()}, store, lambda module: [], init_fn)
     assert not is_on_meta(model)
     return model, taken
 
@@ -78,7 +82,8 @@ def test_the_numbers_of_the_ordinary_construction(build) -> None:
         assert torch.equal(got, want) and got.dtype is want.dtype and got.requires_grad == want.requires_grad, name
     for (name, got), (_, want) in zip(model.named_buffers(), expected.named_buffers(), strict=True):
         assert torch.equal(got, want), name
-    assert sorted(taken) == sorted(name for name, _ in expected.named_parameters()), "each is taken once"
+    assert sorted(name for name, _ in taken) == sorted(name for name, _ in expected.named_parameters()), "taken once"
+    assert all(torch.equal(value, expected.get_parameter(name)) for name, value in taken), "and when it is complete"
 
 
 def test_parameters_stay_the_objects_they_are_and_ties_ties() -> None:

@@ -342,6 +342,23 @@ def test_a_call_without_differentiable_inputs_is_over_at_the_end() -> None:
     assert drive.take("reduce") == ["reduce 0"]
 
 
+def test_one_call_without_differentiable_inputs_is_enough_to_wait() -> None:
+    """Of two calls one has an input: when its gradient is complete, the other's may still come."""
+    drive = Drive(1)
+    unit = drive.units[0]
+    drive.schedule.begin_forward(with_grad=True)
+    for inputs in (0, 1):
+        drive.schedule.use(unit)
+        drive.schedule.expect(unit, inputs)
+        drive.schedule.done(unit)
+    drive.schedule.end_forward()
+    drive.log.clear()
+    drive.backward(0, end=False)
+    assert drive.take("reduce") == []
+    drive.schedule.end_backward()
+    assert drive.take("reduce") == ["reduce 0"]
+
+
 def test_late_gradients_are_kept_and_their_unit_is_not_trusted_again() -> None:
     drive = Drive(2)
     drive.forward(0, 1)

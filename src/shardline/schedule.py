@@ -44,6 +44,7 @@ class _Hints:
     """What is known in one graph about the gradients of one unit."""
 
     def __init__(self) -> None:
+        self.used = False  # in a forward: gradients may come
         self.calls = 0  # forward calls that will have a backward
         self.pending = 0  # inputs of those calls whose gradient is not complete
         self.open_end = False  # a call without differentiable inputs: nothing will tell when it is over
@@ -107,9 +108,11 @@ class Schedule:
         if self.in_backward:  # recomputation under activation checkpointing: backward releases it
             self.need(unit)
             return False
+        outermost = not unit.holds
         unit.holds += 1
         self._holding += 1
-        if unit.sharded:
+        self._hints[unit.index].used = True
+        if unit.sharded and outermost:
             self._record_use(unit)
             self._bring(unit, self._walk)
         return True
@@ -243,11 +246,11 @@ class Schedule:
             self._advance()
 
     def _advance(self) -> None:
-        """Reduce what is ready and at its turn. A unit that no call will give gradients is ready with zeros."""
+        """Reduce what is ready and at its turn. A unit that was not used is ready with zeros."""
         while self._turn < len(self._reduce_order):
             unit = self.units[self._reduce_order[self._turn]]
             if unit.index not in self._ready:
-                if self._hints[unit.index].calls or unit.index in self._untrusted:
+                if self._hints[unit.index].used or unit.index in self._untrusted:
                     return
                 self._ready.append(unit.index)
             self._turn += 1

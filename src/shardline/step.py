@@ -132,7 +132,7 @@ class Update:
     def attach(self) -> None:
         """Give the optimizer its gradients: views of the reduced ones, in the dtype of the masters."""
         for run in self.runs:
-            run.param.grad = run.grad if run.grad.dtype == run.param.dtype else run.grad.to(run.param.dtype)
+            run.param.grad = run.slab.run_grad(run.run)
 
     def detach(self) -> None:
         for run in self.runs:

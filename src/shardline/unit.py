@@ -6,7 +6,7 @@ A :class:`Slab` holds the buffers of one flat layout:
     gathered    the whole slab while it is in use; ``weights`` itself where they rest whole
     master      what the optimizer updates, in fp32: a view of ``weights`` where these are fp32, else a buffer
     partial     gradients of this rank only, the whole slab, while they wait for a reduction
-    grad        reduced gradients, as long as ``master``
+    grad        reduced gradients from the first reduction of a window to its step, at least as long as ``master``
 
 A :class:`Unit` moves its slabs together. In a world of one every transition is an alias: nothing is copied or sent.
 """
@@ -40,17 +40,21 @@ class Residence(Enum):
 
 @dataclass(frozen=True)
 class RunTensors:
-    """A run of this rank's shard: the optimizer's parameter, its gradient, and the fragments they consist of.
-
-    ``low`` to ``high`` is this rank's shard in the same slab, of which a run of replicated states is more than a part.
-    """
+    """A run of this rank's masters: the optimizer's parameter, and the fragments that it consists of."""
 
     run: Run
-    low: int
-    high: int
+    slab: Slab
     param: Tensor
-    grad: Tensor
     fragments: tuple[Fragment, ...]
+
+    @property
+    def low(self) -> int:
+        """Where this rank's shard of the same slab starts: a run of replicated states covers more than the shard."""
+        return self.slab.start
+
+    @property
+    def high(self) -> int:
+        return self.slab.stop
 
 
 class Slab:
@@ -70,7 +74,6 @@ class Slab:
         self.master: Tensor | None = None
         self.partial: Tensor | None = None
         self.grad: Tensor | None = None
-        self.accumulated = False  # whether ``grad`` holds anything of this window
         self.versions: list[int] = []
 
     # -- which part of the slab a buffer in a given placement covers ------------------------------------------------
@@ -185,41 +188,58 @@ class Slab:
 
     def fold(self, factor: float) -> None:
         """Move the parameters' ``.grad`` into ``partial`` (a world of one: ``grad``), times ``factor``."""
-        alone = self.comm.world_size == 1
-        target = self._grad_buffer() if alone else self.partial
-        fresh = not self.accumulated if alone else target is None
-        if target is None:
-            target = self.partial = self.pool.take(self.plan.size, self.grad_dtype)
-        self._pack(target, factor, add=not fresh)
-        self.accumulated = self.accumulated or alone
+        if self.comm.world_size == 1:
+            fresh = self.grad is None
+            if self.grad is None:
+                self.grad = self.pool.take(self.plan.size, self.grad_dtype)
+            self._pack(self.grad, factor, add=not fresh)
+            return
+        fresh = self.partial is None
+        if self.partial is None:
+            self.partial = self.pool.take(self.plan.size, self.grad_dtype)
+        self._pack(self.partial, factor, add=not fresh)
 
     def reduce(self, unit: int, factor: float) -> Work:
         """Start to sum the gradients of all ranks into this rank's range of ``grad``."""
         if self.comm.world_size == 1:
             self.fold(factor)
             return DONE
-        if self.partial is not None:
-            self.fold(factor)
-            source, self.partial = self.partial, None
-            if self.reduce_dtype != source.dtype:
-                wire = self.pool.take(self.plan.size, self.reduce_dtype)
-                wire.copy_(source)
-                self.pool.give(source)
-                source = wire
-        else:
-            source = self.pool.take(self.plan.size, self.reduce_dtype)
-            self._pack(source, factor, add=False)
-        grad = self._grad_buffer()
-        work = self.comm.reduce(
-            unit, source, self.plan.boundaries, self.own(grad), add=self.accumulated, scratch=self.pool
-        )
-        self.accumulated = True
+        source, wire = self._source(factor)
+        add = self.grad is not None
+        if self.grad is None:
+            if self.row.states is Placement.REPLICATED or self.row.gradients is Placement.PARTIAL:
+                # The whole buffer is here already: its own range becomes the sum.
+                self.grad = source if source.dtype == self.grad_dtype else self._empty_grad()
+            else:
+                self.grad = self._empty_grad()
+        grad = self.grad
+        work = self.comm.reduce(unit, wire, self.plan.boundaries, self.own(grad), add=add, scratch=self.pool)
 
         def finish() -> None:
             work.wait()
-            self.pool.give(source)
+            for buffer in {id(each): each for each in (source, wire)}.values():
+                if buffer is not grad:
+                    self.pool.give(buffer)
 
         return Work((), finish)
+
+    def _source(self, factor: float) -> tuple[Tensor, Tensor]:
+        """This rank's gradients as collected, and as they travel: often the same buffer."""
+        if self.partial is None:
+            source = self.pool.take(self.plan.size, self.reduce_dtype)
+            self._pack(source, factor, add=False)
+            return source, source
+        self.fold(factor)
+        source, self.partial = self.partial, None
+        if source.dtype == self.reduce_dtype:
+            return source, source
+        wire = self.pool.take(self.plan.size, self.reduce_dtype)
+        wire.copy_(source)
+        return source, wire
+
+    def _empty_grad(self) -> Tensor:
+        low, high = self.state_range
+        return self.pool.take(high - low, self.grad_dtype)
 
     def share_grad(self, unit: int) -> Work:
         """Where states rest whole, bring the reduced gradients of all shards here."""
@@ -229,20 +249,15 @@ class Slab:
 
     def drop_grad(self) -> None:
         """Forget what was accumulated in this window."""
-        if self.partial is not None:
-            self.pool.give(self.partial)
-        self.partial, self.accumulated = None, False
+        for buffer in (self.partial, self.grad):
+            if buffer is not None:
+                self.pool.give(buffer)
+        self.partial = self.grad = None
         for param in self.params:
             param.grad = None
 
     def has_grad(self) -> bool:
         return any(param.grad is not None for param in self.params)
-
-    def _grad_buffer(self) -> Tensor:
-        if self.grad is None:
-            low, high = self.state_range
-            self.grad = torch.zeros(high - low, dtype=self.grad_dtype, device=self.weights.device)
-        return self.grad
 
     def _pack(self, target: Tensor, factor: float, *, add: bool) -> None:
         """Copy or add the parameters' gradients to their places in ``target``, and let go of them."""
@@ -269,26 +284,28 @@ class Slab:
     # -- what the optimizer sees ------------------------------------------------------------------------------------
 
     def runs(self) -> Iterator[RunTensors]:
-        """This rank's runs, each as a view of ``master`` and ``grad``."""
+        """This rank's runs, each with its range of ``master``."""
         if self.master is None:
             return
         low, high = self.state_range
-        grad = self._grad_buffer()
         for run in self.plan.runs(low, high):
             fragments = tuple(self.plan.fragments(run.start, run.stop))
-            if run.entry is None:
-                first, last = run.start - low, run.stop - low
-                yield RunTensors(run, self.start, self.stop, self.master[first:last], grad[first:last], fragments)
-            else:
-                shape, stride, offset = run.entry.param.shape, run.entry.param.stride, run.start - low
-                yield RunTensors(
-                    run,
-                    self.start,
-                    self.stop,
-                    self.master.as_strided(shape, stride, self.master.storage_offset() + offset),
-                    grad.as_strided(shape, stride, offset),
-                    fragments,
-                )
+            yield RunTensors(run, self, _cut(self.master, run, low), fragments)
+
+    def run_grad(self, run: Run) -> Tensor | None:
+        """The gradients of ``run``, in the dtype of the masters; a view where that is theirs."""
+        if self.grad is None:
+            return None
+        whole = self.grad.numel() == self.plan.size
+        return _cut(self.grad, run, 0 if whole else self.start).to(self.master_dtype)
+
+
+def _cut(buffer: Tensor, run: Run, low: int) -> Tensor:
+    """The range of ``run`` in ``buffer``, which begins at element ``low`` of its slab, as the optimizer sees it."""
+    if run.entry is None:
+        return buffer[run.start - low : run.stop - low]
+    param = run.entry.param
+    return buffer.as_strided(param.shape, param.stride, buffer.storage_offset() + run.start - low)
 
 
 def replaced_error(name: str, found: Tensor) -> ModelError:
