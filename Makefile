@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo cifar10 test test-full test-gpu check format bench clean
+.PHONY: help .venv demo cifar10 test test-full test-faults test-gpu check format bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z.][a-z0-9.-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ test: .venv  ## the test suite
 
 test-full: .venv  ## the test suite with the whole parity matrix
 	$(PYTEST) -m "not gpu" $(ARGS)
+
+test-faults: .venv  ## checkpoints with the full matrices: layouts, kills, damage
+	$(PYTEST) tests/checkpoint $(ARGS)
 
 test-gpu: .venv  ## the tests that need an accelerator
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -83,11 +83,14 @@ def config(stage: int, world: int, dtype: str = "fp32", accumulation: int = 1, b
     } | more  # fmt: skip
 
 
-def engine(settings: Any, *, extra: int = 0, optimizer: Any = None) -> Any:
+def engine(settings: Any, *, extra: int = 0, dropout: bool = True) -> Any:
     torch.manual_seed(0)
-    return shardline.initialize(
-        model=Net(extra).to(torch.float32), config=settings, training_data=Noisy(), optimizer=optimizer
-    )[0]
+    model = Net(extra)
+    if not dropout:  # nor statistics of each rank's own
+        for module in model.modules():
+            if isinstance(module, (nn.Dropout, Stats)):
+                module.register_forward_pre_hook(lambda module, args: module.train(False) and None)
+    return shardline.initialize(model=model, config=settings, training_data=Noisy())[0]
 
 
 def train(
@@ -151,7 +154,7 @@ def whole(results: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def save_after(path: str, settings: Any, steps: int, **options: Any) -> dict[str, Any]:
-    built = engine(settings, optimizer=options.pop("optimizer", None))
+    built = engine(settings)
     train(built, steps)
     built.save_checkpoint(path, **options)
     result = contents(built)
@@ -174,7 +177,7 @@ def load_each(paths: Iterable[str], settings: Iterable[Any], **options: Any) -> 
 
 def resume(path: str | None, settings: Any, steps: int, save: tuple[int, str] | None = None, **options: Any) -> Any:
     """Train on from ``path``; everything that a bitwise comparison needs."""
-    built = engine(settings)
+    built = engine(settings, dropout=options.pop("dropout", True))
     if path is not None:
         assert built.load_checkpoint(path)[0] is not None
     told = train(built, steps, save, **options)

@@ -75,3 +75,25 @@ def test_at_another_world_size_no_sample_is_lost_or_repeated(ranks, tmp_path, st
     resumed = ranks(cases.resume, onto, path, cases.config(stage, onto, accumulation=2), 10)
     assert rows(resumed) == rows(straight)[4:]
     assert sorted(index for batch in rows(straight)[:5] for index in batch) == list(range(50))
+
+
+@pytest.mark.parametrize("onto", [1, 3])
+def test_at_another_world_size_the_weights_agree_to_the_tolerance_of_the_reduction(ranks, tmp_path, onto):
+    """Without dropout and statistics, which are each rank's own."""
+    path = str(tmp_path / "saved")
+    settings = [cases.config(2, world, accumulation=2) for world in (2, onto)]
+    straight = ranks(cases.resume, 2, None, settings[0], 10, (8, path), dropout=False)
+    resumed = ranks(cases.resume, onto, path, settings[1], 10, dropout=False)
+    weights, again = straight[0][1]["weights"], resumed[0][1]["weights"]
+    for name, value in weights.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-5)
+    assert mean_losses(resumed) == pytest.approx(mean_losses(straight)[4:], rel=1e-4)
+
+
+def mean_losses(results):
+    """Of each global batch over all its samples."""
+    found = []
+    for step in range(0, len(results[0][0][0]), 2):
+        parts = [(told[0][i], len(told[1][i])) for told, _ in results for i in (step, step + 1)]
+        found.append(sum(loss * size for loss, size in parts if size) / sum(size for _, size in parts))
+    return found
