@@ -238,6 +238,25 @@ def test_zero_grad_by_any_name(ranks, world, stage) -> None:
         assert_close(state, sgd_by_hand([regression(4)]))
 
 
+def discard_half(config):
+    """The second of two micro-steps, after the first was discarded, ends the window and is its average."""
+    engine = start(Mlp, config)
+    engine.backward(100 * mse(engine, engine.module, regression(4, seed=9)))
+    engine.step()
+    engine.zero_grad()
+    last = engine.is_gradient_accumulation_boundary()
+    train(engine)
+    result = last, engine.global_steps, engine.full_state_dict()
+    engine.destroy()
+    return result
+
+
+def test_zero_grad_stays_where_the_window_is(ranks) -> None:
+    for last, steps, state in ranks(discard_half, 2, Setup("fp32", "SGD", accumulation=2).config(2)):
+        assert last and steps == 1
+        assert_close(state, sgd_by_hand([regression(4)]))
+
+
 def scaled_already(config):
     engine = start(Mlp, config)
     for seed in range(2):

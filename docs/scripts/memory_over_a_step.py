@@ -2,16 +2,19 @@
 
     .venv/bin/python docs/scripts/memory_over_a_step.py --out docs/images/memory-over-a-step.png
 
-The figure counts bytes that torch allocated on the CPU and has not freed, from before the model was built: weights,
-gradients, masters and optimizer state, activations, and the memory that the pool keeps for the next gather. It is what
-torch's profiler saw, not the size of the process. The dashed lines are the state that rests between steps by the
-formula of :meth:`shardline.plan.Plan.state_bytes`, without gradients.
+Strong lines are bytes in use: what torch allocated on the CPU and has not freed since before the model was built
+(weights, gradients, masters, optimizer state, activations), less the free buffers that the engine's pool keeps. Thin
+lines are all that torch holds, the pool included. Both are what torch's profiler saw, not the size of the process.
+Dashed lines are the state that rests between steps by the formula of :meth:`shardline.plan.Plan.state_bytes`, without
+gradients.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
+from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -26,8 +29,8 @@ from shardline.testing import run_distributed
 
 WIDTH, DEPTH, BATCH, MIB = 1024, 8, 64, 2**20
 PHASES = ("forward", "backward", "step")
-Trace = dict[str, list[tuple[float, float]]]
-"""For each phase, MiB held at points in time from 0 (its start) to 1 (its end)."""
+Trace = dict[str, list[tuple[float, float, float]]]
+"""For each phase (time, MiB in use, MiB held), with time from 0 at its start to 1 at its end."""
 
 
 class Block(nn.Module):
@@ -52,6 +55,7 @@ def measure(stage: int, warm_up: int = 2) -> tuple[Trace, float]:
         }
         model = nn.Sequential(*(Block() for _ in range(DEPTH)))
         engine, *_ = shardline.initialize(model=model, config=config)
+        free = watch_pool(engine._layout.pool)
         x = torch.randn(BATCH, WIDTH)
         for step in range(warm_up + 1):
             mark = record_function if step == warm_up else _Unmarked
@@ -65,7 +69,23 @@ def measure(stage: int, warm_up: int = 2) -> tuple[Trace, float]:
         plan = engine._layout.plan
         rest = plan.state_bytes(row, 0) - gradient_bytes(plan, row)
         engine.destroy()
-    return cut(watched.profiler.kineto_results.events()), rest / MIB
+    return cut(watched.profiler.kineto_results.events(), free), rest / MIB
+
+
+def watch_pool(pool: Any) -> list[tuple[int, int]]:
+    """From now on write down (Unix time in ns, bytes that are free in ``pool``) whenever that changes."""
+    log = [(0, 0)]
+
+    def noted(call: Any) -> Any:
+        def wrapper(*args: Any) -> Any:
+            result = call(*args)
+            log.append((time.time_ns(), sum(memory.nbytes() for memory in pool._free)))
+            return result
+
+        return wrapper
+
+    pool.take, pool.give = noted(pool.take), noted(pool.give)
+    return log
 
 
 class _Unmarked:
@@ -85,47 +105,50 @@ def gradient_bytes(plan: Any, row: Any) -> int:
     return sum(4 * (slab.boundaries[1] if sharded else slab.size) for slab in slabs)
 
 
-def cut(events: Any) -> Trace:
-    """The bytes held over time, cut into phases; each phase is stretched to the same length."""
-    memory = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
-    memory.sort()
-    held = list(accumulate(size for _, size in memory))
+def cut(events: Any, free: list[tuple[int, int]]) -> Trace:
+    """The bytes over time, cut into phases; each phase is stretched to the same length."""
+    memory = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    held = list(zip((at for at, _ in memory), accumulate(size for _, size in memory), strict=True))
     spans = {event.name(): (event.start_ns(), event.end_ns()) for event in events if event.name() in PHASES}
     trace: Trace = {}
-    for name in PHASES:
-        start, stop = spans[name]
-        before = [size for (at, _), size in zip(memory, held, strict=True) if at < start]
-        trace[name] = [(0.0, before[-1] / MIB)]
-        for (at, _), size in zip(memory, held, strict=True):
-            if start <= at <= stop:
-                trace[name].append(((at - start) / (stop - start), size / MIB))
-        trace[name].append((1.0, trace[name][-1][1]))
+    for name, (start, stop) in spans.items():
+        moments = [start, *sorted(at for at, _ in (*held, *free) if start < at < stop), stop]
+        points = [(at, _last(held, at) / MIB, _last(free, at) / MIB) for at in moments]
+        trace[name] = [((at - start) / (stop - start), total - kept, total) for at, total, kept in points]
     return trace
+
+
+def _last(series: list[tuple[int, int]], at: int) -> int:
+    """The value of a step function at a moment."""
+    return series[bisect_right(series, at, key=lambda point: point[0]) - 1][1]
 
 
 def draw(found: dict[int, tuple[Trace, float]], ranks: int, path: Path) -> None:
     """Save the traces of all stages as a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.add_subplot(ylabel="MiB held by torch on rank 0")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(ylabel="MiB on rank 0")
     colours = ("#9467bd", "#1f77b4", "#2ca02c", "#d62728")
     for stage, (trace, rest) in found.items():
-        points = [(position + at, size) for position, name in enumerate(PHASES) for at, size in trace[name]]
-        axes.step(*zip(*points, strict=True), where="post", color=colours[stage], label=f"stage {stage}", lw=1.6)
-        axes.axhline(rest, color=colours[stage], lw=0.8, ls="--", alpha=0.6)
+        points = [(place + at, *sizes) for place, name in enumerate(PHASES) for at, *sizes in trace[name]]
+        times, used, held = zip(*points, strict=True)
+        axes.step(times, used, where="post", color=colours[stage], label=f"stage {stage}", lw=1.8)
+        axes.step(times, held, where="post", color=colours[stage], lw=0.7, alpha=0.6)
+        axes.axhline(rest, color=colours[stage], lw=0.8, ls="--", alpha=0.8)
     for edge in (1, 2):
         axes.axvline(edge, color="0.7", lw=0.8)
     axes.set_xticks([0.5, 1.5, 2.5], PHASES)
     axes.tick_params(axis="x", length=0)
-    axes.set(xlim=(0, 3), ylim=(0, None))
+    axes.set_xlim(0, 3)
     parameters = DEPTH * (4 * WIDTH * WIDTH + 3 * WIDTH)
     axes.set_title(
-        f"one step of {parameters / 1e6:.1f}M parameters, fp32, AdamW, {ranks} ranks; dashed: state by the formula",
+        f"One step of {parameters / 1e6:.1f}M parameters in fp32 with AdamW on {ranks} ranks\n"
+        f"strong: in use; thin: with the pool's free buffers; dashed: resting state by the formula",
         fontsize=10,
     )
     axes.legend(ncols=4, loc="upper center", frameon=False)
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.1)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.12)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
@@ -139,9 +162,11 @@ def main() -> None:
     found = {stage: run_distributed(measure, args.ranks, stage, timeout=300)[0] for stage in range(4)}
     draw(found, args.ranks, args.out)
     for stage, (trace, rest) in found.items():
-        peak = max(size for points in trace.values() for _, size in points)
-        between = trace["forward"][0][1]
-        sys.stdout.write(f"stage {stage}: between steps {between:.0f} MiB (formula {rest:.0f}), peak {peak:.0f} MiB\n")
+        peak, total = (max(point[index] for points in trace.values() for point in points) for index in (1, 2))
+        sys.stdout.write(
+            f"stage {stage}: between steps {trace['forward'][0][1]:.0f} MiB in use (formula {rest:.0f}), "
+            f"peak {peak:.0f}, with the pool {total:.0f}\n"
+        )
 
 
 if __name__ == "__main__":

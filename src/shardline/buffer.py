@@ -45,7 +45,7 @@ class Pool:
         size = numel * dtype.itemsize
         # Buffers outlive the inference_mode in which one may first be needed, so they must not be inference tensors.
         with torch.inference_mode(False):
-            fits = [memory for memory in self._free if size <= memory.nbytes() <= 2 * size and _is_alone(memory)]
+            fits = [memory for memory in self._free if size <= memory.nbytes() <= 1.25 * size and _is_alone(memory)]
             if size < _SMALL or not fits:
                 return torch.empty(numel, dtype=dtype, device=self.device)
             memory = min(fits, key=torch.UntypedStorage.nbytes)

@@ -132,11 +132,11 @@ class Hooks:
     def _expect(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
         for tensor in inputs:
-            tensor.register_hook(partial(self._input_ready, unit))
+            tensor.register_hook(partial(self._input_ready, unit, tensor.is_leaf))
         self.schedule.expect(unit, len(inputs))
 
-    def _input_ready(self, unit: Unit, grad: Tensor) -> None:
-        self.schedule.input_ready(unit)
+    def _input_ready(self, unit: Unit, leaf: bool, grad: Tensor) -> None:
+        self.schedule.input_ready(unit, at_once=not leaf)
 
     # -- what autograd saves ----------------------------------------------------------------------------------------
 

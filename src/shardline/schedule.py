@@ -16,7 +16,7 @@ that come later are kept and reduced in a second round at the step.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from shardline.comm import digest
 from shardline.unit import Residence, Unit
@@ -59,8 +59,18 @@ class Schedule:
         factor: what gradients are multiplied by when they are collected.
     """
 
-    def __init__(self, units: Sequence[Unit], *, prefetch: bool, reshard_after_forward: bool, max_kept: int) -> None:
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        all_alike: Callable[[list[int]], bool],
+        *,
+        prefetch: bool,
+        reshard_after_forward: bool,
+        max_kept: int,
+    ) -> None:
         self.units = units
+        self._all_alike = all_alike  # whether every rank has the same list; collective
+        self._first = True  # no backward has run yet
         self._max_kept = max_kept  # elements of units that were gathered for other ranks' sake
         self._kept: deque[Unit] = deque()
         self.in_backward = False
@@ -79,6 +89,7 @@ class Schedule:
         self._done: Counter[int] = Counter()
         self._needs: list[int] = []
         self._hints = [_Hints() for _ in units]
+        self._almost_ready: list[Unit] = []
         self._untrusted: set[int] = set()  # units whose gradients came after their hint
         self._ready: list[int] = []
         self._turn = 0
@@ -112,9 +123,10 @@ class Schedule:
         unit.holds += 1
         self._holding += 1
         self._hints[unit.index].used = True
-        if unit.sharded and outermost:
+        if outermost:
             self._record_use(unit)
-            self._bring(unit, self._walk)
+            if unit.sharded:
+                self._bring(unit, self._walk)
         return True
 
     def done(self, unit: Unit) -> None:
@@ -200,12 +212,17 @@ class Schedule:
 
     def begin_backward(self, *, reducing: bool, factor: float) -> None:
         """A backward begins whose gradients are multiplied by ``factor`` and, if ``reducing``, reduced as they come."""
+        if self._first:
+            self._first = False
+            self._follow_first_forward()
         self.in_backward, self.reducing, self.factor = True, reducing, factor
         self._back = _Walk(self._backward_order, strict=True)
         self._needs, self._ready, self._turn = [], [], 0
 
     def need(self, unit: Unit) -> None:
         """Backward (or what runs inside it) needs the whole weights of ``unit``."""
+        if unit not in self._almost_ready:
+            self._flush_almost_ready()
         if not unit.sharded:
             return
         if not self.in_backward:  # torch.autograd.grad within a forward
@@ -226,12 +243,24 @@ class Schedule:
         """Whether a call of ``unit`` is expected to have a backward."""
         return self._hints[unit.index].calls > 0
 
-    def input_ready(self, unit: Unit) -> None:
-        """One of the gradients announced by :meth:`expect` is complete."""
+    def input_ready(self, unit: Unit, *, at_once: bool) -> None:
+        """One of the gradients announced by :meth:`expect` is complete.
+
+        Autograd accumulates gradients as soon as it has them, but a leaf's at no certain moment among each other: with
+        ``at_once`` false those of the parameters are complete only when anything else happens.
+        """
+        self._flush_almost_ready()
         hints = self._hints[unit.index]
         hints.pending -= 1
         if self.in_backward and not hints.pending and not hints.open_end and unit.index not in self._untrusted:
-            self._unit_ready(unit)
+            if at_once:
+                self._unit_ready(unit)
+            else:
+                self._almost_ready.append(unit)
+
+    def _flush_almost_ready(self) -> None:
+        while self._almost_ready:
+            self._unit_ready(self._almost_ready.pop(0))
 
     def _unit_ready(self, unit: Unit) -> None:
         if unit.index in self._ready:
@@ -269,6 +298,7 @@ class Schedule:
 
     def end_backward(self) -> None:
         """Backward is over: collect what no hint announced, in order, on every rank alike."""
+        self._flush_almost_ready()
         for index in self._reduce_order:
             unit = self.units[index]
             if index not in self._ready:
@@ -282,11 +312,13 @@ class Schedule:
                 self._untrusted.add(unit.index)
                 unit.fold(self.factor)
         self._catch_up(self._back, len(self._back.order), keep=False)
+        self.finish_reductions()
         self.abort_backward()
 
     def abort_backward(self) -> None:
         """Leave backward, also after an error in it: nothing of its graph is expected any more."""
         self.in_backward = False
+        self._almost_ready.clear()
         self._hints = [_Hints() for _ in self.units]
         self.release_all()
 
@@ -294,6 +326,16 @@ class Schedule:
         """Return when everything that was reduced has arrived."""
         while self._in_flight:
             self._in_flight.popleft()[0].finish_reduce()
+
+    def _follow_first_forward(self) -> None:
+        """Before the first backward: its orders are the reverse of the forward just seen, if all ranks saw the same."""
+        if self._uses and self._all_alike(self._uses):
+            self._ready, self._needs = [], []
+            self.adopt_record()
+            behind = list(dict.fromkeys(reversed(self._uses)))
+            self._backward_order = self._forward_order[::-1]
+            self._reduce_order = list(dict.fromkeys([*behind, *self._reduce_order]))
+            self._reduce_order = [index for index in self._reduce_order if self.units[index].trainable]
 
     # -- agreement --------------------------------------------------------------------------------------------------
 
@@ -309,7 +351,8 @@ class Schedule:
         """
         sharded = [unit.index for unit in self.units if unit.sharded]
         if self._uses:
-            self._forward_order = list(dict.fromkeys([*self._uses, *sharded]))
+            used = [index for index in self._uses if self.units[index].sharded]
+            self._forward_order = list(dict.fromkeys([*used, *sharded]))
             self._use_counts = Counter(self._uses)
         if self._needs:
             unused = [index for index in reversed(sharded) if index not in self._uses]

@@ -131,10 +131,12 @@ def watch_gathered(build, config):
         seen[moment] = max(seen[moment], whole)
 
     for block in blocks:
-        block.register_forward_hook(lambda module, args, output: look("forward"))
+        block.down.register_forward_hook(lambda module, args, output: look("forward"))  # the block is still in use
         block.register_full_backward_hook(lambda module, grad_in, grad_out: look("backward"))
     x, y = regression(2, width=engine.module.blocks[0].up.in_features)
-    for _ in range(3):
+    for step in range(4):
+        if step == 1:  # the first forward shows the order in which a model uses what it defines
+            seen.update(dict.fromkeys(seen, 0))
         engine.backward(torch.nn.functional.mse_loss(engine(x.clone().requires_grad_()), y))
         engine.step()
         look("rest")
@@ -252,7 +254,8 @@ def test_peak_of_a_step_at_stage_3(ranks, reshard):
     depth, world = 24, 2
     unit = 4 * 2 * (128 * 128 + 128)
     setup = Setup(zero={"reshard_after_forward": reshard, "stage3_prefetch_bucket_size": unit // 4})
-    allowed = 4 * depth * unit / world + (2 + 2 + 2) * unit + (0 if reshard else depth * unit) + 2 * unit
+    activations = 3 * unit
+    allowed = 4 * depth * unit / world + (2 + 2 + 2) * unit + (0 if reshard else depth * unit) + activations
     for peak in ranks(peak_of_a_step, world, partial(Mlp, 128, depth), setup.config(3)):
         assert peak <= allowed, f"{peak / unit:.1f} units, allowed {allowed / unit:.1f}"
         assert peak >= 3 * depth * unit / world  # the measure sees what it should

@@ -147,6 +147,11 @@ class Comm:
             for each, size in zip(texts, lengths, strict=True)
         ]
 
+    def all_alike(self, value: Any) -> bool:
+        """Whether every rank has the same ``value``."""
+        everyone = self.exchange(value)
+        return all(other == everyone[0] for other in everyone)
+
     def agree(self, what: dict[str, Any]) -> None:
         """Compare ``what`` over the ranks, key by key.
 
