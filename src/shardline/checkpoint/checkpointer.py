@@ -365,6 +365,8 @@ class Checkpointer:
         client_state: dict[str, Any] = reader.value(manifest["client_state"])
         if position and trainer.training_dataloader is not None and manifest["loader"] is not None:
             trainer.training_dataloader.load_state_dict(manifest["loader"])
+        elif position and trainer.training_dataloader is not None:
+            found.notes.append("it holds no position in the data, so the loader stays where it is")
         same_kind = parts.optimizer is not None and manifest["optimizer"] is not None
         if optimizer and same_kind and manifest["optimizer"]["class"] == type(parts.optimizer).__name__:
             by_age = ages(parts, reader, found)
@@ -406,7 +408,7 @@ class Checkpointer:
 
     def _restore_random(self, reader: Reader) -> None:
         comm, manifest = self._trainer.comm, reader.manifest
-        if manifest["world_size"] != comm.world_size:
+        if len(manifest["random"]) != comm.world_size:
             derive_states(manifest["seed"], manifest["counters"]["global_steps"], comm.rank)
             return
         file = reader.file(comm.rank)

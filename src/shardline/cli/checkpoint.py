@@ -22,7 +22,7 @@ Command = Callable[[argparse.Namespace], int]
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register ``checkpoint``; the chosen command is ``args.func(args)``, which returns the exit code."""
     parser = subparsers.add_parser("checkpoint", help="list, inspect, verify, export or prune checkpoints")
-    commands = parser.add_subparsers(required=True, metavar="{list,inspect,verify,export,prune}")
+    commands = parser.add_subparsers(required=True, metavar="{list,inspect,verify,export,prune,import-deepspeed}")
 
     def command(name: str, func: Command, text: str, *, tag: bool = True) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text)
@@ -43,6 +43,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     export.add_argument("out", metavar="OUT", type=Path, help="directory to write to")
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of floating weights (default: the masters')")
     export.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, metavar="N", help="(default 5 GB)")
+    text = "write a DeepSpeed checkpoint (stages 0 to 3) as one of Shardline's; its pickles may hold plain values only"
+    imported = command("import-deepspeed", _import, text)
+    imported.add_argument("out", metavar="OUT", type=Path, help="directory of checkpoints to write to")
     prune = command("prune", _prune, "delete all but the newest checkpoints", tag=False)
     prune.add_argument("--keep", type=_positive, required=True, metavar="N", help="keep the N newest")
 
@@ -194,6 +197,13 @@ def _export(args: argparse.Namespace) -> int:
             print(file)
     finally:
         reader.close()
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from shardline.checkpoint.deepspeed import import_deepspeed
+
+    print(import_deepspeed(args.dir, args.out, args.tag))
     return 0
 
 
