@@ -60,15 +60,15 @@ def test_what_somebody_holds_is_not_lent(keep: str) -> None:
     assert pool.take(LARGE, torch.float32).data_ptr() == address, "free again once nobody holds it"
 
 
-def test_the_best_fitting_piece_is_lent_and_none_twice_too_large() -> None:
+def test_the_best_fitting_piece_is_lent_and_none_that_is_much_too_large() -> None:
     pool = Pool(CPU)
-    sizes = (LARGE, 3 * LARGE // 2, 4 * LARGE)
+    sizes = (LARGE, 9 * LARGE // 8, 4 * LARGE)
     buffers = {size: pool.take(size, torch.float32) for size in sizes}
     places = {size: buffer.data_ptr() for size, buffer in buffers.items()}
     for size in sizes:
         pool.give(buffers.pop(size))
     got = pool.take(LARGE + 64, torch.float32)
-    assert got.data_ptr() == places[3 * LARGE // 2]
+    assert got.data_ptr() == places[9 * LARGE // 8]
     small = pool.take(LARGE, torch.float32)
     assert small.data_ptr() == places[LARGE]
     assert pool.take(LARGE, torch.float32).data_ptr() != places[4 * LARGE]

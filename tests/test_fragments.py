@@ -128,7 +128,7 @@ def run_of(*names: str) -> RunTensors:
     pieces = tuple(Fragment(name, 0, 64, 64 * i) for i, name in enumerate(names))
     size = 64 * len(names)
     param = torch.zeros(size, requires_grad=True)
-    return RunTensors(Run(0, 0, size), 0, size, param, torch.zeros(size), pieces)
+    return RunTensors(Run(0, 0, size), None, param, pieces)  # type: ignore[arg-type]
 
 
 def state_of(value: float, steps: float) -> ParamState:

@@ -55,12 +55,19 @@ class Drive:
     """A model of blocks driven through a schedule: forward uses blocks in an order, backward in the reverse."""
 
     def __init__(
-        self, count: int = 4, prefetch: bool = False, reshard: bool = True, frozen: tuple[int, ...] = (), kept=0
-    ):
+        self,
+        count: int = 4,
+        prefetch: bool = False,
+        reshard: bool = True,
+        frozen: tuple[int, ...] = (),
+        kept: int = 0,
+        alike: bool = False,  # what the other ranks say of the first forward
+    ) -> None:
         self.log: list[str] = []
         self.units = [FakeUnit(i, self.log, i not in frozen) for i in range(count)]
         self.schedule = Schedule(
             self.units,  # type: ignore[arg-type]
+            lambda uses: alike,
             prefetch=prefetch,
             reshard_after_forward=reshard,
             max_kept=kept,
@@ -94,7 +101,7 @@ class Drive:
             self.schedule.need(unit)
             assert unit.residence is Residence.GATHERED
             unit.grads = bool(unit.trainable)
-            self.schedule.input_ready(unit)
+            self.schedule.input_ready(unit, at_once=True)
         if end:
             self.schedule.end_backward()
 
@@ -223,7 +230,7 @@ def test_a_unit_whose_users_lie_apart_stays_through_the_forward() -> None:
     units = [FakeUnit(0, log, users=("head",)), FakeUnit(1, log)]
     drive = Drive(0)
     drive.log, drive.units = log, units
-    drive.schedule = Schedule(units, prefetch=False, reshard_after_forward=True, max_kept=0)  # type: ignore[arg-type]
+    drive.schedule = Schedule(units, bool, prefetch=False, reshard_after_forward=True, max_kept=0)  # type: ignore[arg-type] # fmt: skip
     drive.forward(0, 1, 0)
     assert drive.take() == ["gather 0", "gather 1", "release 1", "release 0"]
 
@@ -257,6 +264,15 @@ def test_a_forward_within_a_forward_is_one_forward() -> None:
     assert drive.take("gather") == ["gather 0", "gather 1"]
 
 
+def test_the_first_backward_follows_the_first_forward_if_all_ranks_saw_the_same() -> None:
+    for alike, gathers in ((True, [1, 0, 2]), (False, [2, 1, 0, 2])):
+        drive = Drive(3, alike=alike)
+        drive.forward(2, 0, 1)
+        drive.log.clear()
+        drive.backward(1, 0, 2)
+        assert drive.take("gather") == [f"gather {i}" for i in gathers]
+
+
 # --- reductions -------------------------------------------------------------------------------------------------------
 
 
@@ -268,7 +284,7 @@ def test_reductions_begin_in_the_reverse_of_the_plan_whatever_is_ready_first() -
     assert drive.take("reduce") == [], "both wait for their turn"
     unit = drive.units[2]
     drive.schedule.need(unit)
-    drive.schedule.input_ready(unit)
+    drive.schedule.input_ready(unit, at_once=True)
     assert drive.take("reduce") == ["reduce 2", "reduce 1", "reduce 0"]
 
 
@@ -323,7 +339,7 @@ def test_a_unit_called_twice_is_ready_after_both() -> None:
     drive.log.clear()
     drive.backward(0, end=False)
     assert drive.take("reduce") == []
-    drive.schedule.input_ready(drive.units[0])
+    drive.schedule.input_ready(drive.units[0], at_once=True)
     assert drive.take("reduce") == ["reduce 0"]
 
 
@@ -340,6 +356,18 @@ def test_a_call_without_differentiable_inputs_is_over_at_the_end() -> None:
     assert drive.take("reduce") == ["reduce 1"]
     drive.schedule.end_backward()
     assert drive.take("reduce") == ["reduce 0"]
+
+
+def test_the_hint_of_a_leaf_counts_from_the_next_event() -> None:
+    """A hook on a leaf runs before the gradient of what used it has reached the parameters."""
+    drive = Drive(2)
+    drive.forward(0, 1)
+    drive.backward(end=False)
+    drive.log.clear()
+    drive.schedule.input_ready(drive.units[1], at_once=False)
+    assert drive.take("reduce") == []
+    drive.schedule.need(drive.units[0])
+    assert drive.take("reduce") == ["reduce 1"]
 
 
 def test_one_call_without_differentiable_inputs_is_enough_to_wait() -> None:
@@ -402,7 +430,7 @@ def test_recomputation_in_backward_gathers_what_backward_gathers() -> None:
     for unit in reversed(drive.units):
         assert not drive.schedule.use(unit), "no done() follows"
         drive.schedule.need(unit)
-        drive.schedule.input_ready(unit)
+        drive.schedule.input_ready(unit, at_once=True)
     drive.schedule.end_backward()
     assert drive.take("gather", "release") == ["gather 1", "release 1", "gather 0", "release 0"]
 
