@@ -1,28 +1,26 @@
-"""Measure what torch holds on rank 0 while one step runs, at stages 0 to 3, and draw it.
+"""Measure the memory of rank 0 while one step runs, at stages 0 to 3, and draw it. Linux with glibc only.
 
-    .venv/bin/python docs/scripts/memory_over_a_step.py --out docs/images/memory-over-a-step.png
+    .venv/bin/python docs/scripts/memory_over_a_step.py --ranks 4 --out docs/images/memory-over-a-step.png
 
-Strong lines are bytes in use: what torch allocated on the CPU and has not freed since before the model was built
-(weights, gradients, masters, optimizer state, activations), less the free buffers that the engine's pool keeps. Thin
-lines are all that torch holds, the pool included. Both are what torch's profiler saw, not the size of the process.
-Dashed lines are the state that rests between steps by the formula of :meth:`shardline.plan.Plan.state_bytes`, without
-gradients.
+Looked at after every operation of torch: the bytes that the process has allocated and not freed (glibc's ``mallinfo2``,
+all threads), above what it had before the model was built. Strong lines are bytes in use: weights, gradients, masters,
+optimizer state, activations, what is in flight. Thin lines add the free buffers that the engine's pool keeps for the
+next use. Dashed lines are the state that rests between steps by the formula of ``Plan.state_bytes``, less gradients.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import sys
 import time
-from bisect import bisect_right
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import shardline
 from shardline.testing import run_distributed
@@ -31,6 +29,52 @@ WIDTH, DEPTH, BATCH, MIB = 1024, 8, 64, 2**20
 PHASES = ("forward", "backward", "step")
 Trace = dict[str, list[tuple[float, float, float]]]
 """For each phase (time, MiB in use, MiB held), with time from 0 at its start to 1 at its end."""
+
+
+class _Mallinfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+    )]  # fmt: skip
+
+
+_mallinfo2 = ctypes.CDLL(None).mallinfo2
+_mallinfo2.restype = _Mallinfo
+
+
+def allocated() -> int:
+    """Bytes allocated and not freed, in every arena and by mmap."""
+    found = _mallinfo2()
+    return int(found.uordblks + found.hblkhd)
+
+
+class Watch(TorchDispatchMode):
+    """Writes down (phase, time, bytes in use, bytes held) after every operation while a phase is on."""
+
+    def __init__(self, pool: Any, base: int) -> None:
+        super().__init__()
+        self.pool, self.base = pool, base
+        self.phase: str | None = None
+        self.seen: dict[str, list[tuple[float, int, int]]] = {name: [] for name in PHASES}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.look()
+        return result
+
+    def look(self) -> None:
+        """Write down what is held now."""
+        if self.phase is not None:
+            held = allocated() - self.base
+            free = sum(memory.nbytes() for memory in self.pool._free)
+            self.seen[self.phase].append((time.perf_counter(), held - free, held))
+
+    def trace(self) -> Trace:
+        """Each phase from 0 to 1, in MiB."""
+        result: Trace = {}
+        for name, looks in self.seen.items():
+            start, stop = looks[0][0], looks[-1][0]
+            result[name] = [((at - start) / (stop - start), used / MIB, held / MIB) for at, used, held in looks]
+        return result
 
 
 class Block(nn.Module):
@@ -44,58 +88,36 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(x)))
 
 
-def measure(stage: int, warm_up: int = 2) -> tuple[Trace, float]:
-    """Train ``warm_up`` steps and trace the next. Returns the trace and the formula's MiB for this rank."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        torch.manual_seed(0)
-        config = {
-            "train_micro_batch_size_per_gpu": BATCH,
-            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
-            "zero_optimization": {"stage": stage},
-        }
-        model = nn.Sequential(*(Block() for _ in range(DEPTH)))
-        engine, *_ = shardline.initialize(model=model, config=config)
-        free = watch_pool(engine._layout.pool)
-        x = torch.randn(BATCH, WIDTH)
+def measure(stage: int, warm_up: int = 3) -> tuple[Trace, float]:
+    """Train ``warm_up`` steps and watch the next. Returns the trace and the formula's MiB for this rank."""
+    base = allocated()
+    torch.manual_seed(0)
+    config = {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+        "zero_optimization": {"stage": stage},
+    }
+    model = nn.Sequential(*(Block() for _ in range(DEPTH)))
+    engine, *_ = shardline.initialize(model=model, config=config)
+    x = torch.randn(BATCH, WIDTH)
+    with Watch(engine._layout.pool, base) as watch:
         for step in range(warm_up + 1):
-            mark = record_function if step == warm_up else _Unmarked
-            with mark("forward"):
-                loss = F.mse_loss(engine(x), x)
-            with mark("backward"):
-                engine.backward(loss)
-            with mark("step"):
-                engine.step()
-        row = shardline.placement.STAGES[stage]
-        plan = engine._layout.plan
-        rest = plan.state_bytes(row, 0) - gradient_bytes(plan, row)
-        engine.destroy()
-    return cut(watched.profiler.kineto_results.events(), free), rest / MIB
-
-
-def watch_pool(pool: Any) -> list[tuple[int, int]]:
-    """From now on write down (Unix time in ns, bytes that are free in ``pool``) whenever that changes."""
-    log = [(0, 0)]
-
-    def noted(call: Any) -> Any:
-        def wrapper(*args: Any) -> Any:
-            result = call(*args)
-            log.append((time.time_ns(), sum(memory.nbytes() for memory in pool._free)))
-            return result
-
-        return wrapper
-
-    pool.take, pool.give = noted(pool.take), noted(pool.give)
-    return log
-
-
-class _Unmarked:
-    """In the place of ``record_function`` where nothing is to be recorded."""
-
-    def __init__(self, name: str) -> None: ...
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
+            on = step == warm_up
+            loss: Any = None
+            for name in PHASES:
+                watch.phase = name if on else None
+                watch.look()
+                if name == "forward":
+                    loss = F.mse_loss(engine(x), x)
+                elif name == "backward":
+                    engine.backward(loss)
+                else:
+                    engine.step()
+                watch.look()
+    row, plan = shardline.placement.STAGES[stage], engine._layout.plan
+    rest = plan.state_bytes(row, 0) - gradient_bytes(plan, row)
+    engine.destroy()
+    return watch.trace(), rest / MIB
 
 
 def gradient_bytes(plan: Any, row: Any) -> int:
@@ -103,24 +125,6 @@ def gradient_bytes(plan: Any, row: Any) -> int:
     sharded = row.gradients is shardline.placement.Placement.SHARDED
     slabs = [slab for unit in plan.units for slab in unit.slabs]
     return sum(4 * (slab.boundaries[1] if sharded else slab.size) for slab in slabs)
-
-
-def cut(events: Any, free: list[tuple[int, int]]) -> Trace:
-    """The bytes over time, cut into phases; each phase is stretched to the same length."""
-    memory = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    held = list(zip((at for at, _ in memory), accumulate(size for _, size in memory), strict=True))
-    spans = {event.name(): (event.start_ns(), event.end_ns()) for event in events if event.name() in PHASES}
-    trace: Trace = {}
-    for name, (start, stop) in spans.items():
-        moments = [start, *sorted(at for at, _ in (*held, *free) if start < at < stop), stop]
-        points = [(at, _last(held, at) / MIB, _last(free, at) / MIB) for at in moments]
-        trace[name] = [((at - start) / (stop - start), total - kept, total) for at, total, kept in points]
-    return trace
-
-
-def _last(series: list[tuple[int, int]], at: int) -> int:
-    """The value of a step function at a moment."""
-    return series[bisect_right(series, at, key=lambda point: point[0]) - 1][1]
 
 
 def draw(found: dict[int, tuple[Trace, float]], ranks: int, path: Path) -> None:

@@ -1,0 +1,135 @@
+"""The documentation: what it shows runs, what it names exists."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+BLOCK = re.compile(r"(<!-- not run: [^>]*-->\n)?```python\n(.*?)```", re.DOTALL)
+COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+FENCED = re.compile(r"```.*?```", re.DOTALL)
+LOOSE = ("README.md", "CONTRIBUTING.md")
+"""Pages whose other Python blocks are shorter than what would run."""
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str) -> list[str]:
+    """The Python blocks of a page that are to be run."""
+    return [code for note, code in BLOCK.findall(text_of(page)) if not note]
+
+
+def example() -> str:
+    """The whole program of the README."""
+    found = re.search(r"<!-- example:.*?-->\n```python\n(.*?)```", text_of("README.md"), re.DOTALL)
+    assert found, "the README has no example"
+    return found[1]
+
+
+def run(code: str, folder: Path, **env: str) -> str:
+    """Run ``code`` as a script of its own, in an environment without a launcher's variables; what it wrote."""
+    script = folder / "train.py"
+    script.write_text(code)
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    clean = {name: value for name, value in os.environ.items() if name not in launcher}
+    done = subprocess.run(
+        [sys.executable, script],
+        env=clean | {"OMP_NUM_THREADS": "1"} | env,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def losses(printed: str) -> list[float]:
+    return [float(number) for number in re.findall(r"\| loss ([\d.]+) \|", printed)]
+
+
+def norms(printed: str) -> list[str]:
+    return re.findall(r"\| grad norm (\S+) \|", printed)
+
+
+def run_here(code: str) -> str:
+    """On a rank: run ``code``; what the engine's logger printed."""
+    printed = io.StringIO()
+    handler = logging.StreamHandler(printed)
+    logger = logging.getLogger("shardline")
+    logger.addHandler(handler)
+    names: dict[str, object] = {"__name__": "__main__"}
+    try:
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+            exec(compile(code, "README.md", "exec"), names)
+    finally:
+        logger.removeHandler(handler)
+    names["engine"].destroy()  # type: ignore[attr-defined]
+    return printed.getvalue()
+
+
+def test_the_example_is_ten_lines_and_learns(tmp_path, ranks):
+    code = example()
+    statements = [line for line in code.splitlines() if line and not line.startswith("import ")]
+    assert len(statements) <= 11
+    alone = run(code, tmp_path)
+    found = losses(alone)
+    assert len(found) == 5
+    assert found[-1] < found[0] / 4
+    together = ranks(run_here, 2, code)[0]
+    assert set(norms(alone)) <= set(norms(together)), "the README says that both print the same gradient norms"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in LOOSE and blocks(page)])
+def test_blocks_run_in_order(page, tmp_path):
+    """All blocks of a page in one process, as torchrun would start the only one of a job."""
+    first = "import os, socket\ns = socket.socket(); s.bind(('127.0.0.1', 0))\n"
+    first += "os.environ['MASTER_PORT'] = str(s.getsockname()[1]); s.close()\n"
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    run(first + "\n".join(blocks(page)), tmp_path, CUDA_VISIBLE_DEVICES="", **alone)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = FENCED.sub("", text_of(page))
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    missing = [
+        target
+        for target in targets
+        if target and not re.match(r"[a-z]+:", target) and not ((ROOT / page).parent / target).exists()
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_exist(page):
+    """A path in code style is one of the repository's, or of the package's."""
+    named = set(re.findall(r"`([\w.-]+(?:/[\w.-]+)*\.(?:py|md|toml|txt)|(?:\w+/)+)`", FENCED.sub("", text_of(page))))
+    roots = [ROOT, ROOT / "src", ROOT / "src" / "shardline", (ROOT / page).parent, ROOT / "tests" / "checkpoint"]
+    yours = {"train.py", "script.py"}
+    missing = [name for name in named - yours if not any((root / name).exists() for root in roots)]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([a-z][\w-]*):", text_of("Makefile"), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^    )make ([a-z][\w-]*)", COMMENT.sub("", text_of(page)), re.MULTILINE))
+    assert named <= targets
+
+
+def test_every_page_is_in_an_index():
+    index = text_of("docs/README.md") + text_of("docs/adr/README.md")
+    pages = [Path(page).name for page in PAGES if page.startswith("docs/") and not page.endswith("README.md")]
+    assert [name for name in pages if f"({name})" not in index] == []
