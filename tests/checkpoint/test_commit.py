@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 
 import pytest
 
@@ -195,3 +196,51 @@ def test_latest_can_be_set_back_by_hand(tmp_path):
     assert disk.newest(tmp_path) == ("s1", 1)
     (tmp_path / "latest").write_text("gone")
     assert Directory(tmp_path).order() == ["gone", "s2", "s1"]
+
+
+def test_two_engines_of_one_job_take_turns(tmp_path):
+    """The one does not take the other's temporary directory, which a thread may be writing, for a dead one."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def reach(point):
+        if point == "shard-write:middle":
+            inside.set()
+            assert go_on.wait(30)
+
+    ring = disk.Ring(0, [])
+    first = threading.Thread(
+        target=lambda: commit_module.commit(tmp_path, "a", disk.content(ring, 1), ring, reach), name="first"
+    )
+    first.start()
+    assert inside.wait(30)
+    second = threading.Thread(target=lambda: disk.save(ring, tmp_path, "b", 2), name="second")
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    go_on.set()
+    first.join()
+    second.join()
+    assert set(Directory(tmp_path).tags()) == {"a", "b"} and disk.newest(tmp_path) == ("b", 2)
+
+
+def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
+    """A job was killed, and a loader worker of it is still there."""
+    ready, release = os.pipe(), os.pipe()
+
+    def body(ring):
+        disk.save(ring, tmp_path, "a", 1, hold=kept.append)
+        if os.fork() == 0:
+            os.write(ready[1], b"x")
+            os.read(release[0], 1)
+            os._exit(0)
+        os.kill(os.getpid(), 9)
+
+    kept = []
+    assert disk.spawn(1, body) == [-9]
+    os.read(ready[0], 1)
+    try:
+        disk.save(disk.Ring(0, []), tmp_path, "b", 2)
+    finally:
+        os.write(release[1], b"x")
+    for end in (*ready, *release):
+        os.close(end)

@@ -125,3 +125,14 @@ def test_directories_that_are_none(tmp_path, capsys):
     (tmp_path / "latest").write_text("a")
     assert main(["checkpoint", "import-deepspeed", str(tmp_path), str(tmp_path / "out")]) == 1
     assert "no DeepSpeed checkpoint" in capsys.readouterr().err
+
+
+def test_loading_one_directly_says_what_to_do(tmp_path):
+    from shardline.checkpoint.directory import read_manifest
+
+    (tmp_path / "tag").mkdir()
+    (tmp_path / "tag" / "mp_rank_00_model_states.pt").touch()
+    with pytest.raises(
+        CheckpointError, match=r"of DeepSpeed. Import it: shardline checkpoint import-deepspeed .* --tag tag"
+    ):
+        read_manifest(tmp_path / "tag")

@@ -130,6 +130,7 @@ def commit(
     final = directory.path / Directory.check_tag(tag)
     lead = channel.rank == 0
     reach("begin")
+    locks: list[Lock] = []
     ours: list[Path] = []  # what rank 0 made and must clear away if anything fails
 
     def prepare() -> Manifest | None:
@@ -137,7 +138,10 @@ def commit(
         if not lead:
             return None
         directory.path.mkdir(parents=True, exist_ok=True)
-        hold(Lock.of(directory.path))
+        lock = Lock.of(directory.path)
+        hold(lock)
+        lock.busy.acquire()
+        locks.append(lock)
         reach("lock:after")
         directory.sweep()
         reach("sweep:after")
@@ -205,6 +209,9 @@ def commit(
             else:
                 each.unlink(missing_ok=True)
         raise
+    finally:
+        for lock in locks:
+            lock.busy.release()
     return final
 
 

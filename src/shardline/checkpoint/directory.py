@@ -3,7 +3,7 @@
     DIR/latest                      the tag of the newest checkpoint, as text
     DIR/<tag>/manifest.json         what the checkpoint holds; with manifest.sha256, as ``sha256sum`` writes it
     DIR/<tag>/rank-00000.safetensors ...
-    DIR/.lock                       held (flock) by the job that writes here
+    DIR/.lock                       held (lockf) by the job that writes here
     DIR/.tmp-*                      a save in progress, or what is left of one that was killed
     DIR/.old-<id>-<tag>             the checkpoint that one of the same tag is replacing; counts while DIR/<tag> is away
     DIR/.latest-<id>                what ``latest`` becomes once the checkpoint ``id`` is in its place
@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 import weakref
 import zlib
 from collections.abc import Iterable
@@ -58,6 +59,11 @@ def read_manifest(path: Path) -> Manifest:
         data = file.read_bytes()
         expected = (path / MANIFEST_SUM).read_text().split()[:1]
     except (OSError, UnicodeDecodeError) as error:
+        if any(path.glob("*mp_rank_*_model_states.pt")):
+            raise CheckpointError(
+                f"{path} is a checkpoint of DeepSpeed. Import it: shardline checkpoint import-deepspeed "
+                f"{path.parent} OUT --tag {path.name}"
+            ) from None
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise CheckpointError(f"{path} is no whole checkpoint: its manifest cannot be read ({reason}).") from None
     if [hashlib.sha256(data).hexdigest()] != expected:
@@ -250,10 +256,12 @@ class Lock:
     _held: weakref.WeakValueDictionary[str, Lock] = weakref.WeakValueDictionary()
 
     def __init__(self, path: Path) -> None:
+        self.busy = threading.Lock()  # one save at a time, also of several engines in one process
         self._file = (path / LOCK).open("a+", encoding="utf-8")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # Not flock: that one lives on in forked loader workers when their parent was killed.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             self._file.seek(0)
             owner = self._file.read().strip() or "another process"
             self._file.close()
