@@ -186,8 +186,7 @@ def load_model(
         unit.rest(slab, param, entry)
 
     for unit in layout.units:
-        for slab in unit.slabs:
-            slab.allocate()
+        unit.allocate()
     on_meta = is_on_meta(model)
     for unit in layout.units:
         for slab in unit.slabs:
@@ -288,8 +287,8 @@ def regroup(
     made = Layout(plan, layout.params, _units(plan, layout.params, config, precision, comm, layout.pool, on_touch),
                   layout.modules, layout.pool)  # fmt: skip
     for unit in made.units:
+        unit.allocate()
         for slab in unit.slabs:
-            slab.allocate()
             for entry in slab.plan.entries:
                 slab.store(entry, weights.pop(entry.param.name))
         unit.settle()

@@ -25,7 +25,7 @@ from shardline.data.split import Position
 from shardline.errors import DisagreementError, UsageError
 from shardline.events import Events, Notice, PhaseTimes, StepDone, StepSkipped
 from shardline.fragments import ParamState, StateFragment, local_fragments, whole_weights
-from shardline.hooks import Hooks, watch_outputs
+from shardline.hooks import Hooks, alias_outputs, watch_outputs
 from shardline.memory import peak_bytes
 from shardline.placement import STAGES, Placement
 from shardline.precision import LossScaler, Precision
@@ -153,9 +153,9 @@ class Engine(nn.Module):
         self._pending: Verdict | None = None
         self._norm: Tensor | float | None = None
         self._applied = False
-        self._known_losses = True
+        self._plain = False  # a backward of this window was not the engine's
         self._leaving = False  # some rank was asked to save and end
-        self._unwatched = False
+        self._unwatched = False  # an output of this window is not seen when a backward enters it
         self._clock = _Clock(config.wall_clock_breakdown, comm.device)
         self._last_step = time.perf_counter()
         # Reading a verdict waits for the device: done at once where that is free (CPU) or needed (the loss scale).
@@ -194,6 +194,9 @@ class Engine(nn.Module):
         with self._clock.phase("forward"), self._autocast():
             output = self.module(*args, **kwargs)
         if torch.is_grad_enabled() and self._probe is not None:
+            if self.scaler.scale != 1.0:
+                output, complete = alias_outputs(output)
+                self._unwatched = self._unwatched or not complete
             watched = watch_outputs(output, self._plain_backward, self._end_backward, self._entry_scale, self._probe)
             self._unwatched = self._unwatched or not watched
         return output
@@ -292,7 +295,7 @@ class Engine(nn.Module):
         if self.schedule.in_backward:
             return False
         self._check_trains("loss.backward()")
-        self._known_losses = False
+        self._plain = True
         self._start_backward(factor=self._micro_share() / self._accumulation)
         return True
 
@@ -309,14 +312,15 @@ class Engine(nn.Module):
 
     def _collect_unseen(self) -> None:
         """Gradients of a backward that nothing announced, such as one through ``model.encode()``."""
-        if not any(unit.has_grad() for unit in self._layout.units):
-            if self._window.backwards or self.comm.world_size == 1:
-                return
-        elif self.scaler.scale != 1.0 and self._unwatched:
+        unseen = any(unit.has_grad() for unit in self._layout.units)
+        if (unseen or self._plain) and self.scaler.scale != 1.0 and self._unwatched:
+            self._drop_gradients()
             raise UsageError(
                 "a plain loss.backward() ran in fp16 through outputs that the engine cannot see, so the loss was not "
                 "scaled. Call engine.backward(loss) instead."
             )
+        if not unseen and (self._window.backwards or self.comm.world_size == 1):
+            return
         self._start_backward(factor=self._micro_share() / self._accumulation)
         self._end_backward()
 
@@ -359,6 +363,7 @@ class Engine(nn.Module):
         self.micro_steps += 1
         self._note_loader()
         if not ends:
+            self._applied = False
             return
         if not window.backwards:
             raise UsageError("step() was called without a backward since the last step. Call engine.backward(loss).")
@@ -400,7 +405,8 @@ class Engine(nn.Module):
             for work in [work for unit in units for work in unit.share_grads()]:
                 work.wait()
         before = (lambda: self._call(self._before)) if self._before else None
-        update.apply(verdict, host, self.config.gradient_clipping, before)
+        after = (lambda: self._call(self._after)) if self._after else None
+        update.apply(verdict, host, self.config.gradient_clipping, before, after)
         self._applied = host is None or not host.skipped
         self._drop_gradients()
         if self._applied:
@@ -409,7 +415,6 @@ class Engine(nn.Module):
             )
             for unit in units:
                 unit.settle_versions()
-            self._call(self._after)
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step(**lr_kwargs)
         self._pending = verdict if host is None else None
@@ -537,7 +542,7 @@ class Engine(nn.Module):
         for unit in self._layout.units:
             unit.drop_grads()
         self._window = _Window()
-        self._unwatched = False
+        self._plain = self._unwatched = False
 
     def _samples_seen(self) -> int:
         loader = self.training_dataloader
@@ -607,6 +612,7 @@ class Engine(nn.Module):
                     kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
                     value = tensor.detach().to("cpu", kept, copy=True)
                     weights.update(dict.fromkeys(entry.param.aliases, value))
+        buffers = self._first_buffers()
         if not wanted:
             return {}
         ordered: dict[str, Tensor] = {}
@@ -615,10 +621,21 @@ class Engine(nn.Module):
             for name, param in module._parameters.items():
                 if param is not None:
                     ordered[prefix + name] = weights[prefix + name]
+            for name in module._buffers:
+                if prefix + name in buffers:
+                    ordered[prefix + name] = buffers[prefix + name]
+        return ordered
+
+    def _first_buffers(self) -> dict[str, Tensor]:
+        """Rank 0's persistent buffers, on CPU: statistics of its own batches, which differ from the other ranks'."""
+        found: dict[str, Tensor] = {}
+        for path, module in self.module.named_modules(remove_duplicate=False):
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:
-                    ordered[prefix + name] = buffer.detach().to("cpu", copy=True)
-        return ordered
+                    copy = buffer.detach().clone()
+                    self.comm.broadcast([copy])
+                    found[f"{path}.{name}" if path else name] = copy.cpu()
+        return found
 
     @contextmanager
     def gathered_parameters(
@@ -685,7 +702,7 @@ class Engine(nn.Module):
         return Handle(self._before, hook)
 
     def after_step(self, hook: StepHook) -> Handle:
-        """Call ``hook(fragments)`` after every applied update; see :meth:`before_step`. Weights are to be read only."""
+        """Call ``hook(fragments)`` after every applied update; see :meth:`before_step`. Changed weights are kept."""
         self._after.append(hook)
         return Handle(self._after, hook)
 

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.utils import _pytree as pytree
 
 from shardline.schedule import Schedule
 from shardline.unit import Slab, Unit
 
-__all__ = ["Hooks", "tensors_in", "watch_outputs"]
+__all__ = ["Hooks", "alias_outputs", "tensors_in", "watch_outputs"]
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,17 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
         for name in value.__dataclass_fields__:
             yield from tensors_in(getattr(value, name))
+
+
+def alias_outputs(output: Any) -> tuple[Any, bool]:
+    """``output`` with an alias for each of its tensors, and whether these are all that it can hold.
+
+    Only what enters an alias comes from outside: an output may also be what another output was made of.
+    """
+    leaves, structure = pytree.tree_flatten(output)
+    plain = (Tensor, int, float, str, bytes, type(None))
+    aliases = [leaf.view_as(leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in leaves]
+    return pytree.tree_unflatten(aliases, structure), all(isinstance(leaf, plain) for leaf in leaves)
 
 
 def watch_outputs(

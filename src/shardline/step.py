@@ -144,7 +144,14 @@ class Update:
         if grads and scale != 1.0:
             torch._foreach_div_(grads, scale)
 
-    def apply(self, verdict: Verdict, host: HostVerdict | None, clip: float, before: Callable[[], None] | None) -> None:
+    def apply(
+        self,
+        verdict: Verdict,
+        host: HostVerdict | None,
+        clip: float,
+        before: Callable[[], None] | None,
+        after: Callable[[], None] | None,
+    ) -> None:
         """Step the optimizer, unless the verdict says not to, and refresh the weights.
 
         Args:
@@ -152,6 +159,7 @@ class Update:
             host: the same on the host where it is known; then a skipped step does not call the optimizer at all.
             clip: the norm to which gradients are clipped again after ``before`` may have changed them.
             before: called with averaged gradients attached, where the user wants to see or change them.
+            after: called when masters and state are new and the weights do not follow from them yet.
         """
         if host is not None and host.skipped:
             return
@@ -165,6 +173,8 @@ class Update:
                 total = self.comm.rows(square_sum(self._own_grads(), self.comm.device).view(1)).sum()
                 scale = divisor(total.sqrt(), clip).float()
             self._step(scale, verdict.found_inf, host)
+            if after is not None:
+                after()
         finally:
             self.applying = False
             self.detach()

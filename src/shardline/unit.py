@@ -345,7 +345,7 @@ class Unit:
         ]
         self.trainable = [slab for slab in self.slabs if slab.plan.trainable]
         self.sharded = transition(row.weights, Placement.REPLICATED) is Transition.GATHER and comm.world_size > 1
-        self.residence = Residence.GATHERED
+        self.residence = Residence.SHARDED if self.sharded else Residence.GATHERED
         self.generation = 0
         self.holds = 0
         self._on_touch = on_touch
@@ -353,6 +353,12 @@ class Unit:
         self._reductions: list[Work] = []
 
     # -- weights ----------------------------------------------------------------------------------------------------
+
+    def allocate(self) -> None:
+        """Make the buffers that rest on this rank; :meth:`Slab.store` fills them, :meth:`settle` ends that."""
+        for slab in self.slabs:
+            slab.allocate()
+            slab.gathered = None if self.sharded else slab.weights
 
     def rest(self, slab: Slab, param: nn.Parameter, entry: Entry) -> None:
         """Bring one parameter, whose values are stored, into the state in which it rests."""
@@ -368,10 +374,8 @@ class Unit:
             self._seal()
             return
         for slab in self.slabs:
-            slab.gathered = slab.weights
             slab.show(slab.weights)
             slab.note_versions()
-        self.residence = Residence.GATHERED
 
     def gather(self) -> None:
         """Start to bring the whole weights here."""

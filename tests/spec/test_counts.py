@@ -138,14 +138,14 @@ def bytes_in_a_window(config):
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_state_bytes_per_rank(ranks, world, stage, dtype):
-    """The formula, plus: padding to 64 elements per parameter and shard; one unit's gradient and its receive buffer;
-    at stage 3 two gathered units; a few scalars."""
+    """The formula, plus: padding to 64 elements per parameter and shard; two units' gradients and what is received of
+    them; at stage 3 two gathered units; a few scalars."""
     model = Mlp(WIDTH, DEPTH)
     sizes = [p.numel() for p in model.parameters()]
     unit = sum(p.numel() for p in model.blocks[0].parameters())
     per_parameter = BYTES[dtype][stage](world)
     padding = 64 * len(sizes) + 64 * world * (DEPTH + 1)
-    on_top = 2 * 4 * unit + (2 * {"fp32": 4, "bf16": 2}[dtype] * unit if stage == 3 else 0)
+    on_top = 4 * 4 * unit + (2 * {"fp32": 4, "bf16": 2}[dtype] * unit if stage == 3 else 0)
     low, high = per_parameter * sum(sizes), per_parameter * (sum(sizes) + padding) + on_top + 8192
     for middle in ranks(bytes_in_a_window, world, Setup(dtype, accumulation=2).config(stage)):
         assert 0.99 * low <= middle <= high, (
