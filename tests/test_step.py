@@ -92,8 +92,8 @@ def make(make_optimizer, compute=torch.float32):
     specs, params = describe_params(model, precision, {"weight": 0, "bias": 0})
     plan = make_plan(specs, describe_modules(model), 1)
     unit = Unit(plan.units[0], params, STAGES[1], comm, Pool(CPU), precision, lambda unit: False)
+    unit.allocate()
     for slab in unit.slabs:
-        slab.allocate()
         for entry in slab.plan.entries:
             slab.store(entry, plain.get_parameter(entry.param.name).detach())
     unit.settle()

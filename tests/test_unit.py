@@ -41,8 +41,8 @@ def make(stage=3, precision=None, comm=None, model=None):
     plan = make_plan(specs, describe_modules(model), comm.world_size)
     (unit_plan,) = plan.units
     unit = Unit(unit_plan, params, STAGES[stage], comm, Pool(comm.device), precision, on_touch=lambda unit: False)
+    unit.allocate()
     for slab in unit.slabs:
-        slab.allocate()
         for entry in slab.plan.entries:
             slab.store(entry, before[entry.param.name])
     unit.settle()

@@ -201,7 +201,7 @@ def load_model(
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 dtype = precision.buffers if precision.buffers and buffer.is_floating_point() else buffer.dtype
-                moved = module._buffers[name] = buffer.to(comm.device, dtype)
+                moved = module._buffers[name] = buffer.to(comm.device, dtype).contiguous()
                 comm.broadcast([moved])
 
 

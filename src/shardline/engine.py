@@ -36,6 +36,10 @@ from shardline.unit import Unit, replaced_error
 
 __all__ = ["Engine", "StepHook"]
 
+_NO_BACKWARD = (
+    "step() was called without a backward since the last step, on any rank. Call engine.backward(loss) first."
+)
+
 StepHook = Callable[[list[StateFragment]], None]
 
 
@@ -183,7 +187,7 @@ class Engine(nn.Module):
         )
         self._hooks = Hooks(self.module, units, self.schedule, self._begin_forward)
         self._update = None if self.optimizer is None else Update(units, self.comm, self.optimizer, self._layout.runs)
-        self._probe = next((param for unit in units for slab in unit.trainable for param in slab.params), None)
+        self._trainable = [param for unit in units for slab in unit.trainable for param in slab.params]
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
@@ -191,13 +195,19 @@ class Engine(nn.Module):
         """Run the model on inputs whose floating tensors are cast to the compute dtype. Returns what it returns."""
         if self.precision.cast_inputs:
             args, kwargs = self.precision.cast(args), self.precision.cast(kwargs)
-        with self._clock.phase("forward"), self._autocast():
-            output = self.module(*args, **kwargs)
-        if torch.is_grad_enabled() and self._probe is not None:
+        try:
+            with self._clock.phase("forward"), self._autocast():
+                output = self.module(*args, **kwargs)
+        except BaseException:
+            self._hooks.unwind()
+            raise
+        if torch.is_grad_enabled() and self._trainable:
             if self.scaler.scale != 1.0:
                 output, complete = alias_outputs(output)
                 self._unwatched = self._unwatched or not complete
-            watched = watch_outputs(output, self._plain_backward, self._end_backward, self._entry_scale, self._probe)
+            watched = watch_outputs(
+                output, self._plain_backward, self._end_backward, self._entry_scale, self._trainable
+            )
             self._unwatched = self._unwatched or not watched
         return output
 
@@ -321,7 +331,9 @@ class Engine(nn.Module):
             )
         if not unseen and (self._window.backwards or self.comm.world_size == 1):
             return
+        # A rank without a backward still joins the reductions of those that had one.
         self._start_backward(factor=self._micro_share() / self._accumulation)
+        self._window.backwards -= not unseen
         self._end_backward()
 
     # -- step -------------------------------------------------------------------------------------------------------
@@ -357,6 +369,8 @@ class Engine(nn.Module):
             raise UsageError("step() was called inside a forward or inside gathered_parameters(). Call it after them.")
         self._collect_unseen()
         window = self._window
+        if ends and not window.backwards and self.comm.world_size == 1:
+            raise UsageError(_NO_BACKWARD)
         window.steps += 1
         window.weight += share if weight is None else float(weight)
         window.samples += self._samples_seen()
@@ -365,8 +379,6 @@ class Engine(nn.Module):
         if not ends:
             self._applied = False
             return
-        if not window.backwards:
-            raise UsageError("step() was called without a backward since the last step. Call engine.backward(loss).")
         if self._trained != {name: param.requires_grad for name, param in self._layout.params.items()}:
             raise UsageError(
                 "requires_grad of a parameter changed inside an accumulation window. Change it right after a step, "
@@ -400,6 +412,9 @@ class Engine(nn.Module):
         if host is not None:
             if host.diverged:
                 self._refuse()
+            if not host.backwards:
+                self._drop_gradients()
+                raise UsageError(_NO_BACKWARD)
             self._finish_step(host, window)
         with self._clock.phase("gather"):
             for work in [work for unit in units for work in unit.share_grads()]:
@@ -410,9 +425,7 @@ class Engine(nn.Module):
         self._applied = host is None or not host.skipped
         self._drop_gradients()
         if self._applied:
-            torch.autograd.graph.increment_version(
-                [p for unit in units for slab in unit.trainable for p in slab.params]
-            )
+            torch.autograd.graph.increment_version(self._trainable)
             for unit in units:
                 unit.settle_versions()
             if self.lr_scheduler is not None:
@@ -436,6 +449,7 @@ class Engine(nn.Module):
             orders=self.schedule.record(),
             late=late,
             samples=window.samples,
+            backwards=window.backwards,
             leaving=self.checkpoints.leaving.asked,
         )
         return Verdict.of(
@@ -443,7 +457,7 @@ class Engine(nn.Module):
             unit_weight=self._accumulation,
             loss_scale=self.scaler.scale,
             clip=self.config.gradient_clipping,
-            check=self.scaler.dynamic or self.config.bf16.check_grad_overflow,
+            check=self.config.bf16.check_grad_overflow or not self.config.bf16.enabled,
         )
 
     def _read(self, verdict: Verdict) -> HostVerdict | None:
@@ -663,7 +677,7 @@ class Engine(nn.Module):
                 for unit in units:
                     unit.write_back()
             else:
-                edited = [name for unit in units if unit.sharded for name in unit.edited()]
+                edited = [name for unit in units for name in unit.edited()]
                 if edited:
                     raise UsageError(
                         f"parameter {edited[0]!r} was changed inside gathered_parameters(). Pass write=True to keep "
@@ -921,7 +935,7 @@ class Engine(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "module":
+            if name == "module" or name.startswith("_"):
                 raise
             return getattr(self.module, name)
 
@@ -987,6 +1001,14 @@ class Engine(nn.Module):
     def loss_scale(self) -> float:
         """The current loss scale; 1.0 without fp16."""
         return self.scaler.scale
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Not supported yet.
+
+        Raises:
+            UsageError: always: compiling the whole engine would trace its hooks.
+        """
+        raise UsageError("engine.compile() is not supported yet. Compile the model's blocks before initialize.")
 
     def destroy(self) -> None:
         """Take the engine off the model: hooks are gone and parameters are ordinary again, whole on every rank.

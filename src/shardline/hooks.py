@@ -42,6 +42,14 @@ class _Place:
     offset: int
 
 
+@dataclass(frozen=True)
+class _Foreign:
+    """A tensor that hooks outside of ours packed, and how they unpack it."""
+
+    unpack: Callable[[Any], Tensor]
+    packed: Any
+
+
 class _Hook:
     """A module hook that stays behind when the module is copied or pickled: the copy is no engine's."""
 
@@ -92,6 +100,12 @@ class Hooks:
             after = module.register_forward_hook(_Hook(self._after, is_model), always_call=True)
             self._handles += [before, after]
 
+    def unwind(self) -> None:
+        """Leave all modules that an interrupt (which skips their hooks) left half-way."""
+        while self._stack:
+            self._leave(*self._stack.pop())
+        self.schedule.end_forward()
+
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
@@ -122,18 +136,22 @@ class Hooks:
     def _after(self, is_model: bool, module: nn.Module, args: Any, output: Any) -> None:
         if not self._stack:  # the hook before it did not get as far
             return
-        held, pushed = self._stack.pop()
+        self._leave(*self._stack.pop())
+        if is_model:
+            self.schedule.end_forward()
+
+    def _leave(self, held: list[Unit], pushed: bool) -> None:
         for unit in held:
             self.schedule.done(unit)
         if pushed:
             torch._C._autograd._pop_saved_tensors_default_hooks()
-        if is_model:
-            self.schedule.end_forward()
 
     def _expect(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
         for tensor in inputs:
-            tensor.register_hook(partial(self._input_ready, unit, tensor.is_leaf))
+            handle = tensor.register_hook(partial(self._input_ready, unit, tensor.is_leaf))
+            if tensor.is_leaf:  # it outlives the graph, and would gather hooks
+                self.schedule.call_at_end(handle.remove)
         self.schedule.expect(unit, len(inputs))
 
     def _input_ready(self, unit: Unit, leaf: bool, grad: Tensor) -> None:
@@ -153,11 +171,13 @@ class Hooks:
         place = self._find(tensor)
         if place is not None:
             return place
-        return tensor if self._outer is None else self._outer[0](tensor)
+        return tensor if self._outer is None else _Foreign(self._outer[1], self._outer[0](tensor))
 
     def _unpack(self, saved: Any) -> Tensor:
+        if isinstance(saved, _Foreign):
+            return saved.unpack(saved.packed)
         if not isinstance(saved, _Place):
-            return saved if self._outer is None else self._outer[1](saved)
+            return saved  # type: ignore[no-any-return]
         unit, slab = saved.unit, saved.slab
         if saved.generation != unit.generation or saved.version != saved.param._version:
             raise RuntimeError(
@@ -220,17 +240,21 @@ def alias_outputs(output: Any) -> tuple[Any, bool]:
 
 
 def watch_outputs(
-    output: Any, begin: Callable[[], bool], end: Callable[[], None], scale: Callable[[], float], probe: nn.Parameter
+    output: Any,
+    begin: Callable[[], bool],
+    end: Callable[[], None],
+    scale: Callable[[], float],
+    params: Sequence[nn.Parameter],
 ) -> int:
     """Notice a backward through ``output`` that the engine did not start; return on how many tensors it can be seen.
 
     ``begin`` is called as such a backward starts and says whether it is news; ``end`` when all of it, reentrant inner
-    backwards included, is over. The gradient that enters is multiplied by ``scale()``. ``probe`` is any trainable
-    parameter: where the backward will not reach accumulation (``torch.autograd.grad``), nothing happens.
+    backwards included, is over. The gradient that enters is multiplied by ``scale()``. ``params`` are the
+    trainable parameters: where the backward fills no ``.grad`` of theirs (``torch.autograd.grad``), nothing happens.
     """
 
     def entered(grad: Tensor) -> Tensor | None:
-        if not _accumulates(probe):
+        if not any(_accumulates(param) for param in params):
             return None
         if begin():
             Variable._execution_engine.queue_callback(end)

@@ -90,6 +90,7 @@ class Schedule:
         self._needs: list[int] = []
         self._hints = [_Hints() for _ in units]
         self._almost_ready: list[Unit] = []
+        self._at_end: list[Callable[[], None]] = []
         self._untrusted: set[int] = set()  # units whose gradients came after their hint
         self._ready: list[int] = []
         self._turn = 0
@@ -239,6 +240,10 @@ class Schedule:
         hints.pending += inputs
         hints.open_end = hints.open_end or not inputs
 
+    def call_at_end(self, call: Callable[[], None]) -> None:
+        """Call ``call`` when this backward, or the next, is over."""
+        self._at_end.append(call)
+
     def called(self, unit: Unit) -> bool:
         """Whether a call of ``unit`` is expected to have a backward."""
         return self._hints[unit.index].calls > 0
@@ -319,6 +324,8 @@ class Schedule:
         """Leave backward, also after an error in it: nothing of its graph is expected any more."""
         self.in_backward = False
         self._almost_ready.clear()
+        while self._at_end:
+            self._at_end.pop()()
         self._hints = [_Hints() for _ in self.units]
         self.release_all()
 

@@ -188,7 +188,7 @@ def _scheduler(given: Any, optimizer: Optimizer | None, client: bool, settings: 
         if settings.scheduler is None or optimizer is None:
             return None
         return lr.build(settings.scheduler.type, optimizer, settings.scheduler.params)
-    if hasattr(given, "step"):
+    if hasattr(given, "step") and not isinstance(given, type):
         held = getattr(given, "optimizer", optimizer)
         if held is not optimizer:
             raise UsageError(

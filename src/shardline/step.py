@@ -28,6 +28,7 @@ class Row:
         orders: digest of the orders recorded since the last step.
         late: units with gradients that no reduction has seen yet.
         samples: samples seen.
+        backwards: backwards in this window.
         leaving: whether this rank was asked to save and end.
     """
 
@@ -37,12 +38,14 @@ class Row:
     orders: int
     late: int
     samples: int
+    backwards: int
     leaving: bool = False
 
     def stack(self, device: torch.device) -> Tensor:
         # One copy to the device: pinned memory would not be faster for so few numbers.
         known = torch.tensor(
-            [self.weight, self.transitions, self.orders, self.late, self.samples, self.leaving], dtype=torch.float64
+            [self.weight, self.transitions, self.orders, self.late, self.samples, self.backwards, self.leaving],
+            dtype=torch.float64,
         )
         return torch.cat([self.squares.view(1), known.to(device, non_blocking=True)])
 
@@ -76,7 +79,7 @@ class Verdict:
         norm = total.sqrt() / average
         found_inf = ~torch.isfinite(norm) if check else torch.zeros_like(norm, dtype=torch.bool)
         # Ranks that sent different things have exchanged wrong ranges; those with late gradients need another round.
-        found_inf = found_inf | (rows[:, 2] != rows[0, 2]).any() | (rows[:, 4] != 0).any()
+        found_inf = found_inf | (rows[:, 2] != rows[0, 2]).any() | (rows[:, 4] != 0).any() | (rows[:, 6].sum() == 0)
         scale = average * divisor(norm, clip)
         return cls(rows, norm, found_inf.float(), average, scale.float())
 
@@ -90,7 +93,8 @@ class Verdict:
             same_orders=all(row[3] == rows[0][3] for row in rows),
             late=any(row[4] for row in rows),
             samples=int(sum(row[5] for row in rows)),
-            leaving=any(row[6] for row in rows),
+            backwards=int(sum(row[6] for row in rows)),
+            leaving=any(row[7] for row in rows),
         )
 
 
@@ -104,6 +108,7 @@ class HostVerdict:
     same_orders: bool
     late: bool
     samples: int
+    backwards: int
     leaving: bool = False
 
 

@@ -169,7 +169,8 @@ class Slab:
         base, size = whole.data_ptr(), whole.element_size()
         for param, entry in zip(self.params, self.plan.entries, strict=True):
             moved = param.data_ptr() != base + entry.offset * size and entry.param.numel
-            if moved or param.dtype != self.plan.dtype or param.stride() != entry.param.stride:
+            shaped = param.shape == entry.param.shape and param.stride() == entry.param.stride
+            if moved or not shaped or param.dtype != self.plan.dtype:
                 raise replaced_error(entry.param.name, param)
 
     def adopt(self) -> None:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardline.comm.transport import DONE, Scratch, Transport, Work, choose
-from shardline.errors import DisagreementError
+from shardline.errors import DisagreementError, UsageError
 
 __all__ = ["DONE", "Comm", "Work"]
 
@@ -45,6 +45,7 @@ class Comm:
         backend: str | None = None,
     ) -> None:
         self.device = device
+        self._closed = False
         self.counts: Counter[tuple[str, int]] = Counter()
         self.elements: Counter[str] = Counter()
         self._log: dict[str, array[int]] = {operation: array("l") for operation in _OPERATIONS}
@@ -56,7 +57,9 @@ class Comm:
             return
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         ranks = dist.get_process_group_ranks(group)
-        self._groups = [dist.new_group(ranks, timeout=timeout, backend=backend) for _ in range(2)]
+        self._groups = [
+            dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True) for _ in range(2)
+        ]
         self._transports = (choose(self._groups[0], device), choose(self._groups[1], device))
 
     def channel(self) -> Comm:
@@ -68,12 +71,13 @@ class Comm:
         for group in self._groups:
             dist.destroy_process_group(group)
         self._groups, self._transports = [], None
+        self._closed = True
 
     # -- transitions ------------------------------------------------------------------------------------------------
 
     def gather(self, unit: int, buffer: Tensor, boundaries: Sequence[int]) -> Work:
         """Bring every rank's range of ``buffer`` (1-D, own range in place) here; nothing to do in a world of one."""
-        if self._transports is None:
+        if self._alone() or self._transports is None:
             return DONE
         self._note("gather", unit, buffer.numel())
         return self._transports[0].gather(buffer, boundaries)
@@ -101,7 +105,7 @@ class Comm:
 
     def rows(self, row: Tensor) -> Tensor:
         """Every rank's ``row`` (1-D), stacked: (world_size, len). The same bits on every rank."""
-        if not self._groups:
+        if self._alone():
             return row.unsqueeze(0)
         host = row.cpu() if self._staged else row
         stacked = host.new_empty(self.world_size, row.numel())
@@ -112,7 +116,7 @@ class Comm:
 
     def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
         """Copy ``source``'s values of ``tensors`` (dense, any dtype) to every rank, in place."""
-        if not self._groups:
+        if self._alone():
             return
         for tensor in tensors:
             if not tensor.numel():
@@ -130,7 +134,7 @@ class Comm:
 
     def exchange(self, value: Any) -> list[Any]:
         """Every rank's ``value``, in rank order. It travels as JSON text: nothing that is received can run."""
-        if not self._groups:
+        if self._alone():
             return [json.loads(json.dumps(value))]
         device = torch.device("cpu") if self._staged else self.device
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
@@ -159,7 +163,8 @@ class Comm:
             DisagreementError: naming the first key that differs, the ranks and both values.
         """
         everyone = self.exchange(what)
-        for key, value in everyone[0].items():
+        for key in dict.fromkeys(key for each in everyone for key in each):
+            value = everyone[0].get(key)
             for rank, other in enumerate(everyone):
                 if other.get(key) != value:
                     raise DisagreementError(
@@ -167,6 +172,12 @@ class Comm:
                         f"{_shorten(other.get(key))}. Every rank must run the same script with the same configuration, "
                         f"model and versions."
                     )
+
+    def _alone(self) -> bool:
+        """Whether there is nobody to talk to."""
+        if self._closed:
+            raise UsageError("the engine was destroyed: its process groups are gone. Make a new one with initialize.")
+        return not self._groups
 
     @property
     def _staged(self) -> bool:

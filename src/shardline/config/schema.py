@@ -82,9 +82,13 @@ class ZeroOptimization(Section):
     )
     reshard_after_forward: bool = key(True, "Stage 3: release a unit's weights between forward and backward.", own=True)
     stage3_param_persistence_threshold: Integer = key(
-        10_000, "Stage 3: parameters of fewer elements stay on every rank (DeepSpeed's default is 100000).", ge=0
+        10_000,
+        "Stage 3: units of fewer elements stay whole on every rank (DeepSpeed counts parameters, from 100000).",
+        ge=0,
     )
-    stage3_prefetch_bucket_size: Integer = key(50_000_000, "Stage 3: elements to gather ahead of their use.", ge=0)
+    stage3_prefetch_bucket_size: Integer = key(
+        50_000_000, "Stage 3: gather one unit ahead of its use; 0 does not.", ge=0
+    )
     stage3_max_live_parameters: Integer = key(
         1_000_000_000,
         "Stage 3: elements of units that are kept although this rank passed them over, in case it uses them later.",
