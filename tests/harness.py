@@ -166,7 +166,7 @@ def as_float(value: Any) -> float:
 
 # --- comparisons ------------------------------------------------------------------------------------------------------
 
-TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3}
+TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 5e-3}
 """fp32: distance of two weights relative to the weight. bf16, fp16: relative to how far the twin moved that weight from
 its start, since each step's gradients carry the rounding of the compute dtype (2^-9, 2^-12), and a rounding that falls
 the other way feeds back through the weights."""

@@ -136,7 +136,6 @@ def load_expanded():
         return None, None, f"{type(error).__name__}: {error}"
 
 
-@pytest.mark.xfail(strict=True, reason="Comm.broadcast: copies into an expanded tensor, which torch refuses")
 def test_expanded_buffers(ranks) -> None:
     for table, count, error in ranks(load_expanded, 2):
         assert error is None

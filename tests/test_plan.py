@@ -381,7 +381,6 @@ def test_a_layer_that_is_too_large_is_taken_apart() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, reason="make_plan: a chosen module inside a block stays in the block's unit")
 def test_a_chosen_module_inside_a_block_is_a_unit() -> None:
     """`leaf_module` names what shall be a unit "whatever its size"; experts always lie inside blocks."""
     assert ("layers.0.moe",) in roots_of(plan_of(MoeModel(), chosen=["layers.0.moe", "layers.1.moe"]))

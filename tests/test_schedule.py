@@ -448,7 +448,6 @@ def test_an_error_in_backward_leaves_nothing_behind() -> None:
     assert drive.take("reduce") == ["reduce 2", "reduce 1", "reduce 0"]
 
 
-@pytest.mark.xfail(strict=True, reason="adopt_record: half an order, left by a failed backward, becomes the order")
 def test_half_an_order_is_not_adopted() -> None:
     """A backward fails, the user catches that and steps with what the micro-steps before have given."""
     drive = Drive(3)

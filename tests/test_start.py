@@ -148,12 +148,7 @@ def with_odd_parameters(kind):
     return "trains", trained
 
 
-OBSCURE = pytest.mark.xfail(strict=True, reason="_optimizer_and_groups: what is no parameter ends in an AttributeError")
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param("named", marks=OBSCURE), pytest.param("no parameter", marks=OBSCURE), "none"]
-)
+@pytest.mark.parametrize("kind", ["named", "no parameter", "none"])
 def test_odd_parameters_train_or_are_refused_in_a_sentence(ranks, kind) -> None:
     """``model.named_parameters()`` is what torch's own optimizers take as well."""
     (found,) = ranks(with_odd_parameters, 1, kind)
@@ -309,16 +304,13 @@ def odd_schedule(kind):
         engine.destroy()
 
 
-CLASS = pytest.mark.xfail(strict=True, reason="_scheduler: a scheduler class has `step`, so it passes for an instance")
-
-
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
         ("chained", [0.25, 0.0375, 0.005, 0.0005]),
         ("plateau", [0.5, 0.5, 0.25, 0.125]),
         ("partial", [0.5, 0.25, 0.125, 0.0625]),
-        pytest.param("class", [1 / 6, 7 / 30, 0.3, 11 / 30], marks=CLASS),
+        ("class", [1 / 6, 7 / 30, 0.3, 11 / 30]),
     ],
 )
 def test_schedules_of_other_kinds(ranks, kind, expected) -> None:
@@ -406,7 +398,6 @@ def in_half_of_the_world():
     return state["head.weight"], sizes, said
 
 
-@pytest.mark.xfail(run=False, reason="Comm: dist.new_group wants every rank of the world, so two sub-meshes hang")
 def test_a_mesh_names_the_ranks(ranks) -> None:
     results = ranks(in_half_of_the_world, 4)
     weights = [weight for weight, _, _ in results]

@@ -22,8 +22,8 @@ CPU = torch.device("cpu")
 
 
 def rows(*values: tuple[float, ...]) -> torch.Tensor:
-    """Per rank: squares, weight, transitions, orders, late, samples, and whether it leaves (not if left out)."""
-    return torch.tensor([[*row, *[0.0] * (7 - len(row))] for row in values], dtype=torch.float64)
+    """Per rank: squares, weight, transitions, orders, late, samples; backwards (1) and whether it leaves (not)."""
+    return torch.tensor([[*row, *[1.0, 0.0][len(row) - 6 :]] for row in values], dtype=torch.float64)
 
 
 def verdict(*values, unit_weight=1.0, loss_scale=1.0, clip=0.0, check=False) -> Verdict:
@@ -31,8 +31,8 @@ def verdict(*values, unit_weight=1.0, loss_scale=1.0, clip=0.0, check=False) -> 
 
 
 def test_a_row_is_what_it_says() -> None:
-    stacked = Row(torch.tensor(2.5, dtype=torch.float64), 3.0, 2**32 - 1, 7, 1, 40, leaving=True).stack(CPU)
-    assert stacked.dtype is torch.float64 and stacked.tolist() == [2.5, 3.0, 2**32 - 1, 7, 1, 40, 1]
+    stacked = Row(torch.tensor(2.5, dtype=torch.float64), 3.0, 2**32 - 1, 7, 1, 40, 2, leaving=True).stack(CPU)
+    assert stacked.dtype is torch.float64 and stacked.tolist() == [2.5, 3.0, 2**32 - 1, 7, 1, 40, 2, 1]
 
 
 def test_norm_and_average() -> None:
@@ -69,8 +69,14 @@ def test_ranks_that_did_different_things_do_not_step() -> None:
 
 
 def test_one_rank_that_leaves_takes_all_along() -> None:
-    assert verdict((1, 1, 0, 0, 0, 1, 0), (1, 1, 0, 0, 0, 1, 1)).read().leaving
-    assert not verdict((1, 1, 0, 0, 0, 1, 0), (1, 1, 0, 0, 0, 1, 0)).read().leaving
+    assert verdict((1, 1, 0, 0, 0, 1, 1, 0), (1, 1, 0, 0, 0, 1, 1, 1)).read().leaving
+    assert not verdict((1, 1, 0, 0, 0, 1, 1, 0), (1, 1, 0, 0, 0, 1, 1, 0)).read().leaving
+
+
+def test_a_step_without_any_backward_is_no_step() -> None:
+    found = verdict((0, 1, 0, 0, 0, 1, 0, 0), (0, 1, 0, 0, 0, 1, 0, 0))
+    assert found.read().skipped and not found.read().backwards
+    assert not verdict((1, 1, 0, 0, 0, 1, 1, 0), (0, 1, 0, 0, 0, 1, 0, 0)).read().skipped
 
 
 # --- applying ---------------------------------------------------------------------------------------------------------

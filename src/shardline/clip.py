@@ -16,8 +16,8 @@ _ROW = 16_384
 def square_sum(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
     """The sum of squares of all elements of ``gradients`` (1-D each) as a float64 scalar on ``device``.
 
-    It is not finite exactly when an element is not, or when a row's norm passes the largest fp32, which is as bad: one
-    pass answers for the clip factor and for the overflow.
+    It is not finite exactly when an element is not, or when the norm of a row passes 1.8e19 (its square the largest
+    fp32), which is as bad: one pass answers for the clip factor and for the overflow.
     """
     norms: list[Tensor] = []
     for gradient in gradients:

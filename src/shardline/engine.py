@@ -157,6 +157,7 @@ class Engine(nn.Module):
         self._pending: Verdict | None = None
         self._norm: Tensor | float | None = None
         self._applied = False
+        self._destroyed = False
         self._plain = False  # a backward of this window was not the engine's
         self._leaving = False  # some rank was asked to save and end
         self._unwatched = False  # an output of this window is not seen when a backward enters it
@@ -193,6 +194,7 @@ class Engine(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on inputs whose floating tensors are cast to the compute dtype. Returns what it returns."""
+        self._check_alive("forward")
         if self.precision.cast_inputs:
             args, kwargs = self.precision.cast(args), self.precision.cast(kwargs)
         try:
@@ -253,6 +255,9 @@ class Engine(nn.Module):
 
         ``loss`` is divided by the accumulation steps (unless ``scale_wrt_gas`` is false: it is already) and multiplied
         by the loss scale; a batch of the engine's own loader that is smaller than the others counts for its samples.
+
+        Plain ``loss.backward()`` means the same, except in fp16: there the engine scales what enters the model's
+        outputs, and a loss term beside them (a penalty on the weights) would stay unscaled. Use this method for it.
 
         Returns:
             ``loss`` over the accumulation steps, detached.
@@ -617,6 +622,7 @@ class Engine(nn.Module):
             dtype: of floating weights; ``None`` leaves that of the masters, fp32 where there are any.
             rank0_only: other ranks take part and get an empty dict.
         """
+        self._check_alive("full_state_dict()")
         wanted = not rank0_only or self.comm.rank == 0
         weights: dict[str, Tensor] = {}
         for unit in self._layout.units:
@@ -1015,6 +1021,8 @@ class Engine(nn.Module):
 
         Collective at stage 3. The engine cannot be used afterwards.
         """
+        if self._destroyed:
+            return
         window = self._window
         if window.backwards:
             self.events.emit(Notice(f"destroy() discards {window.steps} micro-steps that no step has applied"))
@@ -1026,11 +1034,17 @@ class Engine(nn.Module):
             unit.wait()
             unit.let_go()
         _unguard(self.optimizer)
+        self._destroyed = True
         self.comm.close()
         if self.training_dataloader is not None:
             self.training_dataloader.close()
 
+    def _check_alive(self, what: str) -> None:
+        if self._destroyed:
+            raise UsageError(f"{what} was called after destroy(). Make a new engine with shardline.initialize.")
+
     def _check_trains(self, what: str) -> None:
+        self._check_alive(what)
         if self.optimizer is None:
             raise UsageError(
                 f"{what} needs an optimizer, and this engine has none. Give initialize an optimizer, or an "

@@ -138,6 +138,13 @@ def take_states(unit: Unit, runs: Sequence[RunTensors], optimizer: Optimizer) ->
             for run in mine
             for piece in run.fragments
         }
+        for run in mine:
+            for key, value in optimizer.state.get(run.param, {}).items():
+                if isinstance(value, Tensor) and value.numel() > 1 and not _is_per_element(value, run.param):
+                    raise OptimizerError(
+                        f"the state {key!r} of {type(optimizer).__name__} has another shape than its parameter, so it "
+                        f"cannot move to another layout. With this optimizer, choose what is trained before initialize."
+                    )
         # A rank whose shard is empty has no state to tell what there is.
         everyone = unit.comm.exchange([keys, {name: _plain(values) for name, values in scalars.items()}])
         keys = sorted({(key, dtype) for theirs, _ in everyone for key, dtype in theirs})

@@ -362,8 +362,9 @@ def _candidates(
     found: dict[str, _Candidate] = {}
     taken: set[str] = set()
     for module in modules:
-        root = next((path for path in _ancestors(module.path) if path in found and found[path].block), None)
-        if root is None:
+        roots = [path for path in _ancestors(module.path) if path in found and found[path].block]
+        root = next((path for path in reversed(roots) if path in chosen), roots[0] if roots else None)
+        if root is None or module.path in chosen:
             size = sum(params[name].numel for name in below[module.path])
             is_block = bool(module.path) and module.path.rpartition(".")[0] in repeats and size <= max_numel
             # A repeated container of blocks is not itself a block: its elements are.

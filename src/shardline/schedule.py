@@ -318,10 +318,15 @@ class Schedule:
                 unit.fold(self.factor)
         self._catch_up(self._back, len(self._back.order), keep=False)
         self.finish_reductions()
-        self.abort_backward()
+        self._leave_backward()
 
     def abort_backward(self) -> None:
-        """Leave backward, also after an error in it: nothing of its graph is expected any more."""
+        """An error ended backward: what it showed of the orders is not whole."""
+        self._ready, self._needs = [], []
+        self._leave_backward()
+
+    def _leave_backward(self) -> None:
+        """Nothing of this backward's graph is expected any more."""
         self.in_backward = False
         self._almost_ready.clear()
         while self._at_end:

@@ -170,6 +170,7 @@ def _optimizer_and_groups(
     items = [model_parameters] if isinstance(model_parameters, dict) else list(model_parameters or ())
     if model_parameters is None:
         items = [param for param in model.parameters() if param.requires_grad]
+    items = [_parameter(item) if not isinstance(item, dict) else item for item in items]
     if callable(optimizer):
         made = optimizer(items)
         if not isinstance(made, Optimizer):
@@ -179,6 +180,17 @@ def _optimizer_and_groups(
         groups = [{**group, "params": list(group["params"])} for group in items]
         return None, [group for group in groups if group["params"]]
     return None, [{"params": items}]
+
+
+def _parameter(item: Any) -> nn.Parameter:
+    """One of ``model_parameters``: a parameter, or a (name, parameter) pair as ``named_parameters`` gives it."""
+    found = item[1] if isinstance(item, tuple) and len(item) == 2 else item
+    if not isinstance(found, torch.Tensor):
+        raise UsageError(
+            f"model_parameters holds {type(item).__name__} {item!r}. Give parameters (model.parameters()) or param "
+            f'groups ({{"params": [...], "lr": ...}}).'
+        )
+    return found  # type: ignore[return-value]
 
 
 def _scheduler(given: Any, optimizer: Optimizer | None, client: bool, settings: Config) -> Any:

@@ -154,8 +154,8 @@ class Update:
         verdict: Verdict,
         host: HostVerdict | None,
         clip: float,
-        before: Callable[[], None] | None,
-        after: Callable[[], None] | None,
+        before: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
     ) -> None:
         """Step the optimizer, unless the verdict says not to, and refresh the weights.
 
@@ -178,11 +178,11 @@ class Update:
                 total = self.comm.rows(square_sum(self._own_grads(), self.comm.device).view(1)).sum()
                 scale = divisor(total.sqrt(), clip).float()
             self._step(scale, verdict.found_inf, host)
-            if after is not None:
-                after()
         finally:
             self.applying = False
             self.detach()
+        if after is not None:
+            after()
         self.refresh()
 
     def _own_grads(self) -> list[Tensor]:

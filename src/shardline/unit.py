@@ -438,15 +438,18 @@ class Unit:
         """Take edits of the gathered weights over into shards and masters: rank 0's values win on every rank."""
         if self.residence is not Residence.GATHERED:
             raise AssertionError(f"unit {self.name} is {self.residence.value}, so there is nothing to write back")
+        changed = False
         for slab in self.slabs:
             whole = slab.gathered
             if whole is None:
                 raise AssertionError(f"unit {self.name} shows no weights")
             slab.check_in_place()
             self.comm.broadcast([whole])
+            changed = changed or not torch.equal(slab.own(whole), slab.own(slab.weights))
             slab.take(whole)
             slab.note_versions()
-        self.generation += 1
+        # What autograd saved before is stale on all ranks if one shard changed, and on none if nothing did.
+        self.generation += any(self.comm.exchange(changed))
 
     def refresh(self) -> list[Work]:
         """After an update: bring the masters into the weights, and start the gather where these rest whole.

@@ -134,7 +134,6 @@ def after_close():
     return said
 
 
-@pytest.mark.xfail(strict=True, reason="Comm.close: later collectives act as in a world of one instead of raising")
 def test_collectives_after_close_raise(ranks) -> None:
     for said in ranks(after_close, 2):
         assert None not in said
@@ -241,10 +240,7 @@ def test_disagreement_names_key_ranks_and_both_values(ranks) -> None:
     "values",
     [
         [{"a": 1, "b": 2}, {"a": 1}],
-        pytest.param(
-            [{"a": 1}, {"a": 1, "b": 2}],
-            marks=pytest.mark.xfail(strict=True, reason="Comm.agree looks at the keys of rank 0 only"),
-        ),
+        [{"a": 1}, {"a": 1, "b": 2}],
     ],
 )
 def test_a_key_that_only_some_have_is_a_disagreement(ranks, values) -> None:

@@ -57,8 +57,11 @@ class Comm:
             return
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         ranks = dist.get_process_group_ranks(group)
+        # Ranks outside of a mesh do not come here, so only its own can join. Among all ranks the ordinary way is
+        # the sounder one: names of groups made locally come back after a destroy, with addresses of the old ones.
+        local = len(ranks) < dist.get_world_size()
         self._groups = [
-            dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True) for _ in range(2)
+            dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=local) for _ in range(2)
         ]
         self._transports = (choose(self._groups[0], device), choose(self._groups[1], device))
 

@@ -137,7 +137,7 @@ def _number(reason: str) -> Ineffective:
 
 
 _BUCKETS = "a reduction or gather moves one unit; its size is set by unit_min_numel and unit_max_numel"
-_LIVE = "a unit is released after its last use, so nothing stays gathered that a limit could cap"
+_LIVE = "a unit is released after its last use, as the recorded order says"
 _CHECKPOINTING = "acts only on calls of DeepSpeed's own checkpoint function; torch's and the model's own keep working"
 _PRINTS = "the step line (steps_per_print) and the events of the engine say it"
 _LAYOUT = "a checkpoint is named ranges of tensors, so any layout loads any other"
