@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo cifar10 test test-full test-faults test-gpu check format bench clean
+.PHONY: help .venv demo cifar10 test test-full test-faults test-gpu check format clean
 
 help:  ## this list
 	@grep -hE '^[a-z.][a-z0-9.-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -49,9 +49,6 @@ check: .venv  ## formatting, lint, types, import levels
 format: .venv  ## format and sort imports in place
 	$(BIN)/ruff check --fix --select I .
 	$(BIN)/ruff format .
-
-bench: .venv  ## the benchmarks behind the README's figures
-	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove .venv and everything that was made
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
