@@ -118,7 +118,7 @@ def weigh(config, weights):
     x, y = regression(4, seed=rank)
     said = None
     for weight in weights:
-        engine.backward(F.mse_loss(engine(x), y, reduction="sum") / y.shape[1])
+        engine.backward(F.mse_loss(engine(x).float(), y, reduction="sum") / y.shape[1])
         said = said or attempt(engine.step, weight=weight)
     finite = all(bool(torch.isfinite(value).all()) for value in engine.full_state_dict().values())
     state = engine.full_state_dict()
