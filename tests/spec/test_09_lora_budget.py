@@ -250,13 +250,16 @@ def peak_of_a_step(build, config):
 def test_peak_of_a_step_at_stage_3(ranks, reshard):
     """The formula, and on top two gathered units, two units' gradients and what is received of them, and activations.
 
-    A step that held every weight or every gradient would pass the limit by a quarter of the formula.
+    A step that held every weight or every gradient would hold 24 units more.
     """
     depth, world = 24, 2
     unit = 4 * 2 * (128 * 128 + 128)
     setup = Setup(zero={"reshard_after_forward": reshard, "stage3_prefetch_bucket_size": unit // 4})
     activations = 3 * unit
-    allowed = 4 * depth * unit / world + (2 + 2 + 2) * unit + (0 if reshard else depth * unit) + activations
+    # Buffers that were given back, but that a thread of gloo has not let go of when the next one is taken: how many
+    # depends on the moment (1 to 9 were seen).
+    lingering = 10 * unit
+    allowed = 4 * depth * unit / world + (2 + 2 + 2) * unit + (0 if reshard else depth * unit) + activations + lingering
     for peak in ranks(peak_of_a_step, world, partial(Mlp, 128, depth), setup.config(3)):
         assert peak <= allowed, f"{peak / unit:.1f} units, allowed {allowed / unit:.1f}"
         assert peak >= 3 * depth * unit / world  # the measure sees what it should
