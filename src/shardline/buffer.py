@@ -13,6 +13,7 @@ The only file with torch's private storage tricks.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,10 @@ __all__ = ["Pool", "is_sealed", "seal", "unseal", "view"]
 
 _SMALL = 1 << 16
 """Bytes below which a buffer is not worth keeping: malloc serves these from memory that is already mapped."""
+
+
+_PATIENCE = 20
+"""Times 0.1 ms to wait for a piece that comes free in a moment: new memory costs page faults for all of it."""
 
 
 class Pool:
@@ -45,12 +50,23 @@ class Pool:
         size = numel * dtype.itemsize
         # Buffers outlive the inference_mode in which one may first be needed, so they must not be inference tensors.
         with torch.inference_mode(False):
-            fits = [memory for memory in self._free if size <= memory.nbytes() <= 1.25 * size and _is_alone(memory)]
-            if size < _SMALL or not fits:
+            memory = self._find(size) if size >= _SMALL else None
+            if memory is None:
                 return torch.empty(numel, dtype=dtype, device=self.device)
-            memory = min(fits, key=torch.UntypedStorage.nbytes)
             self._free = [other for other in self._free if other is not memory]
             return torch.empty(0, dtype=dtype, device=self.device).set_(memory, 0, (numel,), (1,))
+
+    def _find(self, size: int) -> torch.UntypedStorage | None:
+        """The smallest free piece of at least ``size`` bytes, and not much more, that nobody holds."""
+        fits = [memory for memory in self._free if size <= memory.nbytes() <= 1.25 * size]
+        for _ in range(_PATIENCE if fits else 0):
+            alone = [memory for memory in fits if _is_alone(memory)]
+            if alone:
+                return min(alone, key=torch.UntypedStorage.nbytes)
+            time.sleep(1e-4)  # a transport's thread lets go a moment after its work is done
+        # A user, or autograd, keeps these for longer: they are theirs now.
+        self._free = [memory for memory in self._free if not any(memory is other for other in fits)]
+        return None
 
     def give(self, buffer: Tensor) -> None:
         """Take a lent buffer back. The caller must not use it any more."""

@@ -125,8 +125,11 @@ class Hooks:
             schedule.begin_forward(with_grad=with_grad)
         pushed = self._saves and not self._stack and with_grad and not schedule.in_backward and self._push()
         fresh = [unit for unit in units if not unit.holds]
-        held = [unit for unit in units if schedule.use(unit)]
-        self._stack.append((held, pushed))
+        held: list[Unit] = []
+        self._stack.append((held, pushed))  # before anything can fail: what is done here is undone in any case
+        for unit in units:
+            if schedule.use(unit):
+                held.append(unit)
         if with_grad:
             for unit in fresh:
                 # A recomputation joins the graph only where its first run, without gradients, did not.
