@@ -228,8 +228,12 @@ class Engine(nn.Module):
         self._check_held()
         if self.optimizer is None:
             return
-        if self._trained != {name: param.requires_grad for name, param in self._layout.params.items()}:
+        if self._trained != self._requires_grad():
             self._regroup()
+
+    def _requires_grad(self) -> dict[str, bool]:
+        """Which parameters their owner wants trained now."""
+        return {name: param.requires_grad for name, param in self._layout.params.items()}
 
     def _batch_comes(self, position: Position) -> None:
         """The engine's loader hands out a batch. If it is the first of a window, this is where a resume begins."""
@@ -384,7 +388,7 @@ class Engine(nn.Module):
         if not ends:
             self._applied = False
             return
-        if self._trained != {name: param.requires_grad for name, param in self._layout.params.items()}:
+        if self._trained != self._requires_grad():
             raise UsageError(
                 "requires_grad of a parameter changed inside an accumulation window. Change it right after a step, "
                 "before the next forward."
@@ -420,7 +424,8 @@ class Engine(nn.Module):
             if not host.backwards:
                 self._drop_gradients()
                 raise UsageError(_NO_BACKWARD)
-            self._finish_step(host, window)
+            self.scaler.update(overflow=host.skipped)
+            self._settle(host)
         with self._clock.phase("gather"):
             for work in [work for unit in units for work in unit.share_grads()]:
                 work.wait()
@@ -484,10 +489,6 @@ class Engine(nn.Module):
         if host.skipped:
             why = "late gradients of a unit" if host.late else "gradients that are not finite"
             self.events.emit(StepSkipped(self.global_steps, why, None, None))
-
-    def _finish_step(self, host: HostVerdict, window: _Window) -> None:
-        self.scaler.update(overflow=host.skipped)
-        self._settle(host)
 
     def _settle(self, host: HostVerdict) -> None:
         if host.skipped:
@@ -759,7 +760,7 @@ class Engine(nn.Module):
             whole=self._whole,
             ages=ages,
         )
-        self._trained = {name: param.requires_grad for name, param in self._layout.params.items()}
+        self._trained = self._requires_grad()
         self._arrange()
         if self._update is not None:
             self._update.applying = False
