@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from datetime import timedelta
 
 import pytest
@@ -219,3 +221,17 @@ def in_a_group_of_its_own():
 
 def test_an_initialised_group_is_taken_as_it_is(ranks):
     assert ranks(in_a_group_of_its_own, 2) == [(0, 2, 0, "gloo"), (1, 2, 1, "gloo")]
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["made here", "made by the caller"])
+def test_the_process_group_is_gone_before_the_interpreter_is_torn_down(own):
+    script = (
+        "import torch.distributed as dist, shardline\n"
+        "destroy = dist.destroy_process_group\n"
+        "dist.destroy_process_group = lambda *args: print('destroyed', *args) or destroy(*args)\n"
+        + ("" if own else "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n")
+        + "shardline.init_distributed()\n"
+        "shardline.init_distributed()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "destroyed\n"
