@@ -3,61 +3,42 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from types import MethodType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from shardline.boundary import Boundary, Progress, Window, no_backward
 from shardline.build import Layout, group_parameters, regroup
 from shardline.checkpoint.checkpointer import Checkpointer
 from shardline.checkpoint.parts import Parts
 from shardline.checkpoint.window import WindowStart
-from shardline.comm import Comm, digest
+from shardline.comm import Comm
+from shardline.compiling import compile_blocks
 from shardline.config import Config
 from shardline.data import Loader
 from shardline.data.split import Position
-from shardline.errors import DisagreementError, UsageError
-from shardline.events import Events, Notice, PhaseTimes, StepDone, StepSkipped
-from shardline.fragments import ParamState, StateFragment, local_fragments, whole_weights
+from shardline.errors import UsageError
+from shardline.events import Events, Notice
+from shardline.fragments import ParamState, StateFragment, local_fragments
 from shardline.hooks import Hooks, alias_outputs, watch_outputs
-from shardline.memory import peak_bytes
+from shardline.optimizer.guard import guard, unguard
 from shardline.placement import STAGES, Placement
 from shardline.precision import LossScaler, Precision
+from shardline.report import Reporter
 from shardline.schedule import Schedule
-from shardline.step import HostVerdict, Row, Update, Verdict
+from shardline.step import Update
 from shardline.topology import Topology
 from shardline.unit import Unit, replaced_error
+from shardline.weights import full_state_dict, gathered, units_of
 
 __all__ = ["Engine", "StepHook"]
 
-_NO_BACKWARD = (
-    "step() was called without a backward since the last step, on any rank. Call engine.backward(loss) first."
-)
-
 StepHook = Callable[[list[StateFragment]], None]
-
-
-@dataclass
-class _Window:
-    """What one accumulation window has seen so far on this rank."""
-
-    steps: int = 0  # micro-steps
-    weight: float = 0.0
-    samples: int = 0
-    loss: Tensor | None = None
-    backwards: int = 0
-    unreduced: bool = False  # gradients of the last backward are on this rank only
-    handed: bool = False  # the engine's loader has handed out a batch for it
-    begun: bool = False  # a forward with gradients has drawn random numbers and updated buffers
-
-    def add_loss(self, loss: Tensor) -> None:
-        self.loss = loss if self.loss is None else self.loss + loss
 
 
 @dataclass
@@ -70,31 +51,6 @@ class Handle:
     def remove(self) -> None:
         if self.hook in self.hooks:
             self.hooks.remove(self.hook)
-
-
-@dataclass
-class _Clock:
-    """Seconds by phase since the last step; synchronises the device, so it runs only when asked for."""
-
-    enabled: bool
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        if not self.enabled:
-            yield
-            return
-        start = self._now()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
-
-    def _now(self) -> float:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        return time.perf_counter()
 
 
 class Engine(nn.Module):
@@ -110,9 +66,7 @@ class Engine(nn.Module):
         config: the typed configuration.
         topology: rank, world size, device of this process.
         events: the stream of what happens; ``events.subscribe(fn)`` to listen.
-        global_steps: optimizer steps, skipped ones included.
-        micro_steps: calls of :meth:`step`.
-        global_samples: samples of all ranks together that the steps have seen.
+        progress: how many steps and samples there were, and what the last step did.
     """
 
     def __init__(
@@ -137,34 +91,26 @@ class Engine(nn.Module):
         self.precision, self.comm = precision, comm
         self.events = Events()
         self.scaler = LossScaler.from_config(config)
-        self.global_steps = self.micro_steps = self.global_samples = 0
-        self._skipped_steps = 0
+        self.progress = Progress()
         self._layout, self._groups, self._whole = layout, groups, whole
         self._parked: dict[str, ParamState] = {}
         self._trained = {name: param.requires_grad for name, param in layout.params.items()}
         self._accumulation = config.gradient_accumulation_steps
-        self._window = _Window()
+        self._window = Window()
         self.window_start = WindowStart(model, comm.device)
         self.checkpoints = Checkpointer(self)
         self.client_state: dict[str, Any] = {}
-        self._boundary: bool | None = None
+        self._said: bool | None = None  # what the user says of the boundary
         self._no_sync = False
         self._in_engine_backward = False
         self._loader_position: Position | None = None
         self._share = 1.0
         self._before: list[StepHook] = []
         self._after: list[StepHook] = []
-        self._pending: Verdict | None = None
-        self._norm: Tensor | float | None = None
-        self._applied = False
         self._destroyed = False
-        self._plain = False  # a backward of this window was not the engine's
-        self._leaving = False  # some rank was asked to save and end
-        self._unwatched = False  # an output of this window is not seen when a backward enters it
-        self._clock = _Clock(config.wall_clock_breakdown, comm.device)
-        self._last_step = time.perf_counter()
-        # Reading a verdict waits for the device: done at once where that is free (CPU) or needed (the loss scale).
-        self._reads_at_once = comm.device.type == "cpu" or self.scaler.dynamic
+        self._compiled = False
+        self._undo: list[Callable[[], None]] = []  # what was done to the model's modules beside the hooks
+        self._reporter = Reporter(self.events, comm.device, phases=config.wall_clock_breakdown)
         self._holders = [
             (module, key, param)
             for module in model.modules()
@@ -173,7 +119,7 @@ class Engine(nn.Module):
         ]
         self._arrange()
         if optimizer is not None:
-            _guard(optimizer, self)
+            guard(optimizer, stepping=self._is_stepping, zero_grad=self.zero_grad, add_group=self._add_group)
 
     def _arrange(self) -> None:
         """Schedule, hooks and update for the current layout."""
@@ -187,7 +133,10 @@ class Engine(nn.Module):
             max_kept=zero.stage3_max_live_parameters,
         )
         self._hooks = Hooks(self.module, units, self.schedule, self._begin_forward)
-        self._update = None if self.optimizer is None else Update(units, self.comm, self.optimizer, self._layout.runs)
+        self._boundary: Boundary | None = None
+        if self.optimizer is not None:
+            update = Update(units, self.comm, self.optimizer, self._layout.runs)
+            self._boundary = Boundary(update, self.schedule, self.scaler, self.config, self.progress)
         self._trainable = [param for unit in units for slab in unit.trainable for param in slab.params]
 
     # -- forward ----------------------------------------------------------------------------------------------------
@@ -198,7 +147,7 @@ class Engine(nn.Module):
         if self.precision.cast_inputs:
             args, kwargs = self.precision.cast(args), self.precision.cast(kwargs)
         try:
-            with self._clock.phase("forward"), self._autocast():
+            with self._reporter.phase("forward"), self._autocast():
                 output = self.module(*args, **kwargs)
         except BaseException:
             self._hooks.unwind()
@@ -206,11 +155,11 @@ class Engine(nn.Module):
         if torch.is_grad_enabled() and self._trainable:
             if self.scaler.scale != 1.0:
                 output, complete = alias_outputs(output)
-                self._unwatched = self._unwatched or not complete
+                self._window.unwatched |= not complete
             watched = watch_outputs(
                 output, self._plain_backward, self._end_backward, self._entry_scale, self._trainable
             )
-            self._unwatched = self._unwatched or not watched
+            self._window.unwatched |= not watched
         return output
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -237,7 +186,7 @@ class Engine(nn.Module):
 
     def _batch_comes(self, position: Position) -> None:
         """The engine's loader hands out a batch. If it is the first of a window, this is where a resume begins."""
-        if not (self._window.begun or self._window.backwards or self._window.steps):
+        if not self._window.begun and not self._window.backwards and not self._window.steps:
             self._window.handed = True
             self.window_start.mark(position)
 
@@ -283,7 +232,7 @@ class Engine(nn.Module):
         self._start_backward(factor=1.0)
         self._in_engine_backward = True
         try:
-            with self._clock.phase("backward"):
+            with self._reporter.phase("backward"):
                 scaled = loss.float() if loss.dtype is torch.float16 else loss
                 scaled.backward(torch.full_like(scaled, factor * self.scaler.scale), retain_graph=retain_graph)
         except BaseException:
@@ -306,7 +255,7 @@ class Engine(nn.Module):
         self.schedule.begin_backward(reducing=reducing, factor=factor)
 
     def _end_backward(self) -> None:
-        with self._clock.phase("reduce"):
+        with self._reporter.phase("reduce"):
             self.schedule.end_backward()
 
     def _plain_backward(self) -> bool:
@@ -314,7 +263,7 @@ class Engine(nn.Module):
         if self.schedule.in_backward:
             return False
         self._check_trains("loss.backward()")
-        self._plain = True
+        self._window.plain = True
         self._start_backward(factor=self._micro_share() / self._accumulation)
         return True
 
@@ -332,7 +281,7 @@ class Engine(nn.Module):
     def _collect_unseen(self) -> None:
         """Gradients of a backward that nothing announced, such as one through ``model.encode()``."""
         unseen = any(unit.has_grad() for unit in self._layout.units)
-        if (unseen or self._plain) and self.scaler.scale != 1.0 and self._unwatched:
+        if (unseen or self._window.plain) and self.scaler.scale != 1.0 and self._window.unwatched:
             self._drop_gradients()
             raise UsageError(
                 "a plain loss.backward() ran in fp16 through outputs that the engine cannot see, so the loss was not "
@@ -366,7 +315,7 @@ class Engine(nn.Module):
             CheckpointError: if the checkpoint that is due after this step could not be written; the step is done.
             SystemExit: after a SIGTERM, once the checkpoint is written, where ``checkpoint.save_on_sigterm`` is set.
         """
-        self._check_trains("step()")
+        end_of_window = self._check_trains("step()")
         ends = self.is_gradient_accumulation_boundary() if boundary is None else boundary
         share = self._micro_share()
         if weight is not None and share != 1.0:
@@ -379,190 +328,69 @@ class Engine(nn.Module):
         self._collect_unseen()
         window = self._window
         if ends and not window.backwards and self.comm.world_size == 1:
-            raise UsageError(_NO_BACKWARD)
+            raise no_backward()
         window.steps += 1
         window.weight += share if weight is None else float(weight)
         window.samples += self._samples_seen()
-        self.micro_steps += 1
+        self.progress.micro_steps += 1
         self._note_loader()
         if not ends:
-            self._applied = False
+            self.progress.applied = False
             return
         if self._trained != self._requires_grad():
             raise UsageError(
                 "requires_grad of a parameter changed inside an accumulation window. Change it right after a step, "
                 "before the next forward."
             )
-        with self._clock.phase("step"):
-            self._end_window(window, lr_kwargs or {})
+        with self._reporter.phase("step"):
+            self._end_window(end_of_window, lr_kwargs or {})
         self.window_start.mark(self._loader_position)
-        self.checkpoints.after_step(leave=self._leaving)
+        self.checkpoints.after_step(leave=self.progress.leaving)
 
-    def _end_window(self, window: _Window, lr_kwargs: dict[str, Any]) -> None:
+    def _end_window(self, boundary: Boundary, lr_kwargs: dict[str, Any]) -> None:
         self._resolve()
-        update = self._update
-        if update is None:
-            raise AssertionError("an engine without optimizer does not step")
-        units = self._layout.units
-        for unit in units:
-            unit.adopt()
-        if window.unreduced and self.comm.world_size > 1:
-            for unit in reversed(units):
-                unit.reduce(1.0)
-                unit.finish_reduce()
-        verdict = self._judge(window)
-        host = self._read(verdict)
-        if host is not None and host.late:
-            self._reduce_late()
-            verdict = self._judge(window)
-            host = self._read(verdict)
-        rates = self.get_lr()
-        scale_before = self.scaler.scale
-        if host is not None:
-            if host.diverged:
-                self._refuse()
-            if not host.backwards:
-                self._drop_gradients()
-                raise UsageError(_NO_BACKWARD)
-            self.scaler.update(overflow=host.skipped)
-            self._settle(host)
-        with self._clock.phase("gather"):
-            for work in [work for unit in units for work in unit.share_grads()]:
-                work.wait()
+        window, rates, scale = self._window, self.get_lr(), self.scaler.scale
         before = (lambda: self._call(self._before)) if self._before else None
         after = (lambda: self._call(self._after)) if self._after else None
-        update.apply(verdict, host, self.config.gradient_clipping, before, after)
-        self._applied = host is None or not host.skipped
-        self._drop_gradients()
-        if self._applied:
-            torch.autograd.graph.increment_version(self._trainable)
-            for unit in units:
-                unit.settle_versions()
-            if self.lr_scheduler is not None:
-                self.lr_scheduler.step(**lr_kwargs)
-        self._pending = verdict if host is None else None
-        self._norm = verdict.norm if host is None else host.norm
-        self._report(window, host, rates, scale_before)
-
-    def _judge(self, window: _Window) -> Verdict:
-        """One small collective: what the ranks' gradients, weights and doings say together."""
-        self.schedule.finish_reductions()
-        update = self._update
-        if update is None:
-            raise AssertionError("an engine without optimizer does not step")
-        self._log = self.comm.take_log()
-        late = sum(unit.has_partial() for unit in self._layout.units)
-        row = Row(
-            squares=update.squares(),
-            weight=window.weight,
-            transitions=digest(*self._log.values()),
-            orders=self.schedule.record(),
-            late=late,
-            samples=window.samples,
-            backwards=window.backwards,
-            leaving=self.checkpoints.leaving.asked,
+        try:
+            host = boundary.end(window, leaving=self.checkpoints.leaving.asked, before=before, after=after)
+        finally:
+            self._drop_gradients()
+        self.progress.global_steps += 1
+        scaled = self.precision.compute is torch.float16
+        if not self.progress.applied:
+            self._reporter.skipped(
+                self.global_steps,
+                late=False,
+                before=scale if scaled else None,
+                after=self.scaler.scale if scaled else None,
+            )
+            return
+        torch.autograd.graph.increment_version(self._trainable)
+        for unit in self._layout.units:
+            unit.settle_versions()
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step(**lr_kwargs)
+        self._reporter.done(
+            self.global_steps,
+            loss=None if window.loss is None else window.loss * (self._accumulation / window.steps),
+            lr=rates,
+            grad_norm=self.progress.norm,
+            loss_scale=scale if scaled else None,
+            samples=window.samples * self.comm.world_size if host is None else host.samples,
         )
-        return Verdict.of(
-            self.comm.rows(row.stack(self.comm.device)),
-            unit_weight=self._accumulation,
-            loss_scale=self.scaler.scale,
-            clip=self.config.gradient_clipping,
-            check=self.config.bf16.check_grad_overflow or not self.config.bf16.enabled,
-        )
-
-    def _read(self, verdict: Verdict) -> HostVerdict | None:
-        update = self._update
-        blind = update is not None and update.needs_host(bool(self._before))
-        return verdict.read() if self._reads_at_once or blind else None
 
     def _resolve(self) -> None:
-        """Read the verdict of the step before, which nobody waited for."""
-        if self._pending is None:
-            return
-        host, self._pending = self._pending.read(), None
-        if host.diverged:
-            raise DisagreementError(
-                "ranks did not issue the same collectives in the step before, which was therefore not applied. Give "
-                "every rank the same sequence of forwards; run forwards that differ inside gathered_parameters()."
-            )
-        self._settle(host)
-        if host.skipped:
-            why = "late gradients of a unit" if host.late else "gradients that are not finite"
-            self.events.emit(StepSkipped(self.global_steps, why, None, None))
-
-    def _settle(self, host: HostVerdict) -> None:
-        if host.skipped:
-            self._skipped_steps += 1
-        if host.same_orders:
-            self.schedule.adopt_record()
-        self.global_samples += host.samples
-        self._leaving = self._leaving or host.leaving
-
-    def _reduce_late(self) -> None:
-        """A second round for gradients that came after their unit was reduced, on every rank alike."""
-        late = [unit.index for unit in self._layout.units if unit.has_partial()]
-        for index in sorted({index for indices in self.comm.exchange(late) for index in indices}):
-            self._layout.units[index].reduce(1.0)
-            self._layout.units[index].finish_reduce()
-
-    def _refuse(self) -> None:
-        """Ranks exchanged the wrong ranges: name both sides, before any weight was touched."""
-        names = [unit.name for unit in self._layout.units]
-        logs = self.comm.exchange({operation: list(units) for operation, units in self._log.items()})
-        self._drop_gradients()
-        for rank, log in enumerate(logs):
-            for operation in log:
-                ours, theirs = logs[0][operation], log[operation]
-                if ours == theirs:
-                    continue
-                spot = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-                spot = min(len(ours), len(theirs)) if spot is None else spot
-                here, there = (repr(names[each[spot]]) if spot < len(each) else "none" for each in (ours, theirs))
-                raise DisagreementError(
-                    f"ranks did not use the same units in the same order, so this step was not applied: as {operation} "
-                    f"{spot + 1} since the last step, rank 0 had unit {here} and rank {rank} unit {there}. Give every "
-                    f"rank the same sequence of forwards; run forwards that differ by rank inside "
-                    f"engine.gathered_parameters()."
-                )
-
-    def _report(self, window: _Window, host: HostVerdict | None, rates: list[float], scale_before: float) -> None:
-        self.global_steps += 1
-        now = time.perf_counter()
-        seconds, self._last_step = now - self._last_step, now
-        scaled = self.precision.compute is torch.float16
+        """Learn what became of the step before, where nobody waited for it."""
+        host = None if self._boundary is None else self._boundary.resolve()
         if host is not None and host.skipped:
-            self.events.emit(
-                StepSkipped(
-                    self.global_steps,
-                    "gradients that are not finite",
-                    scale_before if scaled else None,
-                    self.scaler.scale if scaled else None,
-                )
-            )
-        else:
-            loss = window.loss if window.loss is None else window.loss * (self._accumulation / window.steps)
-            self.events.emit(
-                StepDone(
-                    step=self.global_steps,
-                    loss=loss,
-                    lr=rates,
-                    grad_norm=self._norm,
-                    loss_scale=scale_before if scaled else None,
-                    samples=host.samples if host is not None else window.samples * self.comm.world_size,
-                    seconds=seconds,
-                    memory_bytes=peak_bytes(self.comm.device),
-                )
-            )
-        if self._clock.enabled:
-            self.events.emit(PhaseTimes(self.global_steps, dict(self._clock.seconds)))
-            self._clock.seconds.clear()
+            self._reporter.skipped(self.global_steps, late=host.late)
 
     def _drop_gradients(self) -> None:
         self.schedule.finish_reductions()
         for unit in self._layout.units:
             unit.drop_grads()
-        self._window = _Window()
-        self._plain = self._unwatched = False
+        self._window = Window()
 
     def _samples_seen(self) -> int:
         loader = self.training_dataloader
@@ -576,8 +404,8 @@ class Engine(nn.Module):
         self._share = 1.0
 
     def _call(self, hooks: list[StepHook]) -> None:
-        if hooks and self._update is not None and self.optimizer is not None:
-            fragments = list(local_fragments(self._update.runs, self.optimizer))
+        if self.optimizer is not None:
+            fragments = list(local_fragments(self._layout.runs, self.optimizer))
             for hook in list(hooks):
                 hook(fragments)
 
@@ -593,13 +421,13 @@ class Engine(nn.Module):
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the current micro-step is the last of its window."""
-        if self._boundary is not None:
-            return self._boundary
+        if self._said is not None:
+            return self._said
         return self._window.steps + 1 >= self._accumulation
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         """Say whether the current micro-step and those after it end a window; ``None`` goes back to counting."""
-        self._boundary = is_boundary
+        self._said = is_boundary
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -625,43 +453,11 @@ class Engine(nn.Module):
         """
         self._check_alive("full_state_dict()")
         wanted = not rank0_only or self.comm.rank == 0
-        weights: dict[str, Tensor] = {}
-        for unit in self._layout.units:
-            unit.adopt()
-            for entry, tensor in whole_weights(unit):
-                if wanted:
-                    kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-                    value = tensor.detach().to("cpu", kept, copy=True)
-                    weights.update(dict.fromkeys(entry.param.aliases, value))
-        buffers = self._first_buffers()
-        if not wanted:
-            return {}
-        ordered: dict[str, Tensor] = {}
-        for path, module in self.module.named_modules(remove_duplicate=False):
-            prefix = path + "." if path else ""
-            for name, param in module._parameters.items():
-                if param is not None:
-                    ordered[prefix + name] = weights[prefix + name]
-            for name in module._buffers:
-                if prefix + name in buffers:
-                    ordered[prefix + name] = buffers[prefix + name]
-        return ordered
+        return full_state_dict(self.module, self._layout, self.comm, dtype, wanted=wanted)
 
-    def _first_buffers(self) -> dict[str, Tensor]:
-        """Rank 0's persistent buffers, on CPU: statistics of its own batches, which differ from the other ranks'."""
-        found: dict[str, Tensor] = {}
-        for path, module in self.module.named_modules(remove_duplicate=False):
-            for name, buffer in module._buffers.items():
-                if buffer is not None and name not in module._non_persistent_buffers_set:
-                    copy = buffer.detach().clone()
-                    self.comm.broadcast([copy])
-                    found[f"{path}.{name}" if path else name] = copy.cpu()
-        return found
-
-    @contextmanager
     def gathered_parameters(
         self, params: Iterable[nn.Parameter | str] | nn.Module | None = None, write: bool = False
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Within it, sharded parameters are whole and can be read; with ``write`` they can be changed. Collective.
 
         What was changed is taken over at the end, everywhere alike: rank 0's values win.
@@ -673,45 +469,7 @@ class Engine(nn.Module):
         Raises:
             UsageError: for an unknown parameter, or a change without ``write``.
         """
-        units = self._units_of(params)
-        for unit in units:
-            unit.adopt()
-            unit.wait()
-            unit.holds += 1
-        try:
-            yield
-            if write:
-                for unit in units:
-                    unit.write_back()
-            else:
-                edited = [name for unit in units for name in unit.edited()]
-                if edited:
-                    raise UsageError(
-                        f"parameter {edited[0]!r} was changed inside gathered_parameters(). Pass write=True to keep "
-                        f"changes on every rank."
-                    )
-        finally:
-            for unit in units:
-                unit.holds -= 1
-                unit.release()
-
-    def _units_of(self, params: Iterable[nn.Parameter | str] | nn.Module | None) -> list[Unit]:
-        if params is None:
-            return list(self._layout.units)
-        if isinstance(params, nn.Module):
-            params = list(params.parameters())
-        elif isinstance(params, (nn.Parameter, str)):
-            params = [params]
-        names = {alias: spec.name for spec in self._layout.plan.params for alias in spec.aliases}
-        by_param = {param: name for name, param in self._layout.params.items()}
-        found = set()
-        for each in params:
-            name = names.get(each) if isinstance(each, str) else by_param.get(each)
-            if name is None:
-                known = ", ".join(list(names)[:5])
-                raise UsageError(f"{each!r} is no parameter of this engine's model. Its parameters begin with {known}.")
-            found.add(self._layout.plan.where(name)[0].index)
-        return [self._layout.units[index] for index in sorted(found)]
+        return gathered(units_of(self._layout, params), write=write)
 
     def before_step(self, hook: StepHook) -> Handle:
         """Call ``hook(fragments)`` before every update, with averaged, unscaled, unclipped gradients.
@@ -762,8 +520,9 @@ class Engine(nn.Module):
         )
         self._trained = self._requires_grad()
         self._arrange()
-        if self._update is not None:
-            self._update.applying = False
+
+    def _is_stepping(self) -> bool:
+        return self._boundary is not None and self._boundary.update.applying
 
     def _touched(self, unit: Unit) -> bool:
         return self.schedule.touch(unit)
@@ -907,17 +666,17 @@ class Engine(nn.Module):
 
     def checkpoint_counters(self) -> dict[str, int]:
         """Counts at the start of the current window."""
+        progress = self.progress
         return {
-            "global_steps": self.global_steps,
-            "micro_steps": self.micro_steps - self._window.steps,
-            "global_samples": self.global_samples,
-            "skipped_steps": self._skipped_steps,
+            "global_steps": progress.global_steps,
+            "micro_steps": progress.micro_steps - self._window.steps,
+            "global_samples": progress.global_samples,
+            "skipped_steps": progress.skipped_steps,
         }
 
     def in_window(self) -> bool:
         """Whether the current window has begun."""
-        window = self._window
-        return bool(window.handed or window.begun or window.backwards or window.steps)
+        return self._window.touched
 
     def lay_out_by_age(self, ages: Mapping[str, int]) -> None:
         """Lay the model out anew, so that only parameters whose state has seen as many steps share a run."""
@@ -929,10 +688,10 @@ class Engine(nn.Module):
     def go_on_from(self, counters: Mapping[str, int] | None) -> None:
         """Begin a new window, with ``counters`` where given."""
         self._drop_gradients()
-        self._pending, self._norm, self._applied = None, None, False
-        if counters is not None:
-            self.global_steps, self.micro_steps = counters["global_steps"], counters["micro_steps"]
-            self.global_samples, self._skipped_steps = counters["global_samples"], counters["skipped_steps"]
+        if self._boundary is not None:
+            self._boundary.forget()
+        for name, count in (counters or {}).items():
+            setattr(self.progress, name, count)
         self._note_loader()
         self.window_start.mark(self._loader_position)
 
@@ -946,25 +705,35 @@ class Engine(nn.Module):
                 raise
             return getattr(self.module, name)
 
-    def was_step_applied(self) -> bool:
-        """Whether the last step changed the weights."""
-        self._resolve_quietly()
-        return self._applied
+    @property
+    def global_steps(self) -> int:
+        """Optimizer steps so far, skipped ones included."""
+        return self.progress.global_steps
+
+    @property
+    def micro_steps(self) -> int:
+        """Calls of :meth:`step` so far."""
+        return self.progress.micro_steps
+
+    @property
+    def global_samples(self) -> int:
+        """Samples of all ranks together that the steps have seen."""
+        return self.progress.global_samples
 
     @property
     def skipped_steps(self) -> int:
         """Steps whose gradients were not finite, so that nothing was changed."""
-        self._resolve_quietly()
-        return self._skipped_steps
+        self._resolve()
+        return self.progress.skipped_steps
 
-    def _resolve_quietly(self) -> None:
-        if self._pending is not None:
-            self._applied = not self._pending.read().skipped
-            self._resolve()
+    def was_step_applied(self) -> bool:
+        """Whether the last step changed the weights."""
+        self._resolve()
+        return self.progress.applied
 
     def get_global_grad_norm(self) -> float | Tensor | None:
         """L2 norm of the last step's averaged gradients before clipping; a 0-dim tensor where reading it would wait."""
-        return self._norm
+        return self.progress.norm
 
     def get_lr(self) -> list[float]:
         """The learning rate of each param group."""
@@ -1010,12 +779,25 @@ class Engine(nn.Module):
         return self.scaler.scale
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Not supported yet.
+        """Compile the model block by block; the engine's hooks stay outside of what is compiled.
+
+        Results are those of the backend: with ``"eager"`` and ``"aot_eager"`` the same bits as without.
+
+        Args:
+            args, kwargs: those of ``torch.compile`` beside the function: ``backend``, ``mode``, ``dynamic``...
 
         Raises:
-            UsageError: always: compiling the whole engine would trace its hooks.
+            UsageError: in the middle of a forward, a second time, or for a model in which nothing can be compiled.
         """
-        raise UsageError("engine.compile() is not supported yet. Compile the model's blocks before initialize.")
+        self._check_alive("compile()")
+        if self._compiled or any(unit.holds for unit in self._layout.units):
+            when = "a second time" if self._compiled else "inside a forward or inside gathered_parameters()"
+            raise UsageError(f"compile() was called {when}. Call it once, after shardline.initialize.")
+        units = self._layout.units
+        self._compiled = True
+        self._undo.append(compile_blocks(self.module, [unit.plan for unit in units], args, kwargs))
+        self._hooks.remove()
+        self._hooks = Hooks(self.module, units, self.schedule, self._begin_forward)
 
     def destroy(self) -> None:
         """Take the engine off the model: hooks are gone and parameters are ordinary again, whole on every rank.
@@ -1031,10 +813,13 @@ class Engine(nn.Module):
         self._resolve()
         self.checkpoints.close()
         self._hooks.remove()
+        while self._undo:
+            self._undo.pop()()
         for unit in self._layout.units:
             unit.wait()
             unit.let_go()
-        _unguard(self.optimizer)
+        if self.optimizer is not None:
+            unguard(self.optimizer)
         self._destroyed = True
         self.comm.close()
         if self.training_dataloader is not None:
@@ -1044,39 +829,11 @@ class Engine(nn.Module):
         if self._destroyed:
             raise UsageError(f"{what} was called after destroy(). Make a new engine with shardline.initialize.")
 
-    def _check_trains(self, what: str) -> None:
+    def _check_trains(self, what: str) -> Boundary:
         self._check_alive(what)
-        if self.optimizer is None:
+        if self._boundary is None:
             raise UsageError(
                 f"{what} needs an optimizer, and this engine has none. Give initialize an optimizer, or an "
                 f'"optimizer" section in the configuration.'
             )
-
-
-def _guard(optimizer: Optimizer, engine: Engine) -> None:
-    """Give the optimizer's own calls the meaning they have with an engine: gradients are not where it thinks."""
-    original = optimizer.step
-    add = optimizer.add_param_group
-
-    def step(self: Optimizer, closure: Any = None) -> Any:
-        update = engine._update
-        if update is None or not update.applying:
-            raise UsageError("optimizer.step() was called directly. Call engine.step(), which also talks to the ranks.")
-        return original() if closure is None else original(closure)
-
-    def zero_grad(self: Optimizer, set_to_none: bool = True) -> None:
-        engine.zero_grad()
-
-    def add_param_group(self: Optimizer, group: dict[str, Any]) -> None:
-        engine._add_group(add, group)
-
-    optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
-    optimizer.zero_grad = MethodType(zero_grad, optimizer)  # type: ignore[method-assign]
-    optimizer.add_param_group = MethodType(add_param_group, optimizer)  # type: ignore[method-assign]
-
-
-def _unguard(optimizer: Optimizer | None) -> None:
-    """The optimizer's own methods again."""
-    if optimizer is not None:
-        for name in ("step", "zero_grad", "add_param_group"):
-            optimizer.__dict__.pop(name, None)
+        return self._boundary

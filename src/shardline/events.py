@@ -34,8 +34,12 @@ class StepDone:
     """Samples of all ranks together that went into this step."""
     seconds: float
     """Wall time since the step before."""
-    memory_bytes: int
-    """Peak memory of this rank, in bytes: allocated on an accelerator, resident on CPU."""
+    read_memory: Callable[[], int]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak memory of this rank so far, in bytes: allocated on an accelerator, resident on CPU. Read when asked."""
+        return self.read_memory()
 
 
 @dataclass(frozen=True, slots=True)

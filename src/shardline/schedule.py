@@ -16,7 +16,7 @@ that come later are kept and reduced in a second round at the step.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from shardline.comm import digest
 from shardline.unit import Residence, Unit
@@ -338,6 +338,12 @@ class Schedule:
         """Return when everything that was reduced has arrived."""
         while self._in_flight:
             self._in_flight.popleft()[0].finish_reduce()
+
+    def reduce_now(self, units: Iterable[Unit]) -> None:
+        """Reduce what ``units`` hold, outside of a backward; every rank gives the same units in the same order."""
+        for unit in units:
+            unit.reduce(1.0)
+            unit.finish_reduce()
 
     def _follow_first_forward(self) -> None:
         """Before the first backward: its orders are the reverse of the forward just seen, if all ranks saw the same."""

@@ -10,7 +10,14 @@ from shardline.events import Events, Notice, PhaseTimes, StepDone, StepSkipped
 from shardline.observe import Console
 
 STEP = StepDone(
-    step=1, loss=2.5, lr=[1e-3], grad_norm=0.987, loss_scale=None, samples=32, seconds=0.5, memory_bytes=512_000_000
+    step=1,
+    loss=2.5,
+    lr=[1e-3],
+    grad_norm=0.987,
+    loss_scale=None,
+    samples=32,
+    seconds=0.5,
+    read_memory=lambda: 512_000_000,
 )
 
 

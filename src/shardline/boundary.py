@@ -1,0 +1,210 @@
+"""The end of an accumulation window: ranks compare what they did, and the update is applied, skipped or refused."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from shardline.comm import digest
+from shardline.config import Config
+from shardline.errors import DisagreementError, UsageError
+from shardline.precision import LossScaler
+from shardline.schedule import Schedule
+from shardline.step import HostVerdict, Row, Update, Verdict
+
+__all__ = ["Boundary", "Progress", "Window", "no_backward"]
+
+
+def no_backward() -> UsageError:
+    return UsageError(
+        "step() was called without a backward since the last step, on any rank. Call engine.backward(loss) first."
+    )
+
+
+@dataclass
+class Window:
+    """What one accumulation window has seen so far on this rank."""
+
+    steps: int = 0  # micro-steps
+    weight: float = 0.0
+    samples: int = 0
+    loss: Tensor | None = None
+    backwards: int = 0
+    unreduced: bool = False  # gradients of the last backward are on this rank only
+    handed: bool = False  # the engine's loader has handed out a batch for it
+    begun: bool = False  # a forward with gradients has drawn random numbers and updated buffers
+    plain: bool = False  # a backward was not the engine's
+    unwatched: bool = False  # an output is not seen when a backward enters it
+
+    def add_loss(self, loss: Tensor) -> None:
+        self.loss = loss if self.loss is None else self.loss + loss
+
+    @property
+    def touched(self) -> bool:
+        """Whether anything of it has happened."""
+        return bool(self.handed or self.begun or self.backwards or self.steps)
+
+
+@dataclass
+class Progress:
+    """How far the training of one engine has come, over all ranks, and what its last step did.
+
+    Attributes:
+        global_steps: optimizer steps, skipped ones included.
+        micro_steps: calls of ``step()``.
+        global_samples: samples of all ranks together that the steps have seen.
+        skipped_steps: steps whose gradients were not finite.
+        norm: of the last step's averaged gradients before clipping.
+        applied: whether the last call of ``step()`` changed the weights.
+        leaving: whether some rank was asked to save and end.
+    """
+
+    global_steps: int = 0
+    micro_steps: int = 0
+    global_samples: int = 0
+    skipped_steps: int = 0
+    norm: Tensor | float | None = None
+    applied: bool = False
+    leaving: bool = False
+
+
+class Boundary:
+    """Ends windows for one layout of the model. Where reading a verdict would wait, it is read one step late."""
+
+    def __init__(
+        self, update: Update, schedule: Schedule, scaler: LossScaler, config: Config, progress: Progress
+    ) -> None:
+        self.update, self.schedule, self.scaler = update, schedule, scaler
+        self.units, self.comm = update.units, update.comm
+        self.progress = progress
+        self._clip = config.gradient_clipping
+        self._unit_weight = config.gradient_accumulation_steps
+        self._check = config.bf16.check_grad_overflow or not config.bf16.enabled
+        # Reading a verdict waits for the device: done at once where that is free (CPU) or needed (the loss scale).
+        self._reads_at_once = self.comm.device.type == "cpu" or scaler.dynamic
+        self._pending: Verdict | None = None
+        self._log: dict[str, array[int]] = {}
+
+    def end(
+        self,
+        window: Window,
+        *,
+        leaving: bool,
+        before: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
+    ) -> HostVerdict | None:
+        """Reduce what is left, judge, and apply the update unless the verdict says not to.
+
+        Args:
+            window: what this rank has seen.
+            leaving: whether this rank was asked to save and end.
+            before, after: called around the optimizer's step; see :meth:`Update.apply`.
+
+        Returns:
+            The verdict, or None where the host does not know it yet; then :meth:`resolve` brings it.
+
+        Raises:
+            UsageError: if no rank had a backward.
+            DisagreementError: if ranks did not issue the same collectives. No weight was changed in either case.
+        """
+        for unit in self.units:
+            unit.adopt()
+        if window.unreduced:
+            self.schedule.reduce_now(reversed(self.units))
+        verdict, host = self._judge(window, leaving, hooked=before is not None)
+        if host is not None and host.late:
+            self._reduce_late()
+            verdict, host = self._judge(window, leaving, hooked=before is not None)
+        if host is not None:
+            if host.diverged:
+                raise self._refusal()
+            if not host.backwards:
+                raise no_backward()
+            self.scaler.update(overflow=host.skipped)
+            self._settle(host)
+        for work in [work for unit in self.units for work in unit.share_grads()]:
+            work.wait()
+        self.update.apply(verdict, host, self._clip, before, after)
+        self._pending = verdict if host is None else None
+        self.progress.norm = verdict.norm if host is None else host.norm
+        self.progress.applied = host is None or not host.skipped
+        return host
+
+    def _judge(self, window: Window, leaving: bool, *, hooked: bool) -> tuple[Verdict, HostVerdict | None]:
+        """One small collective: what the ranks' gradients, weights and doings say together."""
+        self.schedule.finish_reductions()
+        self._log = self.comm.take_log()
+        row = Row(
+            squares=self.update.squares(),
+            weight=window.weight,
+            transitions=digest(*self._log.values()),
+            orders=self.schedule.record(),
+            late=sum(unit.has_partial() for unit in self.units),
+            samples=window.samples,
+            backwards=window.backwards,
+            leaving=leaving,
+        )
+        verdict = Verdict.of(
+            self.comm.rows(row.stack(self.comm.device)),
+            unit_weight=self._unit_weight,
+            loss_scale=self.scaler.scale,
+            clip=self._clip,
+            check=self._check,
+        )
+        return verdict, verdict.read() if self._reads_at_once or self.update.needs_host(hooked) else None
+
+    def resolve(self) -> HostVerdict | None:
+        """Read the verdict of the step before, if nobody has waited for it yet.
+
+        Raises:
+            DisagreementError: if ranks did not issue the same collectives; that step was not applied.
+        """
+        if self._pending is None:
+            return None
+        host, self._pending = self._pending.read(), None
+        if host.diverged:
+            raise DisagreementError(
+                "ranks did not issue the same collectives in the step before, which was therefore not applied. Give "
+                "every rank the same sequence of forwards; run forwards that differ inside gathered_parameters()."
+            )
+        self.progress.applied = not host.skipped
+        self._settle(host)
+        return host
+
+    def forget(self) -> None:
+        """The step before does not count any more: other states were loaded."""
+        self._pending = None
+        self.progress.norm, self.progress.applied = None, False
+
+    def _settle(self, host: HostVerdict) -> None:
+        self.progress.skipped_steps += host.skipped
+        self.progress.global_samples += host.samples
+        self.progress.leaving = self.progress.leaving or host.leaving
+        if host.same_orders:
+            self.schedule.adopt_record()
+
+    def _reduce_late(self) -> None:
+        """A second round for gradients that came after their unit was reduced, on every rank alike."""
+        late = [unit.index for unit in self.units if unit.has_partial()]
+        everywhere = {index for indices in self.comm.exchange(late) for index in indices}
+        self.schedule.reduce_now(self.units[index] for index in sorted(everywhere))
+
+    def _refusal(self) -> DisagreementError:
+        """Ranks exchanged the wrong ranges: name both sides, before any weight was touched."""
+        names = [unit.name for unit in self.units]
+        logs = self.comm.exchange({operation: list(units) for operation, units in self._log.items()})
+        differing = ((operation, rank) for rank, log in enumerate(logs) for operation in log
+                     if log[operation] != logs[0][operation])  # fmt: skip
+        operation, rank = next(differing)
+        ours, theirs = logs[0][operation], logs[rank][operation]
+        spot = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+        spot = min(len(ours), len(theirs)) if spot is None else spot
+        here, there = (repr(names[each[spot]]) if spot < len(each) else "none" for each in (ours, theirs))
+        return DisagreementError(
+            f"ranks did not use the same units in the same order, so this step was not applied: as {operation} "
+            f"{spot + 1} since the last step, rank 0 had unit {here} and rank {rank} unit {there}. Give every rank the "
+            f"same sequence of forwards; run forwards that differ by rank inside engine.gathered_parameters()."
+        )
