@@ -11,7 +11,7 @@ from shardline.errors import ModelError
 from shardline.plan import ModuleSpec, ParamSpec
 from shardline.precision import Precision
 
-__all__ = ["chosen_units", "describe_modules", "describe_params", "first_names"]
+__all__ = ["blocks", "chosen_units", "describe_modules", "describe_params", "first_names", "is_below"]
 
 
 def first_names(model: nn.Module) -> dict[nn.Parameter, tuple[str, ...]]:
@@ -100,3 +100,36 @@ def chosen_units(
         for module in modules
         if module.kind in classes or module.path in names or (suffixes and module.path.endswith(suffixes))
     ]
+
+
+def is_below(path: str, root: str) -> bool:
+    """Whether the module at ``path`` lies inside the one at ``root``; everything lies inside ``""``, the model."""
+    return not root or path.startswith(root + ".")
+
+
+def blocks(model: nn.Module) -> list[str]:
+    """Paths of the model's repeated blocks, outermost: what a ``ModuleList`` or ``Sequential`` holds.
+
+    A block has parameters and is more than one layer of ``torch.nn``; a list of blocks is not itself a block.
+    """
+    found: list[str] = []
+
+    def visit(path: str, module: nn.Module, repeated: bool) -> None:
+        if repeated and _is_block(module):
+            found.append(path)
+            return
+        for name, child in module.named_children():
+            visit(f"{path}.{name}" if path else name, child, isinstance(module, (nn.ModuleList, nn.Sequential)))
+
+    visit("", model, repeated=False)
+    paths = {path for path, _ in model.named_modules()}  # a module that the model holds twice goes by its first path
+    return [path for path in found if path in paths]
+
+
+def _is_block(module: nn.Module) -> bool:
+    if next(module.parameters(), None) is None or isinstance(module, nn.ModuleList):
+        return False
+    children = list(module.children())
+    if not children:
+        return not type(module).__module__.startswith("torch.nn.")
+    return not isinstance(module, nn.Sequential) or not any(_is_block(child) for child in children)

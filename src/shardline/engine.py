@@ -19,6 +19,7 @@ from shardline.checkpoint.parts import Parts
 from shardline.checkpoint.window import WindowStart
 from shardline.comm import Comm
 from shardline.compiling import compile_blocks
+from shardline.compiling import compile_blocks
 from shardline.config import Config
 from shardline.data import Loader
 from shardline.data.split import Position
@@ -108,6 +109,8 @@ class Engine(nn.Module):
         self._before: list[StepHook] = []
         self._after: list[StepHook] = []
         self._destroyed = False
+        self._compiled = False
+        self._undo: list[Callable[[], None]] = []  # what was done to the model's modules beside the hooks
         self._compiled = False
         self._undo: list[Callable[[], None]] = []  # what was done to the model's modules beside the hooks
         self._reporter = Reporter(self.events, comm.device, phases=config.wall_clock_breakdown)
@@ -781,7 +784,7 @@ class Engine(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the model block by block; the engine's hooks stay outside of what is compiled.
 
-        Results are those of the backend: with ``"eager"`` and ``"aot_eager"`` the same bits as without.
+        Modules without blocks are compiled unit by unit. What a backend fuses or decomposes may round differently.
 
         Args:
             args, kwargs: those of ``torch.compile`` beside the function: ``backend``, ``mode``, ``dynamic``...

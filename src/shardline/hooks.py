@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils import _pytree as pytree
 
+from shardline.compiling import is_compiled
+from shardline.describe import is_below
+from shardline.recompute import compiled_call
 from shardline.schedule import Schedule
 from shardline.unit import Slab, Unit
 
@@ -86,18 +89,25 @@ class Hooks:
         self._outer: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None = None
         self._handles: list[Any] = []
         modules = dict(model.named_modules())
+        compiled = {path for path, module in modules.items() if is_compiled(module)}
         used: dict[str, list[Unit]] = {"": []}
         for unit in units:
             for path in unit.plan.users:
-                inside = path not in unit.plan.roots and any(_below(path, root) for root in unit.plan.roots)
-                if unit.sharded or not inside:
+                # A root's hooks serve all that is inside it; those inside are for calls that go past the root.
+                inside = {root for root in unit.plan.roots if path != root and is_below(path, root)}
+                if path in unit.plan.roots or not inside or (unit.sharded and not inside & compiled):
                     used.setdefault(path, []).append(unit)
+        enter, leave = self._before, self._after
+        if any(
+            compiled_call(modules[path]) or any(path != root and is_below(path, root) for root in compiled)
+            for path in used
+        ):
+            # The user compiled what runs the hooks as well; they must not be traced.
+            enter, leave = torch.compiler.disable(enter), torch.compiler.disable(leave)
         for path, its_units in used.items():
             module, is_model = modules[path], not path
-            before = module.register_forward_pre_hook(
-                _Hook(self._before, its_units, is_model), prepend=True, with_kwargs=True
-            )
-            after = module.register_forward_hook(_Hook(self._after, is_model), always_call=True)
+            before = module.register_forward_pre_hook(_Hook(enter, its_units, is_model), prepend=True, with_kwargs=True)
+            after = module.register_forward_hook(_Hook(leave, is_model), always_call=True)
             self._handles += [before, after]
 
     def unwind(self) -> None:
@@ -210,10 +220,6 @@ class Hooks:
                         tensor.size(), tensor.stride(), offset,
                     )  # fmt: skip
         return None
-
-
-def _below(path: str, root: str) -> bool:
-    return not root or path.startswith(root + ".")
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

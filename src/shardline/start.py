@@ -33,6 +33,7 @@ from shardline.errors import ConfigError, UsageError
 from shardline.events import Notice
 from shardline.observe import Console
 from shardline.precision import Precision
+from shardline.recompute import recompute_blocks, recomputed_blocks
 from shardline.topology import discover, init_distributed
 from shardline.unit import Unit
 
@@ -103,6 +104,8 @@ def initialize(
         }
     )
     precision = Precision.from_config(settings)
+    again = settings.activation_checkpointing
+    recomputed = recomputed_blocks(model, again.every) if again.enabled else []
 
     given, groups = _optimizer_and_groups(model, optimizer, model_parameters, settings)
     membership = group_parameters(model, groups)
@@ -138,6 +141,10 @@ def initialize(
         engine.events.emit(
             Notice("these configuration keys have no effect here: " + ", ".join(sorted(settings.no_effect)))
         )
+    if recomputed:
+        if again.offload and comm.device.type == "cpu":
+            engine.events.emit(Notice("activation_checkpointing.offload has no effect: the model is in host memory"))
+        engine._undo.append(recompute_blocks(recomputed, offload=again.offload and comm.device.type != "cpu"))
     engine.checkpoints.resume()
     return engine, final, engine.training_dataloader, engine.lr_scheduler
 

@@ -115,7 +115,6 @@ def test_deepspeeds_defaults_all_load():
         strange = {path for path in table if path not in covered}
         assert strange <= {
             *(f"checkpoint.{name}" for name in ["dir", "every_steps", "keep", "async_save", "resume", "writer"]),
-            "activation_checkpointing.enabled",
             "data_parallel_size",
             "sequence_parallel_size",
             "optimizer.params.max_grad_norm",

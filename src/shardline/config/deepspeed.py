@@ -138,7 +138,7 @@ def _number(reason: str) -> Ineffective:
 
 _BUCKETS = "a reduction or gather moves one unit; its size is set by unit_min_numel and unit_max_numel"
 _LIVE = "a unit is released after its last use, as the recorded order says"
-_CHECKPOINTING = "acts only on calls of DeepSpeed's own checkpoint function; torch's and the model's own keep working"
+_CHECKPOINTING = "acts only on calls of DeepSpeed's own checkpoint function; here enabled, every and offload say it all"
 _PRINTS = "the step line (steps_per_print) and the events of the engine say it"
 _LAYOUT = "a checkpoint is named ranges of tensors, so any layout loads any other"
 _OFFLOAD = "a detail of DeepSpeed's offload buffers"
@@ -270,13 +270,10 @@ UNSUPPORTED: dict[str, Unsupported] = {
     "zero_optimization.zenflow": Unsupported(
         "the optimizer step is never delayed or split by importance", present=True
     ),
-    "activation_checkpointing.enabled": Unsupported(
-        f"{_NOT_YET}; wrap blocks in torch.utils.checkpoint, which works at every stage"
-    ),
     "checkpoint.use_node_local_storage": Unsupported("all ranks write to one shared directory"),
     "nebula": Unsupported("checkpoints are written by Shardline alone", switch="enabled"),
     "datastates_ckpt": Unsupported("checkpoints are written by Shardline alone", present=True),
-    "compile": Unsupported("compile the model's blocks with torch.compile", switch="deepcompile"),
+    "compile": Unsupported("call engine.compile(), which compiles block by block", switch="deepcompile"),
     "amp": Unsupported("NVIDIA Apex is retired; enable bf16, fp16 or torch_autocast", switch="enabled"),
     "tensor_parallel": Unsupported("there is no tensor parallelism", off=(0, 1), switch="autotp_size", present=True),
     "expert_parallel": Unsupported("there is no expert parallelism", switch="enabled"),
