@@ -1,0 +1,61 @@
+"""What a process can say of itself: its memory, page by page counted fairly, and what it runs on.
+
+Memory of a rank is resident memory above the process's base (after imports, the process group and a few steps of a
+tiny model; before the model is made). Pages of shared memory are divided by the number of processes that map them, so
+that a buffer which two ranks share counts once for both together. The peak is the kernel's own high-water mark of
+resident memory (``VmHWM``, begun anew by writing 5 to ``/proc/self/clear_refs``), less what the sharing ranks count
+twice at the end of the window.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+MB = 1e6
+
+
+def resident() -> float:
+    """Bytes of this process in memory now; shared memory divided by its users."""
+    return _field("status", "VmRSS") - _counted_twice()
+
+
+def peak() -> float:
+    """Most bytes since :func:`restart_peak`; shared memory divided by its users."""
+    return _field("status", "VmHWM") - _counted_twice()
+
+
+def restart_peak() -> None:
+    """Begin a new peak at what is in memory now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def available() -> bool:
+    """Whether this system tells: Linux does."""
+    return sys.platform == "linux"
+
+
+def _counted_twice() -> float:
+    return _field("status", "RssShmem") - _field("smaps_rollup", "Pss_Shmem")
+
+
+def _field(file: str, name: str) -> float:
+    for line in Path("/proc/self", file).read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return 0.0
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                 if line.startswith("model name")]  # fmt: skip
+        cpu = f"{names[0]}, {len(names)} cores" if names else cpu
+    return {"cpu": cpu, "python": platform.python_version(), "torch": torch.__version__,
+            "load before": f"{os.getloadavg()[0]:.2f}"}  # fmt: skip
