@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo cifar10 test test-full test-faults test-gpu check format clean
+.PHONY: help .venv demo demo-resume cifar10 test test-full test-faults test-gpu check format clean
 
 help:  ## this list
 	@grep -hE '^[a-z.][a-z0-9.-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -22,8 +22,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,examples]'
 	@touch $@
 
+# Each demo is a new run in a folder of its own; the same folder again would go on from its newest checkpoint.
+RUN := runs/$(shell date +%Y%m%d-%H%M%S)
+
 demo: .venv  ## train a small GPT on 2 processes: progress, figures, a picture
-	$(BIN)/shardline run --nproc 2 examples/gpt/train.py $(ARGS)
+	$(BIN)/shardline run --nproc 2 examples/gpt/train.py --out $(RUN)-gpt $(ARGS)
+
+demo-resume: .venv  ## the same, shorter: killed by SIGKILL half-way, resumed on 3 processes
+	$(BIN)/python examples/gpt/kill_and_resume.py --out $(RUN)-gpt-killed $(ARGS)
 
 cifar10: .venv  ## train the small CIFAR-10 network; options by ARGS="--stage 3 --dtype bf16"
 	$(BIN)/shardline run --nproc 2 examples/cifar10/train.py $(ARGS)

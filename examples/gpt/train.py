@@ -2,7 +2,8 @@
 
     shardline run --nproc 2 examples/gpt/train.py    # or torchrun, or one process: python examples/gpt/train.py
 
-The engine's config is a file, ``config.json``; the options override what one tries first.
+The engine's config is a file, ``config.json``; the options override what one tries first. A run is its folder: the
+same command with the same ``--out`` goes on from the newest checkpoint there, on as many processes as there are now.
 """
 
 from __future__ import annotations
@@ -30,8 +31,6 @@ from shardline.memory import peak_bytes
 
 HERE = Path(__file__).resolve().parent
 MODEL = {"context": 128, "depth": 4, "width": 256, "heads": 4}
-REPORT_EVERY = 10
-"""Steps between two reports; each is the mean over these steps and all ranks, and costs one small collective."""
 BAR = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
@@ -42,9 +41,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stage", type=int, choices=range(4), help="ZeRO stage, instead of the config's")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="compute dtype, instead of the config's")
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of the config's total_num_steps")
+    parser.add_argument(
+        "--report-every", type=int, default=10, help="steps between two reports of the mean loss over these steps"
+    )
     parser.add_argument("--eval-every", type=int, default=40, help="steps between two looks at the held-out text")
     parser.add_argument("--sample", type=int, default=400, help="characters to generate at the end")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpt"), help="folder for the picture of the loss curves")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/gpt"), help="folder of the run: checkpoints, losses, their picture"
+    )
     return parser.parse_args()
 
 
@@ -59,6 +63,7 @@ def configure(args: argparse.Namespace) -> dict[str, Any]:
         schedule = config["scheduler"]["params"]
         schedule["total_num_steps"] = args.steps
         schedule["warmup_num_steps"] = min(schedule["warmup_num_steps"], args.steps // 2)
+    config.setdefault("checkpoint", {}).setdefault("dir", str(args.out / "checkpoints"))
     return config
 
 
@@ -85,10 +90,15 @@ def evaluate(engine: shardline.Engine, windows: Windows, batch: int = 32) -> flo
     return float(total[0] / total[1])
 
 
-def train(engine: shardline.Engine, loader: Any, held_out: Windows, steps: int, eval_every: int) -> Journal:
-    """Train until ``steps`` optimizer steps are done, looking at the held-out text on the way."""
-    journal = Journal(engine.device)
-    journal.held_out.append((engine.global_steps, evaluate(engine, held_out)))
+def train(engine: shardline.Engine, loader: Any, held_out: Windows, steps: int, args: argparse.Namespace) -> Journal:
+    """Train until ``steps`` optimizer steps are done, looking at the held-out text on the way.
+
+    A resumed engine counts on from its checkpoint, and the loader from the batch after it.
+    """
+    journal = Journal(
+        engine.device, args.out / "losses.jsonl" if engine.global_rank == 0 else None, engine.global_steps
+    )
+    journal.look(engine.global_steps, evaluate(engine, held_out))
     batches = endless(loader)
     journal.open()
     with tqdm(
@@ -106,17 +116,17 @@ def train(engine: shardline.Engine, loader: Any, held_out: Windows, steps: int, 
                 journal.add(loss, loader.samples * tokens.shape[1])
             step = engine.global_steps
             bar.update(step - bar.n)
-            look = step % eval_every == 0 or step >= steps
-            if look or step % REPORT_EVERY == 0:
+            look = step % args.eval_every == 0 or step >= steps
+            if look or step % args.report_every == 0:
                 journal.close(step)
                 bar.set_postfix_str(
-                    f"loss {journal.train[-1][1]:.3f}, held out {journal.held_out[-1][1]:.3f}, "
+                    f"loss {journal.train[step]:.3f}, held out {journal.held_out[max(journal.held_out)]:.3f}, "
                     f"lr {engine.get_lr()[0]:.1e}, {journal.rate:,.0f} tokens/s, "
                     f"peak {mebibytes(peak_bytes(engine.device))}",
                     refresh=False,
                 )
             if look:
-                journal.held_out.append((step, evaluate(engine, held_out)))
+                journal.look(step, evaluate(engine, held_out))
                 journal.open()
     return journal
 
@@ -151,7 +161,10 @@ def main() -> None:
 
     # Side by side, so that each held-out character is asked for once.
     held_out = Windows(corpus.held_out, MODEL["context"], stride=MODEL["context"])
-    journal = train(engine, loader, held_out, config["scheduler"]["params"]["total_num_steps"], args.eval_every)
+    steps = config["scheduler"]["params"]["total_num_steps"]
+    if first and engine.global_steps >= steps:
+        print(f"{args.out} holds a run that is finished: --out FOLDER begins another one")
+    journal = train(engine, loader, held_out, steps, args)
 
     peak = torch.tensor(peak_bytes(engine.device), device=engine.device)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
@@ -167,7 +180,9 @@ def main() -> None:
             "wall time": f"{time.perf_counter() - started:.0f} s",
             "loss curves": str(journal.draw(args.out / "loss.png")),
         }
-        print(f"\n{corpus.decode(symbols)}\n\n{table(figures)}")
+        if args.sample:
+            print(f"\n{corpus.decode(symbols)}")
+        print(f"\n{table(figures)}")
     engine.destroy()
 
 

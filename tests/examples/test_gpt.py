@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from examples.gpt.data import Corpus, Windows, is_prose, prose
 from examples.gpt.model import GPT, rotate
+from examples.gpt.report import read
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "gpt"
 
@@ -157,20 +158,21 @@ def test_generation_samples_from_the_softmax(model):
     torch.testing.assert_close(sampled.bincount(minlength=11) / 4000, expected.detach(), atol=0.03, rtol=0)
 
 
-def test_a_few_steps_of_the_script_lower_the_loss_and_leave_a_picture(tmp_path):
+def run(script, tmp_path, *options):
     config = json.loads((EXAMPLE / "config.json").read_text()) | {"train_batch_size": 8}
+    config["checkpoint"]["every_steps"] = 2
     (tmp_path / "config.json").write_text(json.dumps(config))
-    options = [
-        "--steps=8",
-        "--eval-every=8",
-        "--sample=20",
-        f"--out={tmp_path}",
-        f"--config={tmp_path / 'config.json'}",
-    ]
     done = subprocess.run(
-        [sys.executable, EXAMPLE / "train.py", *options], capture_output=True, text=True, timeout=100, check=False
-    )
+        [sys.executable, EXAMPLE / script, *options, f"--config={tmp_path / 'config.json'}"],
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_a_few_steps_of_the_script_lower_the_loss_leave_a_picture_and_are_not_done_twice(tmp_path):
+    options = ["--steps=8", "--eval-every=8", "--sample=20", f"--out={tmp_path}"]
+    done = run("train.py", tmp_path, *options)
     found = re.search(r"held-out loss +([\d.]+) -> ([\d.]+)", done.stdout)
     assert found, done.stdout
     first, last = map(float, found.groups())
@@ -178,3 +180,29 @@ def test_a_few_steps_of_the_script_lower_the_loss_and_leave_a_picture(tmp_path):
     assert last < first - 0.3
     assert re.search(r"^steps +8$", done.stdout, re.MULTILINE)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    again = run("train.py", tmp_path, *options)
+    assert f"resumed from {tmp_path / 'checkpoints' / 'global_step8'}, step 8" in again.stderr
+    assert f"{tmp_path} holds a run that is finished" in again.stdout
+    table = [line for line in done.stdout.splitlines() if re.match("steps|train loss|held-out loss|bits", line)]
+    assert len(table) == 4 and set(table) <= set(again.stdout.splitlines())
+
+
+@pytest.mark.parametrize(("first", "then"), [(1, 1), pytest.param(2, 3, marks=pytest.mark.slow)])
+@pytest.mark.timeout(300)
+def test_a_killed_run_ends_at_the_same_loss(tmp_path, first, then):
+    out = tmp_path / "runs"
+    options = ["--steps=8", "--report-every=1", "--eval-every=8", f"--ranks={first}", f"--resume-on={then}"]
+    done = run("kill_and_resume.py", tmp_path, *options, f"--out={out}")
+    assert re.search(rf"Sent SIGKILL to {first} ranks .* last step that they reported is [5-8]\.", done.stdout)
+    assert re.search(r"resumed from .*/killed/checkpoints/global_step([2-8]), step \1\n", done.stderr)
+    assert f"ranks: {then} on cpu" in done.stdout
+    (alone, looks), (resumed, looks_again) = (read(out / name / "losses.jsonl") for name in ("straight", "killed"))
+    if first == then:  # the same bits
+        assert alone == resumed and looks.items() <= looks_again.items()
+    else:
+        assert alone.keys() == resumed.keys() and looks.keys() <= looks_again.keys()
+        assert all(abs(alone[step] - resumed[step]) < 2e-3 for step in alone)
+        assert all(abs(looks[step] - looks_again[step]) < 2e-3 for step in looks)
+    refused = subprocess.run([sys.executable, EXAMPLE / "kill_and_resume.py", f"--out={out}"], capture_output=True)
+    assert refused.returncode == 1 and b"is not empty" in refused.stderr
