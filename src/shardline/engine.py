@@ -19,7 +19,6 @@ from shardline.checkpoint.parts import Parts
 from shardline.checkpoint.window import WindowStart
 from shardline.comm import Comm
 from shardline.compiling import compile_blocks
-from shardline.compiling import compile_blocks
 from shardline.config import Config
 from shardline.data import Loader
 from shardline.data.split import Position
@@ -109,8 +108,6 @@ class Engine(nn.Module):
         self._before: list[StepHook] = []
         self._after: list[StepHook] = []
         self._destroyed = False
-        self._compiled = False
-        self._undo: list[Callable[[], None]] = []  # what was done to the model's modules beside the hooks
         self._compiled = False
         self._undo: list[Callable[[], None]] = []  # what was done to the model's modules beside the hooks
         self._reporter = Reporter(self.events, comm.device, phases=config.wall_clock_breakdown)
