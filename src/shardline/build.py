@@ -169,7 +169,7 @@ def load_model(
     comm: Comm,
     init_fn: Callable[[nn.Module], None] | None = None,
 ) -> None:
-    """Move the model's values into the units, parameter by parameter, and its buffers to the device.
+    """Move the model's values into the units, unit by unit, and its buffers to the device.
 
     Rank 0's win on every rank. What is on ``meta`` is filled as :mod:`shardline.meta` says.
 
@@ -180,20 +180,20 @@ def load_model(
     def store(name: str) -> None:
         unit, slab, entry = layout.where(name)
         param = layout.params[name]
-        param.grad = None
         comm.broadcast([param])
         slab.store(entry, param.detach())
         unit.rest(slab, param, entry)
 
     for unit in layout.units:
         unit.allocate()
-    on_meta = is_on_meta(model)
-    for unit in layout.units:
         for slab in unit.slabs:
-            for param, entry in zip(slab.params, slab.plan.entries, strict=True):
-                if not param.is_meta:
-                    store(entry.param.name)
-    if on_meta:
+            for param in slab.params:
+                param.grad = None
+            if not any(param.is_meta for param in slab.params):
+                slab.load()
+                for param, entry in zip(slab.params, slab.plan.entries, strict=True):
+                    unit.rest(slab, param, entry)
+    if is_on_meta(model):
         meta.fill(model, {param: name for name, param in layout.params.items()}, store, layout.units_of, init_fn)
     for unit in layout.units:
         unit.settle()

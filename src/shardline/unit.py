@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +119,25 @@ class Slab:
         low, high = max(entry.offset, covered[0]), min(entry.stop, covered[1])
         if low < high:
             target[low - covered[0] : high - covered[0]].copy_(elements[low - entry.offset : high - entry.offset])
+
+    def load(self, source: int = 0) -> None:
+        """Take the values that rank ``source`` holds in the parameters themselves, in one broadcast. Collective."""
+        dtype = reduce(torch.promote_types, (param.dtype for param in self.params))
+        in_place = dtype == self.plan.dtype and self.weights.numel() == self.plan.size
+        whole = self.weights if in_place else self.pool.take(self.plan.size, dtype)
+        if self.comm.rank == source:
+            for start, stop in self.plan.gaps:
+                whole[start:stop].zero_()
+            for param, entry in zip(self.params, self.plan.entries, strict=True):
+                view(whole, entry).copy_(param.detach())
+        self.comm.broadcast([whole], source)
+        if not in_place:
+            low, high = self._range(self.row.weights)
+            self.weights.copy_(whole[low:high])
+            self.pool.give(whole)
+        if self.master is not None and self.master_dtype != self.plan.dtype:
+            low, high = self.state_range
+            self.master.copy_(whole[low:high])
 
     def show(self, whole: Tensor) -> None:
         """Make the parameters views of ``whole``."""

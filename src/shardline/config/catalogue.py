@@ -11,7 +11,7 @@ from shardline.config.deepspeed import ALIASES, AUTO_IS_A_VALUE, AUTO_NEEDS, NO_
 from shardline.config.kinds import Section, adapter, section_of
 from shardline.config.params import OPTIMIZERS, SCHEDULERS
 
-__all__ = ["OPEN", "Key", "catalogue", "fields", "join", "split", "takes_auto"]
+__all__ = ["OPEN", "Key", "catalogue", "fields", "join", "split", "takes_auto", "typed"]
 
 OPEN: dict[str, dict[str, type[Section]]] = {"optimizer.params": OPTIMIZERS, "scheduler.params": SCHEDULERS}
 """Objects whose keys depend on the ``type`` beside them."""
@@ -58,6 +58,20 @@ def fields(model: type[Section], path: str = "") -> Iterator[Key]:
             if isinstance(default, tuple):
                 default = list(default)  # as JSON has it
             yield Key(at, "value", text, schema, default, field.is_required())
+
+
+@cache
+def typed(root: type[Section]) -> frozenset[str]:
+    """The dotted paths of all keys that the schema holds, without their JSON Schemas, which take long to make."""
+
+    def walk(model: type[Section], path: str) -> Iterator[str]:
+        for name, field in model.model_fields.items():
+            yield join(path, name)
+            if (section := section_of(field)) is not None:
+                yield from walk(section, join(path, name))
+
+    starts = [("", root), *((path, model) for path, models in OPEN.items() for model in models.values())]
+    return frozenset(found for path, model in starts for found in walk(model, path))
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from shardline.config.catalogue import OPEN, catalogue, join, split
+from shardline.config.catalogue import OPEN, catalogue, join, split, typed
 from shardline.config.deepspeed import ALIASES, AUTO_IS_A_VALUE, AUTO_MEANS, AUTO_NEEDS, NO_EFFECT, UNSUPPORTED
 from shardline.config.kinds import Section, adapter, left_out, section_of
 from shardline.config.sentences import allowed, found, nearest
@@ -122,7 +122,7 @@ class Reading:
         if not (refusal.accepts(value) or value is None or (value == AUTO and at not in AUTO_IS_A_VALUE)):
             self.problem(at, f"{self._as_written(at)}: {found(value)} is not supported; {refusal.reason}.")
             return True
-        return catalogue(self.root)[at].kind == "unsupported"
+        return at not in typed(self.root)
 
     def _open(self, model: type[Section] | None, value: Any, at: str) -> dict[str, Any]:
         """The arguments of a class: checked where the class is known, else only rid of ``"auto"``."""
