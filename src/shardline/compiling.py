@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from shardline.describe import blocks, is_below
+from shardline.errors import UsageError
 from shardline.plan import UnitPlan
 
 __all__ = ["compile_blocks", "is_compiled"]
@@ -58,7 +59,10 @@ def compile_blocks(
 
     Args:
         units: the units of the model.
-        args, kwargs: of ``torch.compile``, beside the function.
+        args, kwargs: those of ``torch.compile`` beside the function.
+
+    Raises:
+        UsageError: if no module is found.
     """
     modules = dict(model.named_modules())
 
@@ -73,6 +77,11 @@ def compile_blocks(
     for block in blocks(model) or [""]:
         inside = [block] if is_closed(block) else [path for path in modules if path in roots and is_below(path, block)]
         chosen += [path for path in inside if is_closed(path) and not is_compiled(modules[path])]
+    if not chosen:
+        raise UsageError(
+            "compile() found nothing that it could compile: the modules are compiled already, or each of them uses "
+            "units besides its own. Compile functions that use no weights yourself, with torch.compile."
+        )
     compiled = [_Compiled(modules[path], args, kwargs) for path in chosen]
     for each in compiled:
         each._module.forward = each
