@@ -119,9 +119,13 @@ def lay_out(
     specs, params = describe_params(model, precision, groups)
     modules = describe_modules(model)
     plan = _plan(specs, modules, config, comm.world_size, whole=whole)
-    comm.agree({"the number of parameters": len(specs)})
-    comm.agree({f"parameter {spec.name!r}": [list(spec.shape), str(spec.dtype), spec.group] for spec in specs})
-    comm.agree({"the layout of the model": plan.fingerprint})
+    comm.agree(
+        {
+            "the number of parameters": len(specs),
+            **{f"parameter {spec.name!r}": [list(spec.shape), str(spec.dtype), spec.group] for spec in specs},
+            "the layout of the model": plan.fingerprint,
+        }
+    )
     pool = Pool(comm.device)
     units = _units(plan, params, config, precision, comm, pool, on_touch)
     return Layout(plan, params, units, modules, pool)
