@@ -122,7 +122,7 @@ def lay_out(
     comm.agree({"the number of parameters": len(specs)})
     comm.agree({f"parameter {spec.name!r}": [list(spec.shape), str(spec.dtype), spec.group] for spec in specs})
     comm.agree({"the layout of the model": plan.fingerprint})
-    pool = Pool(comm.device)
+    pool = Pool(comm.device, comm)
     units = _units(plan, params, config, precision, comm, pool, on_touch)
     return Layout(plan, params, units, modules, pool)
 
