@@ -1,28 +1,23 @@
-"""CPU ranks of one host exchange through memory that all of them map: nothing is copied but to where it is used.
+"""CPU ranks of one host read each other's buffers: nothing is copied but to where it is used.
 
-Every rank has an :class:`Arena`, a large sparse file without a name in which its buffers lie, and maps those of its
-peers to read. To start a transition is to announce where this rank's part lies. To carry it out is to take what this
-rank needs straight from where the others announced theirs, and to say that it was read.
+Every rank has its buffers in an :class:`Arena` and maps those of its peers. To start a transition is to announce where
+this rank's part lies. To carry it out is to take what this rank needs straight from where the others announced theirs,
+and to say that it was read. What was announced is kept, and not written, until all have read it.
 
 No thread does that: whatever is due is done whenever this rank starts or waits for anything, so a rank that waits for
-one transition never keeps the others from theirs. What was announced is kept, and not written, until all have read it.
+one transition never keeps the others from theirs.
 
 The order "first the data, then the word that announces it" holds on x86-64 as the program has it; elsewhere it would
-take fences that Python has not. Anything that is not as needed here is found out by trying, and then gloo does it all.
+take fences that Python has not. Whether all this works is found out by trying; where it does not, gloo does it all.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import mmap
 import os
 import platform
-import secrets
 import sys
 import time
-import warnings
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardline.comm.arena import Arena, Peer, in_pages
 from shardline.comm.transport import Scratch, Work, add_in_order, put
 from shardline.errors import DisagreementError, LostRankError
 
@@ -44,7 +40,7 @@ _RING = 1024
 
 _LINE = 8  # words of a cache line: what one rank writes and another reads at once lie apart
 _CHANNEL = 2 * _LINE + 2 * _RING  # words: started | carried out | ring of (offset, bytes)
-_HEADER = 8 * (_LINE + _CHANNELS * _CHANNEL) // mmap.PAGESIZE * mmap.PAGESIZE + mmap.PAGESIZE
+_HEADER = 8 * (_LINE + _CHANNELS * _CHANNEL)  # bytes
 
 _SMALL = 1 << 16
 """Bytes below which a buffer stays in private memory, and is copied into the arena when it is announced."""
@@ -54,119 +50,13 @@ _NAP, _LONGEST_NAP = 20e-6, 1e-3  # seconds
 _LOOK = 0.1  # seconds of waiting between looks whether the peers still live
 
 
-class Arena:
-    """The buffers of this rank that others may read. Pages of the file come with a buffer and go with it."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.token, self._pid = size, secrets.randbits(62), os.getpid()
-        self.fd = os.memfd_create("shardline")
-        self.close = weakref.finalize(self, os.close, self.fd)
-        os.ftruncate(self.fd, size)
-        os.posix_fallocate(self.fd, 0, _HEADER)
-        self._map = mmap.mmap(self.fd, size)
-        self._base = torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
-        self._holes = [(_HEADER, size)]
-        self._left: deque[tuple[int, int]] = deque()  # by buffers that are gone, still with their pages
-        self._free: deque[tuple[int, int]] = deque()  # and without, to be holes
-        self.is_quiet: Callable[[], bool] = lambda: True  # whether nobody reads anything here
-        self.words = memoryview(self._map)[:_HEADER].cast("q")
-        self.words[0] = self.token
-
-    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A flat buffer with arbitrary contents, whose memory is there: to touch it later cannot fail.
-
-        Raises:
-            OSError: where there is no such memory.
-        """
-        self._merge_holes()
-        size = _pages(numel * dtype.itemsize)
-        hole = next((hole for hole in self._holes if hole[1] - hole[0] >= size), None)
-        if hole is None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        start, stop = hole
-        os.posix_fallocate(self.fd, start, size)
-        self._holes[self._holes.index(hole)] = (start + size, stop)
-        piece = memoryview(self._map)[start : start + size]
-        weakref.finalize(piece, self._leave, start, start + size).atexit = False
-        with torch.inference_mode(False):
-            return torch.frombuffer(piece, dtype=dtype, count=numel)
-
-    def place(self, buffer: Tensor) -> int | None:
-        """Where in the file ``buffer`` begins, if it lies here."""
-        offset = buffer.data_ptr() - self._base
-        return offset if 0 <= offset < self.size else None
-
-    def _leave(self, start: int, stop: int) -> None:
-        """A buffer is gone. This can come at any moment, on any thread."""
-        self._left.append((start, stop))
-        self._give_back()
-
-    def _give_back(self) -> None:
-        """Let the pages of buffers that are gone go, unless somebody may be reading them."""
-        # What a forked child (a worker of a data loader) lets go of is not its own.
-        if os.getpid() != self._pid or sys.is_finalizing() or not self.is_quiet():
-            return
-        with contextlib.suppress(IndexError):
-            while True:
-                start, stop = self._left.popleft()
-                self._map.madvise(mmap.MADV_REMOVE, start, stop - start)
-                self._free.append((start, stop))
-
-    def _merge_holes(self) -> None:
-        self._give_back()
-        if not self._free:
-            return
-        found = sorted([*self._holes, *(self._free.popleft() for _ in range(len(self._free)))])
-        self._holes = []
-        for start, stop in found:
-            if self._holes and self._holes[-1][1] == start:
-                self._holes[-1] = (self._holes[-1][0], stop)
-            else:
-                self._holes.append((start, stop))
-
-
-class Peer:
-    """Another rank's arena, to read.
-
-    Raises:
-        OSError, ValueError: if it cannot be mapped, or is not the one that was meant.
-    """
-
-    def __init__(self, rank: int, pid: int, fd: int, size: int, token: int) -> None:
-        self.rank, self.pid = rank, pid
-        self._path = f"/proc/{pid}/fd/{fd}"
-        opened = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            self._identity = os.fstat(opened)
-            mapped = mmap.mmap(opened, size, prot=mmap.PROT_READ)
-        finally:
-            os.close(opened)
-        self.words = memoryview(mapped)[:_HEADER].cast("q")
-        if self.words[0] != token:
-            raise ValueError(f"{self._path} is not the memory of rank {rank}")
-        with torch.inference_mode(False), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it cannot be written is the point
-            self._bytes = torch.frombuffer(mapped, dtype=torch.uint8)
-
-    def read(self, offset: int, size: int) -> Tensor:
-        return self._bytes[offset : offset + size]
-
-    def is_there(self) -> bool:
-        """Whether its process lives and has the arena open: no other file can be this one while it is mapped."""
-        try:
-            return os.path.samestat(os.stat(self._path), self._identity)
-        except OSError:
-            return False
-
-
 @dataclass(frozen=True)
 class _Announced:
-    """A transition that this rank started: what the others read for it, and what there is to do."""
+    """What the others read for a transition that this rank started."""
 
     number: int
     part: Tensor
     is_copy: bool
-    carry_out: Callable[[], None]
 
 
 class SharedMemory:
@@ -252,7 +142,7 @@ class SharedMemory:
             return part
         free = [copy for copy in self._copies if copy.numel() >= size]
         try:
-            copy = min(free, key=Tensor.numel) if free else self.arena.empty(_pages(size), torch.uint8)
+            copy = min(free, key=Tensor.numel) if free else self.arena.empty(in_pages(size), torch.uint8)
         except OSError as error:
             raise MemoryError(
                 f"rank {self.rank} has no shared memory left for {size} bytes to send ({error}). Leave more memory "
@@ -271,6 +161,8 @@ class SharedMemory:
         """Leave: the others find this rank gone. Memory goes when nobody holds a buffer in it any more."""
         with contextlib.suppress(LostRankError, DisagreementError):
             self.finish_started(lambda: False, patience=_LOOK)
+        quiet = self.arena.is_quiet()
+        self.arena.is_quiet = lambda: quiet
         self.arena.close()
         self.transports, self.peers, self._copies = [], [], []
 
@@ -280,7 +172,8 @@ class SharedTransport:
 
     def __init__(self, memory: SharedMemory, channel: int) -> None:
         self.memory, self._mine = memory, memory.arena.words
-        self.started: deque[_Announced] = deque()  # and not carried out: others may wait for that
+        # Numbers of what was started and not carried out, for which others may wait, and what there is to do.
+        self.started: deque[tuple[int, Callable[[], None]]] = deque()
         self._kept: deque[_Announced] = deque()  # perhaps not read by all
         # Where in the header: how many were started, how many carried out, and where the parts are.
         self.count = _LINE + channel * _CHANNEL
@@ -315,11 +208,11 @@ class SharedTransport:
         if number - self._read_by_all() > _RING:
             memory.wait(lambda: number - self._read_by_all() <= _RING)
         shown = memory.to_announce(part)
-        announced = _Announced(number, shown, shown is not part, carry_out)
+        announced = _Announced(number, shown, shown is not part)
         entry = self._ring + 2 * (number % _RING)
         mine[entry], mine[entry + 1] = memory.arena.place(shown) or 0, part.numel() * part.element_size()
         mine[self.count] = number
-        self.started.append(announced)
+        self.started.append((number, carry_out))
         self._kept.append(announced)
         memory.progress()
         to_the_end = keep and not announced.is_copy
@@ -331,7 +224,7 @@ class SharedTransport:
 
     def _read(self, peer: Peer, numel: int, dtype: torch.dtype) -> Tensor:
         """What ``peer`` announced for the transition that is carried out now."""
-        number = self.started[0].number
+        number, _ = self.started[0]
         entry = self._ring + 2 * (number % _RING)
         offset, size = peer.words[entry], peer.words[entry + 1]
         if size != numel * dtype.itemsize:
@@ -343,9 +236,11 @@ class SharedTransport:
 
     def progress(self) -> None:
         """Carry out, in order, what all peers have started too, and forget what all have read."""
-        while self.started and all(peer.words[self.count] >= self.started[0].number for peer in self.memory.peers):
-            self.started[0].carry_out()
-            self._mine[self._done] = self.started.popleft().number
+        while self.started and all(peer.words[self.count] >= self.started[0][0] for peer in self.memory.peers):
+            number, carry_out = self.started[0]
+            carry_out()
+            self._mine[self._done] = number
+            self.started.popleft()
         if self._kept:
             read = self._read_by_all()
             while self._kept and self._kept[0].number <= read:
@@ -373,19 +268,15 @@ def attach(rank: int, exchange: Callable[[Any], list[Any]], timeout: timedelta, 
     """
     arena, mine = None, None
     if wanted and sys.platform == "linux" and platform.machine() == "x86_64":
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            arena = Arena(_pages(2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
-            mine = {"host": _host(), "pid": os.getpid(), "fd": arena.fd, "size": arena.size, "token": arena.token}
+        with contextlib.suppress(OSError, ValueError):
+            arena = Arena(2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), _HEADER)
+            mine = [_host(), os.getpid(), arena.fd, arena.size, _HEADER, arena.token]
     everyone = exchange(mine)
-    if any(other is None or other["host"] != everyone[0]["host"] for other in everyone):
+    if any(other is None or other[0] != everyone[0][0] for other in everyone):
         return None
     peers: list[Peer] | None = None
     with contextlib.suppress(OSError, ValueError):
-        peers = [
-            Peer(other, found["pid"], found["fd"], found["size"], found["token"])
-            for other, found in enumerate(everyone)
-            if other != rank
-        ]
+        peers = [Peer(other, *found[1:]) for other, found in enumerate(everyone) if other != rank]
     if not all(exchange(peers is not None)):
         return None
     assert arena is not None and peers is not None
@@ -393,11 +284,6 @@ def attach(rank: int, exchange: Callable[[Any], list[Any]], timeout: timedelta, 
 
 
 def _host() -> list[Any]:
-    """What two processes share that see each other's files under /proc."""
+    """Alike for two processes that see each other's files under /proc."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return [boot, os.stat("/proc/self/ns/pid").st_ino]
-
-
-def _pages(size: int) -> int:
-    """``size`` bytes, rounded up to whole pages and at least one."""
-    return max(1, -(-size // mmap.PAGESIZE)) * mmap.PAGESIZE

@@ -78,7 +78,7 @@ class Scratch(Protocol):
     def give(self, buffer: Tensor) -> None: ...
 
 
-_BLOCK = 1 << 16
+_BLOCK = 1 << 17
 """Elements that are summed at a time on CPU: few enough to stay in the cache from one term to the next."""
 
 
