@@ -39,6 +39,8 @@ def _job(case, stage, setup, compiled, backend="aot_eager", before=None, steps=2
 
     def prepared():
         model = build()
+        if before == "whole":
+            return torch.compile(model, backend=backend)
         for index, block in enumerate(model.blocks if before else ()):
             if before == "wrapped":
                 model.blocks[index] = torch.compile(block, backend=backend)
@@ -86,7 +88,7 @@ def test_a_model_without_blocks_is_compiled_unit_by_unit(ranks) -> None:
 
 
 def test_blocks_that_the_user_compiled(ranks) -> None:
-    ways = [(False,), (False, "aot_eager", "wrapped"), (False, "aot_eager", "in place")]
+    ways = [(False,), *((False, "eager", before) for before in ("wrapped", "in place", "whole"))]
     for result in ranks(_compare, 2, "mlp", "fp32", *ways):
         for (losses, state, _), *others in result:
             for compiled_losses, compiled_state, graphs in others:
