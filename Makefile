@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo demo-resume cifar10 test test-full test-faults test-gpu check format clean
+.PHONY: help .venv demo demo-resume cifar10 test test-full test-faults test-gpu bench bench-quick check format clean
 
 help:  ## this list
 	@grep -hE '^[a-z.][a-z0-9.-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -46,6 +46,22 @@ test-faults: .venv  ## checkpoints with the full matrices: layouts, kills, damag
 test-gpu: .venv  ## the tests that need an accelerator
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
+bench: .venv-bench/.installed  ## speed and memory beside DeepSpeed, FSDP2, DDP and the limit, about 25 minutes
+	.venv-bench/bin/python benchmarks/bench.py $(ARGS)
+
+bench-quick: .venv  ## does the benchmark itself work? A minute, with what .venv has
+	$(BIN)/python benchmarks/bench.py --quick --rounds 1 --out runs/bench-quick $(ARGS)
+
+# The peers, in an environment of their own; nothing of DeepSpeed is compiled.
+.venv-bench/.installed: constraints.txt benchmarks/constraints.txt
+	@echo "Installing the peers into .venv-bench ..."
+	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools numpy torch \
+		pydantic safetensors tqdm matplotlib
+	@DS_BUILD_OPS=0 .venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+		-c constraints.txt -c benchmarks/constraints.txt deepspeed
+	@touch $@
+
 check: .venv  ## formatting, lint, types, import levels
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -57,5 +73,5 @@ format: .venv  ## format and sort imports in place
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and everything that was made
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-bench build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

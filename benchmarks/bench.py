@@ -16,8 +16,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,46 +33,8 @@ import measure  # noqa: E402
 import report  # noqa: E402
 from loops import ENGINES  # noqa: E402
 from models import MODELS, parts  # noqa: E402
+from suite import Case, full, heats, quick, starting  # noqa: E402
 from worker import Failed, Pair  # noqa: E402
-
-
-@dataclass(frozen=True)
-class Case:
-    """The work that a set of engines is compared on."""
-
-    model: str
-    dtype: str
-    accumulation: int = 1
-    world: int = 2
-
-
-def suite() -> Iterator[tuple[Case, list[str]]]:
-    """What ``make bench`` runs."""
-    everything = list(ENGINES)
-    ours = [name for name in ENGINES if name.startswith("shardline")]
-    for dtype in ("fp32", "bf16"):
-        yield Case("gpt", dtype), everything
-    for dtype in ("fp32", "bf16"):
-        yield (
-            Case("gpt", dtype, accumulation=4),
-            ["compute", "ddp", "deepspeed-2", "fsdp2-keep", *[name for name in ours if name.startswith("shardline-2")]],
-        )
-    for model in ("deep", "wide", "conv"):
-        for dtype in ("fp32", "bf16"):
-            yield Case(model, dtype), everything
-    for dtype in ("fp32", "bf16"):
-        yield Case("gpt", dtype, world=1), ["compute", "shardline-0", "shardline-3"]
-    for count in (8, 64, 512):
-        for world in (1, 2):
-            yield Case(f"units-{count}", "fp32", world=world), ["compute", "shardline-2", "shardline-3"]
-
-
-def heats(engines: Sequence[str], dtype: str) -> list[list[str]]:
-    """``engines`` in groups that are run side by side; no group is part of another."""
-    usable = [name for name in engines if not (ENGINES[name].low_only and dtype == "fp32")]
-    groups = [[name for name in usable if stage in ENGINES[name].heats] for stage in range(4)]
-    return [g for n, g in enumerate(groups) if g and not any(
-        set(g) < set(other) or (set(g) == set(other) and m < n) for m, other in enumerate(groups))]  # fmt: skip
 
 
 def run_heat(case: Case, engines: Sequence[str], rounds: int, turn: int) -> tuple[list[dict[str, Any]], list[str]]:
@@ -149,7 +111,8 @@ def run_starts(case: Case, engines: Sequence[str], rounds: int) -> tuple[list[di
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", help=f"of {', '.join(MODELS)}; without it the whole suite is run")
+    parser.add_argument("--models", help=f"of {', '.join(MODELS)}; without it a whole suite is run")
+    parser.add_argument("--quick", action="store_true", help="the quick suite: does the benchmark itself work?")
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--engines", default=",".join(ENGINES), help=f"of {', '.join(ENGINES)}")
     parser.add_argument("--accumulation", default="1", help="micro-batches of a step, such as 1,4")
@@ -170,8 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                  for model in args.models.split(",") for dtype in args.dtypes.split(",")
                  for accumulation in args.accumulation.split(",") for world in args.worlds.split(",")]  # fmt: skip
     else:
+        suite = quick() if args.quick else full()
         cases = [(case, [name for name in engines if name in chosen])
-                 for case, engines in suite() if case.dtype in args.dtypes.split(",")]  # fmt: skip
+                 for case, engines in suite if case.dtype in args.dtypes.split(",")]  # fmt: skip
     absent = sorted({name for _, engines in cases for name in engines if not ENGINES[name].installed})
     if absent:
         print(f"not installed, left out: {', '.join(absent)}", file=sys.stderr)
@@ -192,12 +156,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result["errors"] += errors
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "results.json").write_text(json.dumps(result, indent=1))
-    for dtype in () if args.models else args.dtypes.split(","):
-        names = [name for name in ENGINES if name.startswith(("fsdp2", "shardline")) and name in chosen]
+    for dtype in () if args.models or args.quick else args.dtypes.split(","):
+        names = [name for name in starting("fsdp2", "shardline") if name in chosen]
         print(f"[{time.monotonic() - began:5.0f} s] set-up, {dtype}: {' '.join(names)}", file=sys.stderr, flush=True)
         rows, errors = run_starts(Case("gpt", dtype), names, 3)
         result["starts"] += rows
         result["errors"] += errors
+    result["errors"] += report.wrong_losses(result)
     (args.out / "results.json").write_text(json.dumps(result, indent=1))
     figures = bar.judge(result)
     text = report.markdown(result, figures)

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from models import CLIP, LEARNING_RATE, Batch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-
-from models import CLIP, LEARNING_RATE, Batch
 
 Step = Callable[[Sequence[Batch]], Tensor]
 ADAMW: dict[str, Any] = {"lr": LEARNING_RATE, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
@@ -42,7 +41,7 @@ class Work:
 
 
 class Masters:
-    """fp32 masters of low-precision parameters, as a careful user writes them by hand; at one dtype they are the weights.
+    """fp32 masters of low-precision parameters, as a careful user writes them by hand; in fp32 they are the weights.
 
     Gradients of several micro-steps are added up in fp32 if the caller collects after each.
     """

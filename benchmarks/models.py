@@ -37,7 +37,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer with untied embedding and head; ``forward(tokens, targets)`` gives the loss in fp32."""
+    """A decoder-only transformer with untied embedding and head; ``forward(tokens, targets)`` is the loss in fp32."""
 
     def __init__(self, depth: int, width: int, heads: int, vocabulary: int, time: int) -> None:
         super().__init__()

@@ -12,6 +12,9 @@ from bar import Figure, activations_mb, limit_mb, paired, unit_cost
 ALONE = ("compute", "pure")
 """Loops without communication: each rank sees its own data only, so their loss is their own."""
 
+TOLERANCE = {"fp32": 0.005, "bf16": 0.03}
+"""How far apart the losses of two right engines may be after the same steps, as a share."""
+
 
 def cases(result: dict[str, Any]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
     """The rows by case, in the order they were measured."""
@@ -48,9 +51,6 @@ def _table(result: dict[str, Any], case: tuple[Any, ...], rows: list[dict[str, A
     yield ("| engine | step ms | per second | step / compute | peak MB | formula + activations | peak with start | "
            "steady MB | set-up s | first step s | loss |")  # fmt: skip
     yield "|---" * 11 + "|"
-    agreed = [row["losses"][-1] for row in rows if row["engine"] not in ALONE]
-    loss = statistics.median(agreed) if agreed else 0.0
-    tolerance = 0.005 if case[1] == "fp32" else 0.03
     seen = set()
     for row in rows:
         name, heat = row["engine"], {r["engine"]: r for r in rows if r["heat"] == row["heat"]}
@@ -59,11 +59,27 @@ def _table(result: dict[str, Any], case: tuple[Any, ...], rows: list[dict[str, A
         seen.add(name)
         step = statistics.median(row["rounds"])
         ratio = f"{paired(row['rounds'], heat['compute']['rounds']):.2f}" if "compute" in heat else ""
-        wrong = name not in ALONE and abs(row["losses"][-1] - loss) > tolerance * loss
+        differs = " **differs**" if name in _outliers(rows) else ""
         yield (f"| {name} | {1e3 * step:.1f} | {row['samples'] / step:.0f} | {ratio} | {row['peak']:.0f} | "
                f"{_limit(result, case, name, heat)} | {row['peak from start']:.0f} | {row['steady']:.0f} | "
-               f"{row['setup']:.2f} | {row['first']:.2f} | {row['losses'][-1]:.4f}{' **differs**' if wrong else ''} |")  # fmt: skip
+               f"{row['setup']:.2f} | {row['first']:.2f} | {row['losses'][-1]:.4f}{differs} |")  # fmt: skip
     yield ""
+
+
+def _outliers(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Engines whose last loss is not the others', with how far it is off, as a share."""
+    agreed = [row["losses"][-1] for row in rows if row["engine"] not in ALONE]
+    if len(agreed) < 3:
+        return {}
+    middle = statistics.median(agreed)
+    off = {row["engine"]: abs(row["losses"][-1] / middle - 1) for row in rows if row["engine"] not in ALONE}
+    return {name: share for name, share in off.items() if not share <= TOLERANCE[rows[0]["dtype"]]}
+
+
+def wrong_losses(result: dict[str, Any]) -> list[str]:
+    """A sentence for each engine that did not compute what the others did."""
+    return [f"{name} on {title(case)}: the loss is {share:.1%} away from the other engines'"
+            for case, rows in cases(result).items() for name, share in _outliers(rows).items()]  # fmt: skip
 
 
 def _limit(result: dict[str, Any], case: tuple[Any, ...], name: str, heat: dict[str, Any]) -> str:

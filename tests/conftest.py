@@ -21,11 +21,25 @@ MAX_PROCESSES = 12
 """Warm ranks over all pools; each takes 200 to 300 MB. Worlds 1, 2, 3 and 4 fit together."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--transport", choices=["auto", "gloo"], default="auto", help="how the ranks of all tests talk")
+
+
+def over_gloo(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call ``fn`` on a rank that finds no memory to share."""
+    import shardline.comm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shardline.comm, "attach", lambda *args, **kwargs: None)
+        return fn(*args, **kwargs)
+
+
 class Ranks:
     """Calls a module-level function on every rank of a world, on warm processes that the whole session shares."""
 
-    def __init__(self) -> None:
+    def __init__(self, transport: str = "auto") -> None:
         self._pools: dict[int, Pool] = {}  # least recently used first
+        self._transport = transport
 
     def __call__(
         self, fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout: float = 60.0, **kwargs: Any
@@ -34,6 +48,8 @@ class Ranks:
         while self._pools and sum(self._pools) + world_size > MAX_PROCESSES:
             self._pools.pop(next(iter(self._pools))).close()
         self._pools[world_size] = pool
+        if self._transport == "gloo":
+            return pool.run(over_gloo, fn, args, kwargs, timeout=timeout)
         return pool.run(fn, *args, timeout=timeout, **kwargs)
 
     @property
@@ -46,9 +62,9 @@ class Ranks:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     """``ranks(fn, world_size, *args, timeout=60, **kwargs)`` -> what ``fn`` returned on each rank."""
-    shared = Ranks()
+    shared = Ranks(request.config.getoption("--transport"))
     yield shared
     shared.close()
 

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from shardline.compiling import compile_blocks, is_compiled
 from shardline.errors import UsageError
 from shardline.plan import UnitPlan
-from tests.harness import DTYPES, STAGES, Setup, assert_close, assert_identical, full, spread, start
+from tests.harness import STAGES, Setup, assert_close, assert_identical, full, spread, start
 from tests.models import Block, ConvNet, Mlp, TinyGpt, cross_entropy, images, mse, regression, tokens
 
 
@@ -39,6 +39,8 @@ def _job(case, stage, setup, compiled, backend="aot_eager", before=None, steps=2
 
     def prepared():
         model = build()
+        if before == "whole":
+            return torch.compile(model, backend=backend)
         for index, block in enumerate(model.blocks if before else ()):
             if before == "wrapped":
                 model.blocks[index] = torch.compile(block, backend=backend)
@@ -86,7 +88,7 @@ def test_a_model_without_blocks_is_compiled_unit_by_unit(ranks) -> None:
 
 
 def test_blocks_that_the_user_compiled(ranks) -> None:
-    ways = [(False,), (False, "aot_eager", "wrapped"), (False, "aot_eager", "in place")]
+    ways = [(False,), *((False, "eager", before) for before in ("wrapped", "in place", "whole"))]
     for result in ranks(_compare, 2, "mlp", "fp32", *ways):
         for (losses, state, _), *others in result:
             for compiled_losses, compiled_state, graphs in others:
@@ -194,14 +196,15 @@ def test_a_forward_of_the_modules_own_is_restored() -> None:
 @full
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
 def test_inductor(ranks) -> None:
-    for stage, dtype in itertools.product((0, 3), DTYPES):
+    for stage, dtype in itertools.product((0, 3), ("fp32", "bf16")):
         setup = Setup(dtype=dtype)
         before = setup.twin(_seeded()).state()
         plain = ranks(_job, 2, "gpt", stage, setup, False)[0]
         compiled = ranks(_inductor, 2, stage, setup, timeout=300)[0]
         assert compiled[2] == 1
         torch.testing.assert_close(compiled[0], plain[0], rtol=2e-2, atol=2e-2)
-        assert_close(compiled[1], plain[1], dtype, before)
+        # fused code rounds to bf16 less often
+        assert_close(compiled[1], plain[1], dtype, before, times=1.0 if dtype == "fp32" else 4.0)
 
 
 def _seeded():

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from shardline.describe import chosen_units, describe_modules, describe_params, first_names
+from shardline.describe import blocks, chosen_units, describe_modules, describe_params, first_names
 from shardline.errors import ModelError
 from shardline.precision import Precision
-from tests.models import ConvNet, Mlp, TinyGpt
+from tests.models import Block, ConvNet, Mlp, TinyGpt
 
 
 def specs_of(model: nn.Module, precision: Precision | None = None, frozen: tuple[str, ...] = ()):
@@ -96,3 +96,16 @@ def test_units_are_chosen_by_class_name_path_or_ending() -> None:
     assert chosen_units(modules, [], ["head", "no.such"], []) == ["head"]
     assert chosen_units(modules, [], [], [".up", "1.down"]) == ["blocks.0.up", "blocks.1.up", "blocks.1.down"]
     assert chosen_units(modules, [], [], []) == []
+
+
+def test_blocks_are_the_outermost_repeated_modules() -> None:
+    nested = nn.ModuleList(nn.Sequential(Block(2), Block(2)) for _ in range(2))  # a list of stages of blocks
+    experts = nn.Sequential(nn.ModuleDict({"experts": nn.ModuleList([Block(2), Block(2)])}), nn.ReLU())
+    plain = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    small = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(2))
+    assert blocks(TinyGpt()) == ["blocks.0", "blocks.1"]
+    assert blocks(nested) == ["0.0", "0.1", "1.0", "1.1"]
+    assert blocks(experts) == ["0"]
+    assert blocks(plain) == [] and blocks(Block(2)) == []
+    assert blocks(small) == ["0", "1"]
+    assert blocks(nn.ModuleList([nested[0][0]] * 2)) == ["0"]

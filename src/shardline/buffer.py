@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,15 +33,32 @@ _PATIENCE = 20
 """Times 0.1 ms to wait for a piece that comes free in a moment: new memory costs page faults for all of it."""
 
 
+_SECONDS = 1.0
+"""To wait for other ranks that read a piece: they come by at their next transition."""
+
+
+class Memory(Protocol):
+    """Where buffers come from that travel between ranks."""
+
+    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """A flat buffer with arbitrary contents."""
+        ...
+
+    def settle(self, patience: float) -> None:
+        """Wait, at most ``patience`` seconds, until other ranks have read what they still hold here."""
+        ...
+
+
 class Pool:
-    """Lends flat 1-D buffers on one device.
+    """Lends flat 1-D buffers on one device, of ``memory`` where it is given.
 
     Giving 64 MB back to the system and taking it again costs about ten times as long as filling it, in page faults, so
     on CPU memory is kept. The best-fitting free piece is lent.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, memory: Memory | None = None) -> None:
         self.device = device
+        self._memory = memory
         self._keep = device.type == "cpu"
         self._free: list[torch.UntypedStorage] = []
 
@@ -52,6 +69,8 @@ class Pool:
         with torch.inference_mode(False):
             memory = self._find(size) if size >= _SMALL else None
             if memory is None:
+                if self._memory is not None:
+                    return self._memory.empty(numel, dtype)
                 return torch.empty(numel, dtype=dtype, device=self.device)
             self._free = [other for other in self._free if other is not memory]
             return torch.empty(0, dtype=dtype, device=self.device).set_(memory, 0, (numel,), (1,))
@@ -59,11 +78,14 @@ class Pool:
     def _find(self, size: int) -> torch.UntypedStorage | None:
         """The smallest free piece of at least ``size`` bytes, and not much more, that nobody holds."""
         fits = [memory for memory in self._free if size <= memory.nbytes() <= 1.25 * size]
-        for _ in range(_PATIENCE if fits else 0):
+        for turn in range(_PATIENCE if fits else 0):
             alone = [memory for memory in fits if _is_alone(memory)]
             if alone:
                 return min(alone, key=torch.UntypedStorage.nbytes)
-            time.sleep(1e-4)  # a transport's thread lets go a moment after its work is done
+            if self._memory is not None and not turn:
+                self._memory.settle(_SECONDS)
+            else:
+                time.sleep(1e-4)  # a transport's thread lets go a moment after its work is done
         # A user, or autograd, keeps these for longer: they are theirs now.
         self._free = [memory for memory in self._free if not any(memory is other for other in fits)]
         return None

@@ -126,7 +126,7 @@ def lay_out(
             "the layout of the model": plan.fingerprint,
         }
     )
-    pool = Pool(comm.device)
+    pool = Pool(comm.device, comm)
     units = _units(plan, params, config, precision, comm, pool, on_touch)
     return Layout(plan, params, units, modules, pool)
 

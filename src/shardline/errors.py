@@ -8,6 +8,7 @@
     |-- OptimizerError      an optimizer that cannot be computed right on shards
     |-- DataError           the dataset, sampler or collate function
     |-- DisagreementError   ranks that must agree do not; names both sides
+    |-- LostRankError       a rank ended, or did not come, while others waited for it
     |-- CheckpointError     a checkpoint that cannot be written or read; names the file
     `-- LaunchError         starting processes: environment variables, ports, scripts
 
@@ -23,6 +24,7 @@ __all__ = [
     "DataError",
     "DisagreementError",
     "LaunchError",
+    "LostRankError",
     "ModelError",
     "OptimizerError",
     "SealedError",
@@ -61,6 +63,10 @@ class DataError(ShardlineError, ValueError):
 
 class DisagreementError(ShardlineError, RuntimeError):
     """Ranks that must hold or do the same do not."""
+
+
+class LostRankError(ShardlineError, RuntimeError):
+    """A rank ended, or did not come, while this one waited for it."""
 
 
 class CheckpointError(ShardlineError, RuntimeError):

@@ -94,8 +94,9 @@ def initialize(
     source = _one_config(args, config, config_params)
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     topology = discover(getattr(args, "local_rank", None))
-    comm = Comm(_group(mesh), topology.device)
-    settings = load_config(source, comm.world_size)
+    group = _group(mesh)
+    settings = load_config(source, 1 if group is None else dist.get_world_size(group))
+    comm = Comm(group, topology.device, transport=settings.communication_transport)
     comm.agree(
         {
             "the version of torch": torch.__version__,

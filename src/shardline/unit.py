@@ -97,7 +97,7 @@ class Slab:
         """Make weights and masters, still without values but for the gaps, which are zero."""
         device = self.comm.device
         low, high = self._range(self.row.weights)
-        self.weights = torch.zeros(high - low, dtype=self.plan.dtype, device=device)
+        self.weights = self.comm.empty(high - low, self.plan.dtype).zero_()
         if self.plan.trainable:
             low, high = self.state_range
             if self.master_dtype == self.plan.dtype:  # masters are the weights
@@ -146,6 +146,7 @@ class Slab:
 
     def take(self, whole: Tensor) -> None:
         """Take ``whole`` (in the dtype of the weights) over into this rank's weights at rest and masters."""
+        self.comm.settle()
         low, high = self._range(self.row.weights)
         if self.weights.data_ptr() != whole.data_ptr():
             self.weights.copy_(whole[low:high])
@@ -161,6 +162,7 @@ class Slab:
     def refresh(self) -> None:
         """Bring this rank's updated masters into the weights at rest."""
         if self.master is not None and self.master_dtype != self.plan.dtype:
+            self.comm.settle()
             low, _ = self._range(self.row.weights)
             first, last = self.state_range
             self.weights[first - low : last - low].copy_(self.master)
@@ -404,9 +406,8 @@ class Unit:
             return
         for slab in self.slabs:
             whole = self.pool.take(slab.plan.size, slab.plan.dtype)
-            slab.own(whole).copy_(slab.weights)
             slab.gathered = whole
-            self._works.append(self.comm.gather(self.index, whole, slab.plan.boundaries))
+            self._works.append(self.comm.gather(self.index, whole, slab.plan.boundaries, own=slab.weights))
         self.residence = Residence.GATHERING
 
     def wait(self) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from shardline.comm.transport import ExchangeTransport, HostStagedTransport, NcclTransport, Work, choose
+from shardline.comm.shared import SharedTransport
+from shardline.comm.transport import ExchangeTransport, HostStagedTransport, NcclTransport, Work, add_in_order, choose
+from tests.comm.sharing import leave, memory_here
+
+KINDS = (ExchangeTransport, HostStagedTransport, SharedTransport)
 
 CUTS = {
     2: {"equal": [0, 64, 128], "unequal": [0, 128, 192], "empty first": [0, 0, 64], "empty last": [0, 64, 64]},
@@ -35,27 +40,38 @@ def values(rank, numel, dtype):
     return torch.randn(numel, generator=torch.Generator().manual_seed(rank)).to(dtype)
 
 
+@contextlib.contextmanager
 def transport_of(kind):
-    return kind(dist.group.WORLD) if kind is not HostStagedTransport else kind(ExchangeTransport(dist.group.WORLD))
+    if kind is SharedTransport:
+        memory = memory_here()
+        yield memory.transports[0]
+        leave(memory)
+    else:
+        inner = dist.group.WORLD
+        yield kind(ExchangeTransport(inner)) if kind is HostStagedTransport else kind(inner)
 
 
-def gather_all(kind, boundaries, dtype):
+def gather_all(kind, boundaries, dtype, in_place):
     rank, numel = dist.get_rank(), boundaries[-1]
     buffer = torch.full((numel + 5,), -1.0, dtype=dtype)
-    own = slice(boundaries[rank], boundaries[rank + 1])
-    buffer[:numel][own] = values(rank, numel, dtype)[own]
-    transport_of(kind).gather(buffer[:numel], boundaries).wait()
+    own = values(rank, numel, dtype)[boundaries[rank] : boundaries[rank + 1]]
+    if in_place:
+        place = buffer[boundaries[rank] : boundaries[rank + 1]]
+        own = place.copy_(own)
+    with transport_of(kind) as transport:
+        transport.gather(own, buffer[:numel], boundaries).wait()
     return buffer
 
 
+@pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("world", "cut"), CASES)
-def test_gather_is_the_concatenation(ranks, world, cut, dtype) -> None:
+def test_gather_is_the_concatenation(ranks, world, cut, dtype, in_place) -> None:
     boundaries = CUTS[world][cut]
     numel = boundaries[-1]
     parts = [values(rank, numel, dtype)[low:high] for rank, (low, high) in enumerate(pairwise(boundaries))]
-    for kind in (ExchangeTransport, HostStagedTransport):
-        for buffer in ranks(gather_all, world, kind, boundaries, dtype):
+    for kind in KINDS:
+        for buffer in ranks(gather_all, world, kind, boundaries, dtype, in_place):
             assert torch.equal(buffer[:numel], torch.cat(parts))
             assert bool((buffer[numel:] == -1).all()), "wrote behind the buffer"
 
@@ -65,7 +81,8 @@ def reduce_one(kind, boundaries, dtype, out_dtype, add):
     buffer, scratch = values(rank, numel, dtype), Scratch()
     before = buffer.clone()
     out = torch.full((boundaries[rank + 1] - boundaries[rank],), 3.0, dtype=out_dtype)
-    transport_of(kind).reduce(buffer, boundaries, out, add=add, scratch=scratch).wait()
+    with transport_of(kind) as transport:
+        transport.reduce(buffer, boundaries, out, add=add, scratch=scratch).wait()
     return out, torch.equal(buffer, before), len(scratch.out)
 
 
@@ -75,7 +92,7 @@ def reduce_one(kind, boundaries, dtype, out_dtype, add):
 def test_reduce_is_the_sum_in_rank_order(ranks, world, cut, dtype, out_dtype, add) -> None:
     """Bit by bit, in the dtype of the result: bf16 values are never added up in bf16."""
     boundaries = CUTS[world][cut]
-    for kind in (ExchangeTransport, HostStagedTransport):
+    for kind in KINDS:
         results = ranks(reduce_one, world, kind, boundaries, dtype, out_dtype, add)
         for (low, high), (out, kept, borrowed) in zip(pairwise(boundaries), results, strict=True):
             terms = [values(rank, boundaries[-1], dtype)[low:high].to(out_dtype) for rank in range(world)]
@@ -88,26 +105,27 @@ def test_reduce_is_the_sum_in_rank_order(ranks, world, cut, dtype, out_dtype, ad
             assert kept and borrowed == 0
 
 
-def in_flight_at_once(boundaries):
+def in_flight_at_once(kind, boundaries):
     """Three transitions are started before the first is waited for, in the same order everywhere."""
     rank, numel = dist.get_rank(), boundaries[-1]
-    transport, scratch = transport_of(ExchangeTransport), Scratch()
-    buffer = torch.zeros(numel)
-    buffer[boundaries[rank] : boundaries[rank + 1]] = rank + 1.0
+    scratch, buffer = Scratch(), torch.zeros(numel)
+    own = buffer[boundaries[rank] : boundaries[rank + 1]].fill_(rank + 1.0)
     out = [torch.zeros(boundaries[rank + 1] - boundaries[rank]) for _ in range(2)]
-    works = [
-        transport.gather(buffer, boundaries),
-        transport.reduce(torch.ones(numel), boundaries, out[0], add=False, scratch=scratch),
-        transport.reduce(torch.full((numel,), 2.0), boundaries, out[1], add=False, scratch=scratch),
-    ]
-    for work in reversed(works):
-        work.wait()
-        work.wait()  # waiting again changes nothing
+    with transport_of(kind) as transport:
+        works = [
+            transport.gather(own, buffer, boundaries),
+            transport.reduce(torch.ones(numel), boundaries, out[0], add=False, scratch=scratch),
+            transport.reduce(torch.full((numel,), 2.0), boundaries, out[1], add=False, scratch=scratch),
+        ]
+        for work in reversed(works):
+            work.wait()
+            work.wait()  # waiting again changes nothing
     return buffer, *out
 
 
-def test_several_in_flight(ranks) -> None:
-    for buffer, one, two in ranks(in_flight_at_once, 2, [0, 64, 192]):
+@pytest.mark.parametrize("kind", [ExchangeTransport, SharedTransport])
+def test_several_in_flight(ranks, kind) -> None:
+    for buffer, one, two in ranks(in_flight_at_once, 2, kind, [0, 64, 192]):
         assert torch.equal(buffer, torch.cat([torch.ones(64), torch.full((128,), 2.0)]))
         assert bool((one == 2).all()) and bool((two == 4).all())
 
@@ -120,11 +138,27 @@ def test_a_work_lets_go_of_what_it_holds() -> None:
     assert calls == [1] and work._hold is None
 
 
+@pytest.mark.parametrize("alias", [None, 0, 1, 2])
+@pytest.mark.parametrize(("dtype", "out_dtype"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("terms", [1, 2, 3])
+def test_sums_are_in_order_block_by_block_and_in_place(terms, dtype, out_dtype, alias) -> None:
+    numel = 3 * (1 << 16) + 7
+    parts = [values(term, numel, dtype) for term in range(terms)]
+    expected = parts[0].to(out_dtype)
+    for part in parts[1:]:
+        expected = expected + part.to(out_dtype)
+    if alias is not None and (alias >= terms or dtype is not out_dtype):
+        return
+    out = torch.full((numel,), 9.0, dtype=out_dtype) if alias is None else parts[alias]
+    add_in_order(parts, out, add=False)
+    assert torch.equal(out, expected)
+
+
 def chosen():
     return type(choose(dist.group.WORLD, torch.device("cpu"))).__name__
 
 
-def test_cpu_tensors_are_exchanged(ranks) -> None:
+def test_cpu_tensors_are_exchanged_over_gloo(ranks) -> None:
     assert ranks(chosen, 2) == ["ExchangeTransport"] * 2
 
 
@@ -133,8 +167,8 @@ def nccl_over_gloo(boundaries, add, dtype):
     rank, numel = dist.get_rank(), boundaries[-1]
     transport, scratch = NcclTransport(dist.group.WORLD), Scratch()
     buffer = torch.zeros(numel, dtype=dtype)
-    buffer[boundaries[rank] : boundaries[rank + 1]] = rank + 1.0
-    transport.gather(buffer, boundaries).wait()
+    own = buffer[boundaries[rank] : boundaries[rank + 1]].fill_(rank + 1.0)
+    transport.gather(own, buffer, boundaries).wait()
     out = torch.full((boundaries[rank + 1] - boundaries[rank],), 3.0)
     transport.reduce(torch.full((numel,), 2.0, dtype=dtype), boundaries, out, add=add, scratch=scratch).wait()
     return buffer.float(), out, len(scratch.out)

@@ -22,7 +22,7 @@ from shardline.fragments import flat
 from shardline.plan import Fragment
 from shardline.unit import RunTensors
 
-__all__ = ["Captured", "capture_buffers", "capture_tensors", "key_of", "merge", "optimizer_record"]
+__all__ = ["Captured", "add_reports", "capture_buffers", "capture_tensors", "key_of", "merge", "optimizer_record"]
 
 DEVICE_KEYS = ("fused", "foreach", "capturable")
 """Options that say how a device computes, not what: those of the reading job stay."""
@@ -189,6 +189,11 @@ def merge(parts: Parts, reports: list[dict[str, Any]], *, frozen: bool) -> Manif
             "state": {},
             "scalars": {},
         }
+    return add_reports(rows, reports)
+
+
+def add_reports(rows: dict[str, Any], reports: list[dict[str, Any]]) -> Manifest:
+    """Add to the parameters' rows what each rank's :meth:`Captured.report` says is in its file; returns them."""
     for file, report in enumerate(reports):
         for role, name, start, stop, dtype in report["pieces"]:
             if role == "weight":
@@ -200,5 +205,5 @@ def merge(parts: Parts, reports: list[dict[str, Any]], *, frozen: bool) -> Manif
         for role, name, shape, dtype in report["whole"]:
             rows[name]["state"][role.removeprefix("state.")] = {"dtype": dtype, "shape": shape, "file": file}
         for name, scalars in report["scalars"].items():
-            rows[name]["scalars"] = scalars
+            rows[name]["scalars"] |= scalars
     return rows

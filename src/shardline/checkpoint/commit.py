@@ -34,7 +34,7 @@ from shardline.checkpoint.faults import Reach
 from shardline.checkpoint.tensorfile import write
 from shardline.errors import CheckpointError
 
-__all__ = ["Channel", "Content", "commit", "together"]
+__all__ = ["Alone", "Channel", "Content", "commit", "together"]
 
 T = TypeVar("T")
 _TOKEN = "token"
@@ -49,6 +49,18 @@ class Channel(Protocol):
     @property
     def world_size(self) -> int: ...
     def exchange(self, value: Any) -> list[Any]: ...
+
+
+class Alone:
+    """The channel of one process."""
+
+    rank, world_size = 0, 1
+
+    def exchange(self, value: Any) -> list[Any]:
+        return [value]
+
+    def close(self) -> None:
+        pass
 
 
 @dataclass

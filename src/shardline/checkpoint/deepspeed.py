@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from shardline.checkpoint.capture import Captured
-from shardline.checkpoint.commit import Content, commit
+from shardline.checkpoint.commit import Alone, Content, commit
 from shardline.checkpoint.directory import Manifest
 from shardline.checkpoint.pickled import Opaque, load
 from shardline.checkpoint.values import encode, name_of
@@ -46,15 +46,6 @@ _OPTIONS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "initia
 
 Trained = dict[str, dict[str, Tensor]]
 """By parameter: ``weight`` (fp32) and the moments, each in the parameter's shape."""
-
-
-class _Alone:
-    """The ranks of this one process."""
-
-    rank, world_size = 0, 1
-
-    def exchange(self, value: Any) -> list[Any]:
-        return [value]
 
 
 def import_deepspeed(source: str | os.PathLike[str], out: str | os.PathLike[str], tag: str | None = None) -> Path:
@@ -336,7 +327,7 @@ def _write(
         },
         "random": [],
     }
-    return commit(out, tag, Content(found.tensors, None, lambda reports: common), _Alone(), lambda point: None)
+    return commit(out, tag, Content(found.tensors, None, lambda reports: common), Alone(), lambda point: None)
 
 
 def _parameters(trained: Trained, frozen: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -112,6 +112,7 @@ def load_weights(parts: Parts, reader: Reader, found: Match) -> None:
         )
     for unit in parts.units:
         unit.release()
+        parts.comm.settle()
         for slab in unit.slabs:
             target, placement = (
                 (slab.weights, slab.row.weights) if slab.master is None else (slab.master, slab.row.states)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardline.comm.shared import SharedMemory, attach
 from shardline.comm.transport import DONE, Scratch, Transport, Work, choose
 from shardline.errors import DisagreementError, UsageError
 
@@ -43,6 +44,7 @@ class Comm:
         device: torch.device,
         timeout: timedelta | None = None,
         backend: str | None = None,
+        transport: str = "auto",
     ) -> None:
         self.device = device
         self._closed = False
@@ -50,6 +52,7 @@ class Comm:
         self.elements: Counter[str] = Counter()
         self._log: dict[str, array[int]] = {operation: array("l") for operation in _OPERATIONS}
         self._whole = group
+        self._memory: SharedMemory | None = None
         if group is None or dist.get_world_size(group) == 1:
             self.rank, self.world_size = 0, 1
             self._groups: list[dist.ProcessGroup] = []
@@ -64,26 +67,57 @@ class Comm:
             dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=local) for _ in range(2)
         ]
         self._transports = (choose(self._groups[0], device), choose(self._groups[1], device))
+        if device.type == "cpu":
+            limit = self._groups[0]._get_backend(device).options._timeout
+            self._memory = attach(self.rank, self.exchange, limit, wanted=transport == "auto")
+            if self._memory is not None:
+                gathers, reductions = self._memory.transports
+                self._transports = (gathers, reductions)
 
     def channel(self) -> Comm:
         """Another line between the same ranks, for values on the CPU: what another thread may use. Collective."""
-        return Comm(self._whole, torch.device("cpu"), backend="gloo")
+        return Comm(self._whole, torch.device("cpu"), backend="gloo", transport="gloo")
 
     def close(self) -> None:
         """Give the process groups back. Collective calls after it raise."""
+        if self._memory is not None:
+            self._memory.close()
         for group in self._groups:
             dist.destroy_process_group(group)
-        self._groups, self._transports = [], None
+        self._groups, self._transports, self._memory = [], None, None
         self._closed = True
+
+    # -- memory -----------------------------------------------------------------------------------------------------
+
+    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """A flat buffer with arbitrary contents, in the memory that travels fastest between these ranks."""
+        if self._memory is not None:
+            return self._memory.empty(numel, dtype)
+        return torch.empty(numel, dtype=dtype, device=self.device)
+
+    def settle(self, patience: float | None = None) -> None:
+        """Return when no other rank reads what this one sent in transitions that it has waited for.
+
+        What rests on this rank and was gathered from there is written only after that. ``patience``: seconds after
+        which to return all the same.
+        """
+        if self._memory is not None:
+            self._memory.settle(patience)
 
     # -- transitions ------------------------------------------------------------------------------------------------
 
-    def gather(self, unit: int, buffer: Tensor, boundaries: Sequence[int]) -> Work:
-        """Bring every rank's range of ``buffer`` (1-D, own range in place) here; nothing to do in a world of one."""
+    def gather(self, unit: int, buffer: Tensor, boundaries: Sequence[int], own: Tensor | None = None) -> Work:
+        """Bring every rank's range of ``buffer`` (1-D) here; in a world of one it is there.
+
+        ``own`` is this rank's range at rest, not to be written before :meth:`settle`; without it the range is in
+        place, and whoever waited for the work may write all of ``buffer``.
+        """
         if self._alone() or self._transports is None:
             return DONE
         self._note("gather", unit, buffer.numel())
-        return self._transports[0].gather(buffer, boundaries)
+        if own is None:
+            own = buffer[boundaries[self.rank] : boundaries[self.rank + 1]]
+        return self._transports[0].gather(own, buffer, boundaries)
 
     def reduce(
         self, unit: int, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
@@ -112,7 +146,12 @@ class Comm:
             return row.unsqueeze(0)
         host = row.cpu() if self._staged else row
         stacked = host.new_empty(self.world_size, row.numel())
-        dist.all_gather(list(stacked.unbind()), host, group=self._groups[1])
+        if self._memory is not None:
+            places = range(0, stacked.numel() + 1, row.numel())
+            self._memory.transports[1].gather(host, stacked.view(-1), places).wait()
+            self.settle()  # all ranks are here, so nothing that came before is read any more
+        else:
+            dist.all_gather(list(stacked.unbind()), host, group=self._groups[1])
         return stacked.to(row.device)
 
     # -- set-up: not in any hot path --------------------------------------------------------------------------------
@@ -129,7 +168,7 @@ class Comm:
                 stored = stored.contiguous()
             wire = stored.as_strided((stored.numel(),), (1,), stored.storage_offset()).view(torch.uint8)
             on_wire = wire.cpu() if self._staged else wire.to(self.device)
-            dist.broadcast(on_wire, group_src=source, group=self._groups[0])
+            self._join(dist.broadcast(on_wire, group_src=source, group=self._groups[0], async_op=True))
             if on_wire.data_ptr() != wire.data_ptr():
                 wire.copy_(on_wire)
             if stored.data_ptr() != tensor.data_ptr():
@@ -143,16 +182,23 @@ class Comm:
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
         length = torch.tensor([text.numel()], device=device)
         lengths = [torch.empty_like(length) for _ in range(self.world_size)]
-        dist.all_gather(lengths, length, group=self._groups[0])
+        self._join(dist.all_gather(lengths, length, group=self._groups[0], async_op=True))
         longest = max(int(each) for each in lengths)
         padded = torch.zeros(longest, dtype=torch.uint8, device=device)
         padded[: text.numel()] = text
         texts = [torch.empty_like(padded) for _ in range(self.world_size)]
-        dist.all_gather(texts, padded, group=self._groups[0])
+        self._join(dist.all_gather(texts, padded, group=self._groups[0], async_op=True))
         return [
             json.loads(bytes(each[: int(size)].cpu().numpy().tobytes()).decode())
             for each, size in zip(texts, lengths, strict=True)
         ]
+
+    def _join(self, handle: dist.Work | None) -> None:
+        """Wait for a collective of c10d without keeping others from transitions that were started before."""
+        if handle is not None:
+            if self._memory is not None:
+                self._memory.finish_started(handle.is_completed)
+            handle.wait()
 
     def all_alike(self, value: Any) -> bool:
         """Whether every rank has the same ``value``."""

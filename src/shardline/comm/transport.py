@@ -22,7 +22,9 @@ __all__ = [
     "Scratch",
     "Transport",
     "Work",
+    "add_in_order",
     "choose",
+    "put",
 ]
 
 
@@ -52,8 +54,12 @@ DONE = Work(())
 class Transport(Protocol):
     """How buffers travel between the ranks of one group."""
 
-    def gather(self, buffer: Tensor, boundaries: Sequence[int]) -> Work:
-        """Fill ``buffer`` (1-D) with every rank's range; this rank's own range is already in place."""
+    def gather(self, own: Tensor, buffer: Tensor, boundaries: Sequence[int]) -> Work:
+        """Fill ``buffer`` (1-D) with every rank's range.
+
+        ``own`` is this rank's: its place in ``buffer``, which is free to be written when the work is done, or a tensor
+        elsewhere, which the others may read for longer.
+        """
         ...
 
     def reduce(self, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch) -> Work:
@@ -72,15 +78,35 @@ class Scratch(Protocol):
     def give(self, buffer: Tensor) -> None: ...
 
 
-def _sum_rows(received: Tensor, rows: int, out: Tensor, add: bool) -> None:
-    """``out (+)= received[0] + received[1] + ...``, one pass per row and no temporary."""
-    if not out.numel():
-        return
-    for row, part in enumerate(received.view(rows, -1)):
-        if row == 0 and not add:
-            out.copy_(part)
-        else:
-            out.add_(part)
+_BLOCK = 1 << 17
+"""Elements that are summed at a time on CPU: few enough to stay in the cache from one term to the next."""
+
+
+def add_in_order(parts: Sequence[Tensor], out: Tensor, *, add: bool) -> None:
+    """``out (+)= parts[0] + parts[1] + ...``, each sum rounded to ``out``'s dtype. ``out`` may be one of ``parts``."""
+    step = _BLOCK if out.device.type == "cpu" else max(1, out.numel())
+    for start in range(0, out.numel(), step):
+        block, *terms = (each[start : start + step] for each in (out, *parts))
+        if not add:
+            if len(terms) > 1 and terms[0].dtype == terms[1].dtype == out.dtype:
+                terms[2:] = [_apart(term, block) for term in terms[2:]]
+                torch.add(terms.pop(0), terms.pop(0), out=block)
+            else:
+                terms[1:] = [_apart(term, block) for term in terms[1:]]
+                block.copy_(terms.pop(0))
+        for term in terms:
+            block.add_(term)
+
+
+def _apart(term: Tensor, block: Tensor) -> Tensor:
+    return term.clone() if term.data_ptr() == block.data_ptr() else term
+
+
+def put(own: Tensor, buffer: Tensor, boundaries: Sequence[int], rank: int) -> None:
+    """Bring ``own`` to its place in ``buffer``, if it is not there."""
+    mine = buffer[boundaries[rank] : boundaries[rank + 1]]
+    if own.data_ptr() != mine.data_ptr():
+        mine.copy_(own)
 
 
 class ExchangeTransport:
@@ -89,7 +115,8 @@ class ExchangeTransport:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
 
-    def gather(self, buffer: Tensor, boundaries: Sequence[int]) -> Work:
+    def gather(self, own: Tensor, buffer: Tensor, boundaries: Sequence[int]) -> Work:
+        put(own, buffer, boundaries, self.rank)
         # One broadcast for each shard straight into its place: gloo's all-gather takes 1.6 times as long, and shards
         # need not be of one size.
         handles = []
@@ -109,7 +136,7 @@ class ExchangeTransport:
         )
 
         def add_up() -> None:
-            _sum_rows(received, self.size, out, add)
+            add_in_order(received.view(self.size, mine).unbind(), out, add=add)
             scratch.give(received)
 
         return Work([handle], add_up, hold=(buffer, received))
@@ -118,11 +145,10 @@ class ExchangeTransport:
 class NcclTransport(ExchangeTransport):
     """NCCL: its own collectives where shards are of one size."""
 
-    def gather(self, buffer: Tensor, boundaries: Sequence[int]) -> Work:
+    def gather(self, own: Tensor, buffer: Tensor, boundaries: Sequence[int]) -> Work:
         if not _equal(boundaries):
-            return super().gather(buffer, boundaries)
-        own = buffer[boundaries[self.rank] : boundaries[self.rank + 1]]
-        return Work([_all_gather(buffer, own, self.group)], hold=buffer)
+            return super().gather(own, buffer, boundaries)
+        return Work([_all_gather(buffer, own, self.group)], hold=(own, buffer))
 
     def reduce(self, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch) -> Work:
         if not _equal(boundaries):
@@ -133,7 +159,7 @@ class NcclTransport(ExchangeTransport):
 
         def store() -> None:
             if not direct:
-                _sum_rows(target, 1, out, add)
+                add_in_order([target], out, add=add)
                 scratch.give(target)
 
         return Work([handle], store, hold=(buffer, target))
@@ -145,13 +171,13 @@ class HostStagedTransport:
     def __init__(self, inner: Transport) -> None:
         self.inner = inner
 
-    def gather(self, buffer: Tensor, boundaries: Sequence[int]) -> Work:
-        host = buffer.cpu()
-        work = self.inner.gather(host, boundaries)
+    def gather(self, own: Tensor, buffer: Tensor, boundaries: Sequence[int]) -> Work:
+        host = torch.empty(boundaries[-1], dtype=buffer.dtype)
+        work = self.inner.gather(own.cpu(), host, boundaries)
 
         def back() -> None:
             work.wait()
-            buffer.copy_(host)
+            buffer[: boundaries[-1]].copy_(host)
 
         return Work((), back, hold=(buffer, host))
 

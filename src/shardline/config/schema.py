@@ -179,6 +179,11 @@ class Config(Section):
     )
     gradient_allreduce_op: Literal["mean", "sum"] = key("mean", "How gradients of the ranks are combined.")
     communication_data_type: Dtype | None = key(None, "Dtype of gradient reductions; null is the gradients' own.")
+    communication_transport: Literal["auto", "gloo"] = key(
+        "auto",
+        'How CPU tensors travel: "auto" takes memory that the ranks share where all run on one host, else gloo.',
+        own=True,
+    )
     fp16: FP16 = key(FP16, "Training in fp16.")
     bf16: BF16 = key(BF16, 'Training in bf16; "bfloat16" is the same section.')
     torch_autocast: TorchAutocast = key(TorchAutocast, "Training under torch.autocast.")
