@@ -29,6 +29,9 @@ _SMALL = 1 << 16
 """Bytes below which a buffer is not worth keeping: malloc serves these from memory that is already mapped."""
 
 
+_SLACK = 1.75
+"""A piece may be so many times as large as what is asked for: units of nearly one size then share a few pieces."""
+
 _PATIENCE = 20
 """Times 0.1 ms to wait for a piece that comes free in a moment: new memory costs page faults for all of it."""
 
@@ -77,7 +80,7 @@ class Pool:
 
     def _find(self, size: int) -> torch.UntypedStorage | None:
         """The smallest free piece of at least ``size`` bytes, and not much more, that nobody holds."""
-        fits = [memory for memory in self._free if size <= memory.nbytes() <= 1.25 * size]
+        fits = [memory for memory in self._free if size <= memory.nbytes() < _SLACK * size]
         for turn in range(_PATIENCE if fits else 0):
             alone = [memory for memory in fits if _is_alone(memory)]
             if alone:

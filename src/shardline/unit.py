@@ -75,6 +75,7 @@ class Slab:
         self.master: Tensor | None = None
         self.partial: Tensor | None = None
         self.grad: Tensor | None = None
+        self._lent: Tensor | None = None  # ``grad`` where that is a buffer of the pool
         self.versions: list[int] = []
 
     # -- which part of the slab a buffer in a given placement covers ------------------------------------------------
@@ -213,14 +214,29 @@ class Slab:
         """Move the parameters' ``.grad`` into ``partial`` (a world of one: ``grad``), times ``factor``."""
         if self.comm.world_size == 1:
             fresh = self.grad is None
+            if fresh and self._take_only_grad(factor):
+                return
             if self.grad is None:
-                self.grad = self.pool.take(self.plan.size, self.grad_dtype)
+                self.grad = self._empty_grad()
             self._pack(self.grad, factor, add=not fresh)
             return
         fresh = self.partial is None
         if self.partial is None:
             self.partial = self.pool.take(self.plan.size, self.grad_dtype)
         self._pack(self.partial, factor, add=not fresh)
+
+    def _take_only_grad(self, factor: float) -> bool:
+        """Where the slab is one parameter whose gradient lies as it does, that very tensor can be ``grad``: no copy."""
+        param, entry = self.params[0], self.plan.entries[0]
+        found = param.grad
+        if found is None or found.layout is not torch.strided or found.dtype != self.grad_dtype:
+            return False
+        if found.numel() != self.plan.size or found.stride() != entry.param.stride:
+            return False
+        param.grad, self.grad = None, found.as_strided((self.plan.size,), (1,))
+        if factor != 1.0:
+            self.grad.mul_(factor)
+        return True
 
     def reduce(self, unit: int, factor: float) -> Work:
         """Start to sum the gradients of all ranks into this rank's range of ``grad``."""
@@ -230,11 +246,10 @@ class Slab:
         source, wire = self._source(factor)
         add = self.grad is not None
         if self.grad is None:
-            if self.row.states is Placement.REPLICATED or self.row.gradients is Placement.PARTIAL:
-                # The whole buffer is here already: its own range becomes the sum.
-                self.grad = source if source.dtype == self.grad_dtype else self._empty_grad()
-            else:
-                self.grad = self._empty_grad()
+            # Where all of it is needed the whole buffer is here already: its own range becomes the sum.
+            whole = self.row.states is Placement.REPLICATED and source.dtype == self.grad_dtype
+            self._lent = source if whole else None
+            self.grad = source if whole else self._empty_grad()
         grad = self.grad
         work = self.comm.reduce(unit, wire, self.plan.boundaries, self.own(grad), add=add, scratch=self.pool)
 
@@ -261,8 +276,9 @@ class Slab:
         return source, wire
 
     def _empty_grad(self) -> Tensor:
+        # Not from the pool: it lives until the step, and between steps its memory serves activations.
         low, high = self.state_range
-        return self.pool.take(high - low, self.grad_dtype)
+        return torch.empty(high - low, dtype=self.grad_dtype, device=self.comm.device)
 
     def share_grad(self, unit: int) -> Work:
         """Where states rest whole, bring the reduced gradients of all shards here."""
@@ -272,10 +288,10 @@ class Slab:
 
     def drop_grad(self) -> None:
         """Forget what was accumulated in this window."""
-        for buffer in (self.partial, self.grad):
+        for buffer in (self.partial, self._lent):
             if buffer is not None:
                 self.pool.give(buffer)
-        self.partial = self.grad = None
+        self.partial = self.grad = self._lent = None
         for param in self.params:
             param.grad = None
 
