@@ -31,7 +31,7 @@ def resident_bytes() -> int:
 
 
 def _counted_twice() -> int:
-    """How much more this process has of memory that several map than its share of it; 0 where the system cannot tell."""
+    """How much more than its share this process has of memory that several map; 0 where the system cannot tell."""
     try:
         return _field("status", "RssShmem") - _field("smaps_rollup", "Pss_Shmem")
     except (OSError, LookupError):  # kernels before 5.4, some sandboxes
