@@ -73,7 +73,8 @@ def attach_with(trouble):
             patch.setattr(shared_module, "_host", lambda: ["elsewhere", 1])
         if mine and trouble == "forbidden":
             patch.setattr(shared_module, "Peer", forbidden)
-        memory = attach(dist.get_rank(), exchange, timedelta(seconds=9), wanted=not (mine and trouble == "unwanted"))
+        wanted = not (mine and trouble == "unwanted")
+        memory = attach(dist.get_rank(), 2, exchange, timedelta(seconds=9), wanted=wanted)
     found = memory is None, shared_memory_here()
     if memory is not None:
         leave(memory)

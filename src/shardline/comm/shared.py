@@ -45,6 +45,10 @@ _HEADER = 8 * (_LINE + _CHANNELS * _CHANNEL)  # bytes
 _SMALL = 1 << 16
 """Bytes below which a buffer stays in private memory, and is copied into the arena when it is announced."""
 
+_ROOM = 4
+"""Size of all arenas together, in times of the host's memory. Only addresses: there is room for a rank that needs more
+than the others and for holes, and the arenas of many ranks can all be mapped."""
+
 _YIELDS = 50  # rounds of waiting that only let another process run, before the first sleep
 _NAP, _LONGEST_NAP = 20e-6, 1e-3  # seconds
 _LOOK = 0.1  # seconds of waiting between looks whether the peers still live
@@ -259,7 +263,9 @@ class SharedTransport:
         return any(peer.words[word] < self._mine[word] for word in (self.count, self._done))
 
 
-def attach(rank: int, exchange: Callable[[Any], list[Any]], timeout: timedelta, *, wanted: bool) -> SharedMemory | None:
+def attach(
+    rank: int, world_size: int, exchange: Callable[[Any], list[Any]], timeout: timedelta, *, wanted: bool
+) -> SharedMemory | None:
     """Memory shared with all ranks, if each wants that and has read every other's; else ``None`` on all. Collective.
 
     Args:
@@ -269,7 +275,7 @@ def attach(rank: int, exchange: Callable[[Any], list[Any]], timeout: timedelta, 
     arena, mine = None, None
     if wanted and sys.platform == "linux" and platform.machine() == "x86_64":
         with contextlib.suppress(OSError, ValueError):
-            arena = Arena(2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), _HEADER)
+            arena = Arena(_ROOM * os.sysconf("SC_PAGE_SIZE") * (os.sysconf("SC_PHYS_PAGES") // world_size), _HEADER)
             mine = [_host(), os.getpid(), arena.fd, arena.size, _HEADER, arena.token]
     everyone = exchange(mine)
     if any(other is None or other[0] != everyone[0][0] for other in everyone):
