@@ -33,7 +33,7 @@ import measure  # noqa: E402
 import report  # noqa: E402
 from loops import ENGINES  # noqa: E402
 from models import MODELS, parts  # noqa: E402
-from suite import Case, full, heats, quick, starting  # noqa: E402
+from suite import Case, full, heats, quick  # noqa: E402
 from worker import Failed, Pair  # noqa: E402
 
 
@@ -71,7 +71,7 @@ def run_heat(case: Case, engines: Sequence[str], rounds: int, turn: int) -> tupl
         for number in range(rounds + 1):
             for name in list(pairs):
                 try:
-                    answers = pairs[name].run(turn if number else 2)
+                    answers = pairs[name].run(turn if number else 1)
                 except Failed as error:
                     drop(name, error)
                     continue
@@ -157,7 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "results.json").write_text(json.dumps(result, indent=1))
     for dtype in () if args.models or args.quick else args.dtypes.split(","):
-        names = [name for name in starting("fsdp2", "shardline") if name in chosen]
+        names = ["fsdp2", *(f"shardline-{stage}" for stage in range(4))]
+        names = [name for name in names if name in chosen]
         print(f"[{time.monotonic() - began:5.0f} s] set-up, {dtype}: {' '.join(names)}", file=sys.stderr, flush=True)
         rows, errors = run_starts(Case("gpt", dtype), names, 3)
         result["starts"] += rows

@@ -174,8 +174,9 @@ def fsdp2_keep(model: nn.Module, work: Work) -> Step:
     return fsdp2(model, work, reshard=False)
 
 
-def _config(work: Work, stage: int) -> dict[str, Any]:
-    config: dict[str, Any] = {
+def config(work: Work, stage: int) -> dict[str, Any]:
+    """The configuration that DeepSpeed and Shardline share."""
+    chosen: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": work.micro,
         "gradient_accumulation_steps": work.accumulation,
         "gradient_clipping": CLIP,
@@ -183,8 +184,8 @@ def _config(work: Work, stage: int) -> dict[str, Any]:
         "zero_optimization": {"stage": stage},
     }
     if work.dtype == torch.bfloat16:
-        config["bf16"] = {"enabled": True}
-    return config
+        chosen["bf16"] = {"enabled": True}
+    return chosen
 
 
 def _engine_step(engine: Any) -> Step:
@@ -204,9 +205,9 @@ def deepspeed(model: nn.Module, work: Work, stage: int) -> Step:
     """DeepSpeed with torch's AdamW, so that it compiles nothing."""
     import deepspeed as library
 
-    config = _config(work, stage)
-    config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
-    engine = library.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+    chosen = config(work, stage)
+    chosen["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
+    engine = library.initialize(model=model, model_parameters=model.parameters(), config=chosen)[0]
     return _engine_step(engine)
 
 
@@ -214,10 +215,10 @@ def shardline(model: nn.Module, work: Work, stage: int, **extra: Any) -> Step:
     """Shardline; ``extra`` are further keys of its configuration."""
     import shardline as library
 
-    config = _config(work, stage) | extra
+    chosen = config(work, stage) | extra
     if work.unit_min_numel is not None:
-        config["zero_optimization"]["unit_min_numel"] = work.unit_min_numel
-    return _engine_step(library.initialize(model=model, config=config)[0])
+        chosen["zero_optimization"]["unit_min_numel"] = work.unit_min_numel
+    return _engine_step(library.initialize(model=model, config=chosen)[0])
 
 
 @dataclass(frozen=True)

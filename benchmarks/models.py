@@ -167,7 +167,7 @@ def chain(depth: int) -> Model:
 MODELS = {
     "gpt": gpt(depth=8, width=512, vocabulary=8192, time=128, micro=2, turn=3),
     "deep": gpt(depth=48, width=128, vocabulary=1024, time=128, micro=2, turn=4),
-    "wide": gpt(depth=2, width=1536, vocabulary=1024, time=128, micro=2, turn=2),
+    "wide": gpt(depth=2, width=1536, vocabulary=1024, time=128, micro=1, turn=2),
     "conv": convnet(widths=(64, 128, 256, 512), micro=8, turn=4),
     "tiny": gpt(depth=3, width=64, vocabulary=256, time=16, micro=2, turn=2),
     "tiny-conv": convnet(widths=(8, 16), micro=2, turn=2),

@@ -46,7 +46,7 @@ def test_engines_take_turns_and_agree(tmp_path):
     assert set(rows) == set(engines.split(","))
     communicating = [row["losses"] for name, row in rows.items() if name != "compute"]
     for losses in communicating:
-        assert len(losses) == 3 + 2 * 2  # the first, two that warm up, two rounds of two
+        assert len(losses) == 2 + 2 * 2  # two that warm up, two rounds of two
         torch.testing.assert_close(losses, communicating[0], rtol=2e-4, atol=0)
     assert all(len(row["rounds"]) == 2 and min(row["rounds"]) > 0 for row in rows.values())
     assert all(row["peak"] <= row["peak from start"] for row in rows.values())
@@ -177,3 +177,26 @@ os.kill(child, 9); os.waitpid(child, 0)
     resident, peak = map(float, done.stdout.split())
     assert resident == pytest.approx(32 << 20, abs=6 << 20)
     assert peak == pytest.approx((32 << 20) + (64 << 20), abs=6 << 20)
+
+
+def test_the_gpu_benchmark_has_a_path_without_a_gpu(parts, monkeypatch):
+    import gpu
+
+    monkeypatch.setattr(gpu, "LIMIT", 60.0)
+    trained = gpu.run("cpu", "train", "shardline-3")
+    assert trained["tokens/s"] > 0, trained
+    assert gpu.run("cpu", "rank", "3", world=2)["largest difference of the loss"] < 1e-5
+    assert "nobody" in gpu.run("cpu", "train", "nobody")["error"][0]
+
+
+def test_a_card_is_credited_with_the_operations_of_its_model(parts):
+    """6 per token and weight that multiplies, counted by torch on the forward and the backward of a tiny GPT."""
+    import gpu
+    from torch.utils.flop_counter import FlopCounterMode
+
+    spec, size = gpu._model("cpu"), gpu.SIZES["cpu"]
+    model = spec.fresh()
+    with FlopCounterMode(display=False) as counter:
+        model(*spec.data(0, torch.float32)[0]).backward()
+    claimed = gpu.operations_per_token(model, size) * spec.samples
+    assert claimed == pytest.approx(counter.get_total_flops(), rel=0.1)

@@ -16,7 +16,7 @@ def exchange(value):
 
 
 def memory_here(timeout: float = 60.0) -> SharedMemory:
-    memory = attach(dist.get_rank(), exchange, timedelta(seconds=timeout), wanted=True)
+    memory = attach(dist.get_rank(), dist.get_world_size(), exchange, timedelta(seconds=timeout), wanted=True)
     assert memory is not None, "these ranks cannot read each other's memory"
     return memory
 

@@ -21,7 +21,7 @@ from shardline.comm import Comm
 from shardline.comm import shared as shared_module
 from shardline.comm.arena import Arena, Peer
 from shardline.comm.shared import SharedMemory, SharedTransport, attach
-from shardline.errors import DisagreementError, LostRankError
+from shardline.errors import DisagreementError, LostRankError, UsageError
 from tests.comm.sharing import exchange, leave, memory_here
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="shared memory is for Linux")
@@ -73,7 +73,8 @@ def attach_with(trouble):
             patch.setattr(shared_module, "_host", lambda: ["elsewhere", 1])
         if mine and trouble == "forbidden":
             patch.setattr(shared_module, "Peer", forbidden)
-        memory = attach(dist.get_rank(), exchange, timedelta(seconds=9), wanted=not (mine and trouble == "unwanted"))
+        wanted = not (mine and trouble == "unwanted")
+        memory = attach(dist.get_rank(), 2, exchange, timedelta(seconds=9), wanted=wanted)
     found = memory is None, shared_memory_here()
     if memory is not None:
         leave(memory)
@@ -180,6 +181,44 @@ def rank_0_is_late(others):
 @pytest.mark.parametrize("others", ["reduce", "rows", "values", "broadcast", "pool"])
 def test_whoever_waits_does_what_others_wait_for(ranks, others) -> None:
     assert ranks(rank_0_is_late, 2, others, timeout=20) == [[0.0, 1.0]] * 2
+
+
+def two_engines():
+    """Rank 1 starts a gather of one engine and then waits in another one."""
+    one, other = Comm(dist.group.WORLD, CPU), Comm(dist.group.WORLD, CPU)
+    buffer = one.empty(2 * LARGE, torch.float32).fill_(one.rank)
+    if one.rank:
+        work = one.gather(0, buffer, [0, LARGE, 2 * LARGE])
+        other.rows(torch.zeros(8))
+        work.wait()
+    else:
+        time.sleep(0.2)
+        one.gather(0, buffer, [0, LARGE, 2 * LARGE]).wait()
+        other.rows(torch.zeros(8))
+    one.close()
+    other.close()
+    return buffer[::LARGE].tolist()
+
+
+def test_engines_of_one_process_do_not_wait_for_each_other(ranks) -> None:
+    assert ranks(two_engines, 2, timeout=20) == [[0.0, 1.0]] * 2
+
+
+def waits_too_late():
+    memory = memory_here()
+    work = memory.transports[0].gather(torch.zeros(64), torch.zeros(128), [0, 64, 128])
+    dist.barrier()
+    memory.close()
+    try:
+        work.wait()
+        return None
+    except UsageError as error:
+        return str(error)
+
+
+def test_a_wait_after_the_end_is_an_error(ranks) -> None:
+    for said in ranks(waits_too_late, 2):
+        assert "destroyed" in said
 
 
 def more_than_the_ring_holds(count):

@@ -69,7 +69,7 @@ class Comm:
         self._transports = (choose(self._groups[0], device), choose(self._groups[1], device))
         if device.type == "cpu":
             limit = self._groups[0]._get_backend(device).options._timeout
-            self._memory = attach(self.rank, self.exchange, limit, wanted=transport == "auto")
+            self._memory = attach(self.rank, self.world_size, self.exchange, limit, wanted=transport == "auto")
             if self._memory is not None:
                 gathers, reductions = self._memory.transports
                 self._transports = (gathers, reductions)

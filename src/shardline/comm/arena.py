@@ -46,6 +46,7 @@ class Arena:
         os.ftruncate(self.fd, size)
         os.posix_fallocate(self.fd, 0, in_pages(header))
         self._map = mmap.mmap(self.fd, size)
+        self._map.madvise(mmap.MADV_DONTDUMP)  # a core dump would touch, and so make, every page
         self._base = torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
         self._holes = [(in_pages(header), size)]
         self._left: deque[tuple[int, int]] = deque()  # by buffers that are gone, still with their pages
@@ -121,6 +122,7 @@ class Peer:
         try:
             self._identity = os.fstat(opened)
             mapped = mmap.mmap(opened, size, prot=mmap.PROT_READ)
+            mapped.madvise(mmap.MADV_DONTDUMP)
         finally:
             os.close(opened)
         self.words = memoryview(mapped)[:header].cast("q")

@@ -18,6 +18,7 @@ import os
 import platform
 import sys
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from shardline.comm.arena import Arena, Peer, in_pages
 from shardline.comm.transport import Scratch, Work, add_in_order, put
-from shardline.errors import DisagreementError, LostRankError
+from shardline.errors import DisagreementError, LostRankError, UsageError
 
 __all__ = ["SharedMemory", "SharedTransport", "attach"]
 
@@ -44,6 +45,10 @@ _HEADER = 8 * (_LINE + _CHANNELS * _CHANNEL)  # bytes
 
 _SMALL = 1 << 16
 """Bytes below which a buffer stays in private memory, and is copied into the arena when it is announced."""
+
+_ROOM = 4
+"""Size of all arenas together, in times of the host's memory. Only addresses: there is room for a rank that needs more
+than the others and for holes, and the arenas of many ranks can all be mapped."""
 
 _YIELDS = 50  # rounds of waiting that only let another process run, before the first sleep
 _NAP, _LONGEST_NAP = 20e-6, 1e-3  # seconds
@@ -59,6 +64,20 @@ class _Announced:
     is_copy: bool
 
 
+_OPEN: weakref.WeakSet[SharedMemory] = weakref.WeakSet()
+"""Of all engines of this process: one that waits goes on with what the others started."""
+
+
+def _transports() -> list[SharedTransport]:
+    return [transport for memory in tuple(_OPEN) for transport in memory.transports]
+
+
+def progress() -> None:
+    """Carry out what all ranks have started, and let go of what all have read."""
+    for transport in _transports():
+        transport.progress()
+
+
 class SharedMemory:
     """This rank's arena and its peers', and the waiting that all transports over them have in common."""
 
@@ -68,6 +87,7 @@ class SharedMemory:
         self.transports = [SharedTransport(self, channel) for channel in range(_CHANNELS)]
         words = [(peer.words, count) for peer in peers for count in (each.count for each in self.transports)]
         arena.is_quiet = lambda: all(theirs[count + _LINE] >= arena.words[count] for theirs, count in words)
+        _OPEN.add(self)
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A flat buffer that travels without a copy, where it is worth that and there is room."""
@@ -83,23 +103,21 @@ class SharedMemory:
         """
         for transport in self.transports:
             self.wait(transport.is_read, patience)
-        self.progress()
-
-    def progress(self) -> None:
-        """Carry out what all ranks have started, and let go of what all have read."""
-        for transport in self.transports:
-            transport.progress()
+        progress()
 
     def wait(self, over: Callable[[], bool], patience: float | None = None) -> None:
         """Do what is due until ``over()``, or for ``patience`` seconds.
 
         Raises:
             LostRankError: if a peer is gone, or does not come in time.
+            UsageError: after :meth:`close`.
         """
+        if not self.peers:
+            raise UsageError("a transition was waited for after the engine that started it was destroyed.")
         turn, nap, begin = 0, _NAP, time.monotonic()
         look = begin + _LOOK
         while True:
-            self.progress()
+            progress()
             if over():
                 return
             turn += 1
@@ -117,13 +135,14 @@ class SharedMemory:
 
     def finish_started(self, over: Callable[[], bool], patience: float | None = None) -> None:
         """Do what is due until nothing is left to do, or ``over()``: then one may wait in other ways."""
-        self.wait(lambda: over() or not any(each.started for each in self.transports), patience)
+        self.wait(lambda: over() or not any(each.started for each in _transports()), patience)
 
     def _look(self, over: Callable[[], bool], waited: float) -> None:
         """See whether waiting has a sense."""
         gone = [peer for peer in self.peers if not peer.is_there()]
-        self.progress()
-        if gone and not over():  # not even by what it did before it went
+        progress()  # by what they did before they went
+        gone = [peer for peer in gone if any(each.lacks(peer) for each in self.transports)]
+        if gone and not over():
             raise LostRankError(
                 f"rank {gone[0].rank} (process {gone[0].pid}) ended, or closed its engine, while rank {self.rank} "
                 f"waits for it. What that rank printed last says why."
@@ -165,6 +184,7 @@ class SharedMemory:
         self.arena.is_quiet = lambda: quiet
         self.arena.close()
         self.transports, self.peers, self._copies = [], [], []
+        _OPEN.discard(self)
 
 
 class SharedTransport:
@@ -214,7 +234,7 @@ class SharedTransport:
         mine[self.count] = number
         self.started.append((number, carry_out))
         self._kept.append(announced)
-        memory.progress()
+        progress()
         to_the_end = keep and not announced.is_copy
 
         def over() -> bool:
@@ -259,7 +279,9 @@ class SharedTransport:
         return any(peer.words[word] < self._mine[word] for word in (self.count, self._done))
 
 
-def attach(rank: int, exchange: Callable[[Any], list[Any]], timeout: timedelta, *, wanted: bool) -> SharedMemory | None:
+def attach(
+    rank: int, world_size: int, exchange: Callable[[Any], list[Any]], timeout: timedelta, *, wanted: bool
+) -> SharedMemory | None:
     """Memory shared with all ranks, if each wants that and has read every other's; else ``None`` on all. Collective.
 
     Args:
@@ -269,7 +291,7 @@ def attach(rank: int, exchange: Callable[[Any], list[Any]], timeout: timedelta, 
     arena, mine = None, None
     if wanted and sys.platform == "linux" and platform.machine() == "x86_64":
         with contextlib.suppress(OSError, ValueError):
-            arena = Arena(2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), _HEADER)
+            arena = Arena(_ROOM * os.sysconf("SC_PAGE_SIZE") * (os.sysconf("SC_PHYS_PAGES") // world_size), _HEADER)
             mine = [_host(), os.getpid(), arena.fd, arena.size, _HEADER, arena.token]
     everyone = exchange(mine)
     if any(other is None or other[0] != everyone[0][0] for other in everyone):

@@ -1,0 +1,347 @@
+"""One large GPU, one command, under 8 minutes: speed, memory, the update against the copy bandwidth, syncs, streams.
+
+    python benchmarks/gpu.py                # a GPT of 1.0B parameters in bf16; results in runs/gpu
+    python benchmarks/gpu.py --device cpu   # the same paths on a tiny GPT, to test them where there is no GPU
+
+Every part runs in a process of its own, and the engines take turns: A B C A B C. Ratios are taken within a round.
+
+* train: tokens/s, TFLOP/s and peak memory of the hand-written loop, FSDP2, DeepSpeed (where it is installed) and
+  Shardline, on one rank. A step's work is 6 operations per token and weight, and 12 x depth x width x time per token
+  for attention, not counting what is computed twice.
+* update: what ``engine.step()`` takes, as bytes per second, beside a measured copy of a large buffer. An AdamW step
+  with fp32 masters moves at least 28 bytes per parameter: the gradient in bf16, master and both moments in and out,
+  the weight in bf16 out.
+* checks: a step that waits for the GPU raises in CUDA's sync debug mode; kernels and copies by stream, from a profile.
+* ranks: two ranks that share the GPU over gloo train as one process with both ranks' data does, at every stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PLACES = [str(ROOT / "src"), str(ROOT / "benchmarks")]
+sys.path[:0] = PLACES
+
+ENGINES = ("compute", "fsdp2", "deepspeed-2", "deepspeed-3", "shardline-0", "shardline-2", "shardline-3")
+BYTES_PER_PARAMETER = 28
+LIMIT = 150.0
+"""Seconds that one part may take."""
+SIZES = {
+    "cuda": {"depth": 24, "width": 1792, "vocabulary": 32768, "time": 1024, "micro": 8, "copy": 1 << 30, "steps": 8},
+    "cpu": {"depth": 2, "width": 64, "vocabulary": 256, "time": 16, "micro": 2, "copy": 1 << 22, "steps": 2},
+}
+
+
+def part_train(device: str, engine: str) -> dict[str, Any]:
+    """One turn of an engine on one rank."""
+    import torch
+    from loops import ENGINES as MAKERS
+    from loops import Work
+
+    _world(device)
+    spec, size = _model(device), SIZES[device]
+    with torch.device(device):
+        model = spec.fresh()
+    batches = spec.data(0, torch.bfloat16, device)
+    parameters = sum(param.numel() for param in model.parameters())
+    per_token = operations_per_token(model, size)
+    step = MAKERS[engine].make(model, Work(torch.bfloat16, micro=size["micro"]))
+    for batch in batches[:3]:
+        step([batch])
+    memory = _Memory(device)
+    seconds = []
+    for number in range(size["steps"]):
+        _wait(device)
+        began = time.perf_counter()
+        loss = step([batches[number % len(batches)]])
+        _wait(device)
+        seconds.append(time.perf_counter() - began)
+    taken = statistics.median(seconds)
+    return {
+        "seconds": taken,
+        "tokens/s": spec.samples / taken,
+        "TFLOP/s": spec.samples * per_token / taken / 1e12,
+        "peak GB": memory.peak() / 1e9,
+        "loss": loss.item(),
+        "parameters": parameters,
+    }
+
+
+def operations_per_token(model: Any, size: dict[str, int]) -> int:
+    """Floating-point operations of forward and backward, without the tables that are looked up."""
+    looked_up = model.tokens.weight.numel() + model.positions.weight.numel()
+    weights = sum(param.numel() for param in model.parameters()) - looked_up
+    return 6 * weights + 12 * size["depth"] * size["width"] * size["time"]
+
+
+def part_copy(device: str) -> dict[str, Any]:
+    """The copy bandwidth: bytes read and written per second."""
+    import torch
+
+    size = SIZES[device]["copy"]
+    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return {"bytes/s": 2 * size / _timed(device, lambda: target.copy_(source), 10)}
+
+
+def part_update(device: str, stage: str) -> dict[str, Any]:
+    """``engine.step()`` alone, after a backward each time."""
+    import torch
+    from loops import Work, config
+
+    import shardline
+
+    _world(device)
+    spec, size = _model(device), SIZES[device]
+    with torch.device(device):
+        model = spec.fresh()
+    parameters = sum(param.numel() for param in model.parameters())
+    engine = shardline.initialize(model=model, config=config(Work(torch.bfloat16, micro=size["micro"]), int(stage)))[0]
+    seconds = []
+    for batch in (*spec.data(0, torch.bfloat16, device)[:5],):
+        engine.backward(engine(*batch))
+        seconds.append(_timed(device, engine.step, 1, warm=0))
+    taken = statistics.median(seconds[2:])
+    return {"seconds": taken, "bytes/s": BYTES_PER_PARAMETER * parameters / taken}
+
+
+def part_checks(device: str, stage: str) -> dict[str, Any]:
+    """Two steps that may not wait for the device, and one under the profiler."""
+    import torch
+    from loops import ENGINES as MAKERS
+    from loops import Work
+    from torch.profiler import ProfilerActivity, profile
+
+    _world(device)
+    spec = _model(device)
+    with torch.device(device):
+        model = spec.fresh()
+    batches = spec.data(0, torch.bfloat16, device)
+    step = MAKERS[f"shardline-{stage}"].make(model, Work(torch.bfloat16, micro=SIZES[device]["micro"]))
+    for batch in batches[:3]:
+        step([batch])
+    waits = "none"
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        step([batches[3]])
+        step([batches[4]])
+    except RuntimeError as error:
+        waits = str(error).splitlines()[0]
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with profile(activities=activities) as profiler:
+        step([batches[5]])
+        _wait(device)
+    streams: dict[str, float] = {}
+    for event in profiler.events() or []:
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            name = f"stream {event.device_resource_id}"
+            streams[name] = streams.get(name, 0.0) + event.time_range.elapsed_us() / 1e3
+    return {"waits": waits, "busy ms by stream": streams, "events": len(profiler.events() or [])}
+
+
+def part_rank(device: str, stage: str) -> dict[str, Any]:
+    """One of two ranks on the same device over gloo; rank 0 also trains alone on both ranks' data."""
+    import torch
+    import torch.distributed as dist
+    from loops import ENGINES as MAKERS
+    from loops import Work, hand
+    from models import MODELS
+
+    _world(device, backend="gloo")
+    rank, spec = dist.get_rank(), MODELS["gpt" if device == "cuda" else "tiny"]
+    data = [spec.data(number, torch.float32, device) for number in range(2)]
+    with torch.device(device):
+        model, twin = spec.fresh(), spec.fresh()
+    step = MAKERS[f"shardline-{stage}"].make(model, Work(micro=spec.samples))
+    alone = hand(twin, Work(accumulation=2))
+    worst = 0.0
+    for number in range(5):
+        loss = step([data[rank][number]])
+        both = torch.stack([loss.detach().float().cpu(), torch.zeros(())])
+        dist.all_reduce(both)
+        expected = alone([data[0][number], data[1][number]]).item()
+        worst = max(worst, abs(both[0].item() / 2 - expected) / abs(expected))
+    return {"largest difference of the loss": worst}
+
+
+def _model(device: str) -> Any:
+    from models import gpt
+
+    size = SIZES[device]
+    return gpt(size["depth"], size["width"], size["vocabulary"], size["time"], size["micro"], turn=1)
+
+
+def _world(device: str, backend: str | None = None) -> None:
+    import torch
+    import torch.distributed as dist
+
+    if device == "cuda":
+        torch.cuda.set_device(0)
+    torch.set_num_threads(1 if device == "cpu" else torch.get_num_threads())
+    dist.init_process_group(backend or ("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"))
+
+
+def _wait(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _timed(device: str, action: Callable[[], Any], times: int, warm: int = 2) -> float:
+    """Seconds of one call, from the median of ``times``."""
+    seconds = []
+    for number in range(warm + times):
+        _wait(device)
+        began = time.perf_counter()
+        action()
+        _wait(device)
+        if number >= warm:
+            seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+class _Memory:
+    """The most that is allocated from now on: by torch on a GPU, by the process on CPU."""
+
+    def __init__(self, device: str) -> None:
+        import measure
+        import torch
+
+        self.peak = torch.cuda.max_memory_allocated if device == "cuda" else measure.peak
+        (torch.cuda.reset_peak_memory_stats if device == "cuda" else measure.restart_peak)()
+
+
+PARTS = {"train": part_train, "copy": part_copy, "update": part_update, "checks": part_checks, "rank": part_rank}
+
+
+def run(device: str, part: str, *arguments: str, world: int = 1) -> dict[str, Any]:
+    """A part in a process of its own, or in ``world`` of them; rank 0's answer, or what went wrong."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, __file__, "--device", device, "--part", part, *arguments]
+    processes = []
+    for rank in range(world):
+        launcher = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+        environment = os.environ | {key: str(value) for key, value in launcher.items()}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": os.pathsep.join(PLACES), "OMP_NUM_THREADS": "1"}
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {}
+        pipe = subprocess.PIPE
+        processes.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
+    deadline = time.monotonic() + LIMIT
+    answers = []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+            lines = [line for line in out.splitlines() if line.startswith("RESULT ")]
+            answers.append(
+                json.loads(lines[-1][7:]) if lines else {"error": err.strip().splitlines()[-1:] or "nothing"}
+            )
+    except subprocess.TimeoutExpired:
+        return {"error": f"took more than {LIMIT:.0f} s"}
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return answers[0]
+
+
+def installed(engine: str) -> bool:
+    import importlib.util
+
+    return not engine.startswith("deepspeed") or importlib.util.find_spec("deepspeed") is not None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--engines", default=",".join(ENGINES))
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu")
+    parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.part:
+        print("RESULT " + json.dumps(PARTS[args.part[0]](args.device, *args.part[1:])), flush=True)
+        return 0
+
+    began = time.monotonic()
+    card = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    result: dict[str, Any] = {"device": card, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    print(", ".join(f"{key} {value}" for key, value in result.items()), flush=True)
+
+    def note(name: str, answer: dict[str, Any]) -> dict[str, Any]:
+        result[name] = answer
+        print(f"[{time.monotonic() - began:4.0f} s] {name}: {_line(answer)}", flush=True)
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "results.json").write_text(json.dumps(result, indent=1))
+        return answer
+
+    copy = note("copy", run(args.device, "copy"))
+    turns: dict[str, list[dict[str, Any]]] = {}
+    for number in range(args.rounds):
+        for engine in filter(installed, args.engines.split(",")):
+            answer = note(f"train {engine} {number}", run(args.device, "train", engine))
+            turns.setdefault(engine, []).append(answer)
+    for stage in ("0", "3"):
+        update = note(f"update stage {stage}", run(args.device, "update", stage))
+        if "error" not in update and "error" not in copy:
+            update["of copy"] = update["bytes/s"] / copy["bytes/s"]
+        note(f"checks stage {stage}", run(args.device, "checks", stage))
+    for stage in ("0", "1", "2", "3"):
+        note(f"two ranks stage {stage}", run(args.device, "rank", stage, world=2))
+    text = table(result, turns, copy)
+    print(text)
+    (args.out / "results.md").write_text(text)
+    (args.out / "results.json").write_text(json.dumps(result, indent=1))
+    failed = [name for name, answer in result.items() if isinstance(answer, dict) and "error" in answer]
+    print(f"{time.monotonic() - began:.0f} s; results are in {args.out}" + f"; failed: {failed}" * bool(failed))
+    return bool(failed)
+
+
+def _line(answer: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                     for key, value in answer.items())  # fmt: skip
+
+
+def table(result: dict[str, Any], turns: dict[str, list[dict[str, Any]]], copy: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    lines = [f"{result['device']}, torch {result['torch']}, {result['date']}", "",
+             "| engine | tokens/s | TFLOP/s | step / hand loop | peak GB | loss |", "|---" * 6 + "|"]  # fmt: skip
+    for engine, answers in turns.items():
+        if any("error" in answer for answer in answers):
+            lines.append(f"| {engine} | failed | | | | |")
+            continue
+        middle = {key: statistics.median(answer[key] for answer in answers)
+                  for key in ("tokens/s", "TFLOP/s", "peak GB", "loss")}  # fmt: skip
+        pairs = [a["seconds"] / b["seconds"] for a, b in zip(answers, turns.get("compute", []), strict=False)
+                 if "error" not in b]  # fmt: skip
+        ratio = f"{statistics.median(pairs):.3f}" if pairs else ""
+        lines.append(f"| {engine} | {middle['tokens/s']:.0f} | {middle['TFLOP/s']:.4g} | {ratio} | "
+                     f"{middle['peak GB']:.2f} | {middle['loss']:.4f} |")  # fmt: skip
+    if "error" not in copy:
+        lines += ["", f"Copy: {copy['bytes/s'] / 1e9:.0f} GB/s."]
+    for name, answer in result.items():
+        if name.startswith(("update", "checks", "two")):
+            lines.append(f"{name}: {_line(answer)}.")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
