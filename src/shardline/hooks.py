@@ -86,6 +86,7 @@ class Hooks:
         self.schedule, self._on_forward = schedule, on_forward
         self._stack: list[tuple[list[Unit], bool]] = []
         self._saves = any(unit.sharded for unit in units)
+        self._pool = units[0].pool if units else None
         self._outer: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None = None
         self._handles: list[Any] = []
         modules = dict(model.named_modules())
@@ -203,23 +204,21 @@ class Hooks:
         return slab.gathered.as_strided(saved.size, saved.stride, slab.gathered.storage_offset() + saved.offset)
 
     def _find(self, tensor: Tensor) -> _Place | None:
-        if tensor.layout is not torch.strided or not tensor.numel():
+        if self._pool is None or tensor.layout is not torch.strided or not tensor.numel():
             return None
-        address = tensor.data_ptr()
-        for unit in self.schedule.resident():
-            for slab in unit.slabs:
-                whole = slab.gathered
-                if whole is None or tensor.dtype != whole.dtype or not whole.numel():
-                    continue
-                offset, rest = divmod(address - whole.data_ptr(), whole.element_size())
-                if 0 <= offset < whole.numel() and not rest:
-                    index = bisect_right(slab.plan.entries, offset, key=lambda entry: entry.offset) - 1
-                    param, entry = slab.params[index], slab.plan.entries[index]
-                    return _Place(
-                        unit, slab, unit.generation, param, param._version, entry.param.name,
-                        tensor.size(), tensor.stride(), offset,
-                    )  # fmt: skip
-        return None
+        holds: tuple[Unit, Slab] | None = self._pool.label_of(tensor)
+        if holds is None:
+            return None
+        unit, slab = holds
+        if slab.gathered is None or tensor.dtype != slab.plan.dtype:
+            return None
+        offset = int(tensor.storage_offset()) - int(slab.gathered.storage_offset())
+        index = bisect_right(slab.plan.entries, offset, key=lambda entry: entry.offset) - 1
+        param, entry = slab.params[index], slab.plan.entries[index]
+        return _Place(
+            unit, slab, unit.generation, param, param._version, entry.param.name,
+            tensor.size(), tensor.stride(), offset,
+        )  # fmt: skip
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

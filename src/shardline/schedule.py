@@ -87,12 +87,12 @@ class Schedule:
         self._back = _Walk((), strict=True)
         self._uses: list[int] = []
         self._done: Counter[int] = Counter()
-        self._needs: list[int] = []
+        self._needs: dict[int, None] = {}  # unit indices, in order
         self._hints = [_Hints() for _ in units]
         self._almost_ready: list[Unit] = []
         self._at_end: list[Callable[[], None]] = []
         self._untrusted: set[int] = set()  # units whose gradients came after their hint
-        self._ready: list[int] = []
+        self._ready: dict[int, None] = {}  # unit indices, in order
         self._turn = 0
         self._in_flight: deque[tuple[Unit, _Walk]] = deque()
         self._holding = 0
@@ -205,10 +205,6 @@ class Schedule:
         for unit in self.units:
             unit.release()
 
-    def resident(self) -> list[Unit]:
-        """Sharded units whose whole weights are here."""
-        return [unit for unit in self.units if unit.sharded and unit.residence is Residence.GATHERED]
-
     # -- backward ---------------------------------------------------------------------------------------------------
 
     def begin_backward(self, *, reducing: bool, factor: float) -> None:
@@ -218,7 +214,7 @@ class Schedule:
             self._follow_first_forward()
         self.in_backward, self.reducing, self.factor = True, reducing, factor
         self._back = _Walk(self._backward_order, strict=True)
-        self._needs, self._ready, self._turn = [], [], 0
+        self._needs, self._ready, self._turn = {}, {}, 0
 
     def need(self, unit: Unit) -> None:
         """Backward (or what runs inside it) needs the whole weights of ``unit``."""
@@ -229,8 +225,7 @@ class Schedule:
         if not self.in_backward:  # torch.autograd.grad within a forward
             unit.wait()
             return
-        if unit.index not in self._needs:
-            self._needs.append(unit.index)
+        self._needs[unit.index] = None
         self._bring(unit, self._back)
 
     def expect(self, unit: Unit, inputs: int) -> None:
@@ -270,7 +265,7 @@ class Schedule:
     def _unit_ready(self, unit: Unit) -> None:
         if unit.index in self._ready:
             return
-        self._ready.append(unit.index)
+        self._ready[unit.index] = None
         if not unit.trainable:
             unit.release()
         elif not self.reducing or unit.comm.world_size == 1:
@@ -286,7 +281,7 @@ class Schedule:
             if unit.index not in self._ready:
                 if self._hints[unit.index].used or unit.index in self._untrusted:
                     return
-                self._ready.append(unit.index)
+                self._ready[unit.index] = None
             self._turn += 1
             while len(self._in_flight) > 1:  # at most two units' gradients are alive
                 self._finish(*self._in_flight.popleft())
@@ -307,7 +302,7 @@ class Schedule:
         for index in self._reduce_order:
             unit = self.units[index]
             if index not in self._ready:
-                self._ready.append(index)
+                self._ready[index] = None
                 if not self.reducing or unit.comm.world_size == 1:
                     unit.fold(self.factor)
         if self.reducing:
@@ -322,7 +317,7 @@ class Schedule:
 
     def abort_backward(self) -> None:
         """An error ended backward: what it showed of the orders is not whole."""
-        self._ready, self._needs = [], []
+        self._ready, self._needs = {}, {}
         self._leave_backward()
 
     def _leave_backward(self) -> None:
@@ -348,7 +343,7 @@ class Schedule:
     def _follow_first_forward(self) -> None:
         """Before the first backward: its orders are the reverse of the forward just seen, if all ranks saw the same."""
         if self._uses and self._all_alike(self._uses):
-            self._ready, self._needs = [], []
+            self._ready, self._needs = {}, {}
             self.adopt_record()
             behind = list(dict.fromkeys(reversed(self._uses)))
             self._backward_order = self._forward_order[::-1]
@@ -359,7 +354,7 @@ class Schedule:
 
     def record(self) -> int:
         """A digest of the orders seen since the last step, to compare with the other ranks'."""
-        return digest(self._uses, self._needs, self._ready)
+        return digest(self._uses, list(self._needs), list(self._ready))
 
     def adopt_record(self) -> None:
         """Every rank recorded the same: follow it from now on.

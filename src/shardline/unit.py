@@ -435,6 +435,7 @@ class Unit:
             self._works.pop().wait()
         for slab in self.slabs:
             if slab.gathered is not None:
+                self.pool.label(slab.gathered, (self, slab))
                 slab.show(slab.gathered)
                 slab.note_versions()
         self.residence = Residence.GATHERED
