@@ -73,7 +73,7 @@ class Pool:
         with torch.inference_mode(False):
             memory = self._find(size) if size >= _SMALL else None
             if memory is None:
-                if self._memory is not None:
+                if self._memory is not None and size >= _SMALL:
                     return self._memory.empty(numel, dtype)
                 return torch.empty(numel, dtype=dtype, device=self.device)
             self._free = [other for other in self._free if other is not memory]

@@ -37,7 +37,7 @@ def test_a_peer_sees_what_is_written_and_where() -> None:
     peer = peer_of(arena)
     place = arena.place(buffer[10:])
     assert place is not None and place >= HEADER
-    assert torch.equal(peer.read(place, 4 * 990).view(torch.float32), torch.arange(10.0, 1000.0))
+    assert torch.equal(peer.read(place, 990, torch.float32), torch.arange(10.0, 1000.0))
     assert peer.words[5] == -7
     with pytest.raises(TypeError):
         peer.words[5] = 1
@@ -71,7 +71,7 @@ def test_what_somebody_may_be_reading_keeps_its_pages() -> None:
     arena.is_quiet = lambda: False
     del buffer
     other = arena.empty(PAGE, torch.uint8).fill_(1)
-    assert bool((peer.read(place, PAGE) == 9).all())
+    assert bool((peer.read(place, PAGE, torch.uint8) == 9).all())
     before = pages(arena)
     arena.is_quiet = lambda: True
     third = arena.empty(PAGE, torch.uint8)
@@ -113,7 +113,7 @@ def test_an_arena_that_is_closed_is_gone_for_others_and_good_to_who_holds_it() -
     assert peer.is_there()
     arena.close()
     assert not peer.is_there() and bool((buffer == 2).all())
-    assert torch.equal(peer.read(arena.place(buffer), 32).view(torch.float32), buffer)
+    assert torch.equal(peer.read(arena.place(buffer), 8, torch.float32), buffer)
 
 
 OTHER = f"""
@@ -139,11 +139,11 @@ def with_a_process(look: Callable[[subprocess.Popen[str], Peer, int], None]) -> 
 
 def test_a_process_that_was_killed_is_gone_and_its_memory_is_not_torn_away() -> None:
     def look(process: subprocess.Popen[str], peer: Peer, place: int) -> None:
-        assert peer.is_there() and bool((peer.read(place, 32).view(torch.float32) == 5).all())
+        assert peer.is_there() and bool((peer.read(place, 8, torch.float32) == 5).all())
         process.send_signal(signal.SIGKILL)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead and not reaped: a pid that kill(pid, 0) finds
         os.kill(process.pid, 0)
         assert not peer.is_there()
-        assert bool((peer.read(place, 32).view(torch.float32) == 5).all())
+        assert bool((peer.read(place, 8, torch.float32) == 5).all())
 
     with_a_process(look)

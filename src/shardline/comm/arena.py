@@ -121,19 +121,20 @@ class Peer:
         opened = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             self._identity = os.fstat(opened)
-            mapped = mmap.mmap(opened, size, prot=mmap.PROT_READ)
-            mapped.madvise(mmap.MADV_DONTDUMP)
+            self._map = mmap.mmap(opened, size, prot=mmap.PROT_READ)
+            self._map.madvise(mmap.MADV_DONTDUMP)
         finally:
             os.close(opened)
-        self.words = memoryview(mapped)[:header].cast("q")
+        self.words = memoryview(self._map)[:header].cast("q")
         if self.words[0] != token:
             raise ValueError(f"{self._path} is not the memory of rank {rank}")
-        with torch.inference_mode(False), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it cannot be written is the point
-            self._bytes = torch.frombuffer(mapped, dtype=torch.uint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says once that this cannot be written, which is the point
+            self.read(0, 1, torch.int64)
 
-    def read(self, offset: int, size: int) -> Tensor:
-        return self._bytes[offset : offset + size]
+    def read(self, offset: int, numel: int, dtype: torch.dtype) -> Tensor:
+        """What lies in the file ``offset`` bytes behind its beginning (1-D)."""
+        return torch.frombuffer(self._map, dtype=dtype, count=numel, offset=offset) if numel else torch.empty(0)
 
     def is_there(self) -> bool:
         """Whether its process lives and has the arena open: no other file can be this one while it is mapped."""

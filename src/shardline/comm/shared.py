@@ -43,8 +43,11 @@ _LINE = 8  # words of a cache line: what one rank writes and another reads at on
 _CHANNEL = 2 * _LINE + 2 * _RING  # words: started | carried out | ring of (offset, bytes)
 _HEADER = 8 * (_LINE + _CHANNELS * _CHANNEL)  # bytes
 
-_SMALL = 1 << 16
+_SMALL = in_pages(1)
 """Bytes below which a buffer stays in private memory, and is copied into the arena when it is announced."""
+
+_COPIES = 1 << 20
+"""Bytes up to which the place of such a copy is kept for the next one."""
 
 _ROOM = 4
 """Size of all arenas together, in times of the host's memory. Only addresses: there is room for a rank that needs more
@@ -172,8 +175,8 @@ class SharedMemory:
         return copy
 
     def take_back(self, announced: _Announced) -> None:
-        """All have read it. A small copy is kept for the next one."""
-        if announced.is_copy and announced.part.numel() <= 16 * _SMALL:
+        """All have read it."""
+        if announced.is_copy and announced.part.numel() <= _COPIES:
             self._copies.append(announced.part)
 
     def close(self) -> None:
@@ -252,7 +255,7 @@ class SharedTransport:
                 f"rank {peer.rank} sends {size} bytes where rank {self.memory.rank} expects {numel * dtype.itemsize}: "
                 f"they gather or reduce different units. Every rank must run the same model on the same path."
             )
-        return peer.read(offset, size).view(dtype)
+        return peer.read(offset, numel, dtype)
 
     def progress(self) -> None:
         """Carry out, in order, what all peers have started too, and forget what all have read."""
