@@ -1,4 +1,6 @@
-"""Trains a small model with DeepSpeed and saves it, with what it holds beside it: STAGE DTYPE OUT.
+"""Trains a small model with DeepSpeed and saves it, with what it holds beside it: STAGE DTYPE OUT [all].
+
+``all``: every parameter is trained, none is frozen.
 
 Runs on the Python that has DeepSpeed, which need not be the one that runs the tests.
 """
@@ -13,7 +15,9 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import nn
 
-stage, dtype, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+# Its own collectives for one host are compiled when they are first used, for minutes on a busy machine; torch's do.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+stage, dtype, out, frozen = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:] != ["all"]
 torch.manual_seed(0)
 
 
@@ -25,7 +29,7 @@ class Net(nn.Module):
         self.blocks = nn.ModuleList(nn.Linear(24, 24) for _ in range(3))
         self.odd = nn.Parameter(torch.ones(7))
         self.fixed = nn.Linear(24, 24)
-        self.fixed.requires_grad_(False)
+        self.fixed.requires_grad_(not frozen)
         self.head = nn.Linear(24, 24, bias=False)
         self.head.weight = self.embed.weight
 
@@ -37,7 +41,7 @@ class Net(nn.Module):
 
 
 model = Net()
-fixed = {f"fixed.{name}": value.clone() for name, value in model.fixed.state_dict().items()}
+fixed = {f"fixed.{name}": value.clone() for name, value in model.fixed.state_dict().items() if frozen}
 config = {
     "train_micro_batch_size_per_gpu": 4,
     "optimizer": {"type": "Adam", "params": {"lr": 1e-2, "torch_adam": True}},
