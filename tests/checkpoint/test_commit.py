@@ -115,7 +115,16 @@ def test_a_full_disk_is_told_to_every_rank(tmp_path, rank):
     fails_on_every_rank(tmp_path, before, rf"on rank {rank}: No space left on device: file. Make room", after)
 
 
-CALLS = [("mkdir", 0), ("open", 0), ("open", 1), ("fsync", 0), ("fsync", 1), ("rename", 0), ("replace", 0)]
+CALLS = [
+    ("mkdir", 0),
+    ("open", 0),
+    ("open", 1),
+    ("fsync", 0),
+    ("fsync", 1),
+    ("rename", 0),
+    ("replace", 0),
+    ("posix_fallocate", 1),
+]
 """Calls to the system that a save makes, and the rank for which they fail: root is refused nothing by permissions."""
 
 
@@ -123,7 +132,7 @@ CALLS = [("mkdir", 0), ("open", 0), ("open", 1), ("fsync", 0), ("fsync", 1), ("r
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EIO], ids=errno.errorcode.get)
 def test_a_call_that_the_system_refuses(tmp_path, call, rank, number):
     """A disk that became read-only, full or broken, or a directory that is another user's, on one rank only."""
-    originals = os.mkdir, os.open, os.fsync, os.rename, os.replace, io.open
+    originals = os.mkdir, os.posix_fallocate, os.fsync, os.rename, os.replace, io.open
 
     def refuse(*args, **kwargs):
         raise OSError(number, os.strerror(number), "file")
@@ -136,7 +145,7 @@ def test_a_call_that_the_system_refuses(tmp_path, call, rank, number):
             setattr(io if call == "open" else os, call, refuse_to_write if call == "open" else refuse)
 
     def after(ring):
-        os.mkdir, os.open, os.fsync, os.rename, os.replace, io.open = originals
+        os.mkdir, os.posix_fallocate, os.fsync, os.rename, os.replace, io.open = originals
 
     advice = {errno.EROFS: "Save to a file system that can be written", errno.EACCES: "Give this user the right"}
     said = rf"failed on rank {rank}: {re.escape(os.strerror(number))}.*{advice.get(number, '')}"
