@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -66,9 +67,12 @@ class Drive:
         frozen: tuple[int, ...] = (),
         kept: int = 0,
         alike: bool = False,  # what the other ranks say of the first forward
+        sizes: Sequence[int] = (),
     ) -> None:
         self.log: list[str] = []
         self.units = [FakeUnit(i, self.log, i not in frozen) for i in range(count)]
+        for unit, size in zip(self.units, sizes, strict=False):
+            unit.plan.numel = size
         self.schedule = Schedule(
             self.units,  # type: ignore[arg-type]
             lambda uses: alike,
@@ -301,18 +305,21 @@ def test_reductions_overlap_backward() -> None:
     assert log == ["reduce 2", "gather 1", "reduce 1", "gather 0", "reduce 0"]
 
 
-def test_at_most_two_units_are_in_flight() -> None:
-    drive = Drive(6)
+@pytest.mark.parametrize(("sizes", "together"), [((100,) * 6, 1), ((30, 30, 100, 30, 30, 30), 3)])
+def test_what_is_in_flight_is_no_larger_than_the_largest_unit(sizes, together) -> None:
+    drive = Drive(6, sizes=sizes)
     drive.forward(*range(6))
     drive.log.clear()
     drive.backward(*range(5, -1, -1))
-    flying = most = 0
+    flying: set[int] = set()
+    most = 0
     for entry in drive.take("reduce", "finish"):
-        flying += 1 if entry.startswith("reduce") else -1
-        most = max(most, flying)
-    assert most == 2
+        flying ^= {int(entry.split()[1])}
+        assert sum(sizes[index] for index in flying) <= 100
+        most = max(most, len(flying))
+    assert most == together
     drive.schedule.finish_reductions()
-    assert flying - len(drive.take("finish")) == 0
+    assert {f"finish {index}" for index in flying} == set(drive.take("finish"))
 
 
 def test_the_order_seen_is_the_next_reduce_order() -> None:

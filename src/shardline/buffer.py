@@ -14,7 +14,7 @@ The only file with torch's private storage tricks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -61,11 +61,18 @@ class Pool:
     """Lends flat 1-D buffers on one device, of ``memory`` where it is given.
 
     Giving 64 MB back to the system and taking it again costs about ten times as long as filling it, in page faults, so
-    on CPU memory is kept. The best-fitting free piece is lent.
+    on CPU memory is kept. The best-fitting free piece is lent. A new piece is as large as the largest buffer that it
+    may serve, so that few serve all.
+
+    Args:
+        device: of the buffers.
+        memory: where new pieces come from; torch's own if left out.
+        sizes: in bytes, of the buffers that will be asked for.
     """
 
-    def __init__(self, device: torch.device, memory: Memory | None = None) -> None:
+    def __init__(self, device: torch.device, memory: Memory | None = None, sizes: Iterable[int] = ()) -> None:
         self.device = device
+        self._sizes = sorted(sizes)
         self._memory = memory
         self._least = _SMALL if memory is None or memory.least is None else memory.least
         self._keep = device.type == "cpu"
@@ -78,10 +85,13 @@ class Pool:
         # Buffers outlive the inference_mode in which one may first be needed, so they must not be inference tensors.
         with torch.inference_mode(False):
             memory = self._find(size) if size >= self._least else None
+            if memory is None and self._keep and size >= self._least:
+                size = max((other for other in self._sizes if size <= other < _SLACK * size), default=size)
             if memory is None:
+                whole = -(-size // dtype.itemsize)
                 if self._memory is not None:
-                    return self._memory.empty(numel, dtype)
-                return torch.empty(numel, dtype=dtype, device=self.device)
+                    return self._memory.empty(whole, dtype)[:numel]
+                return torch.empty(whole, dtype=dtype, device=self.device)[:numel]
             self._free = [other for other in self._free if other is not memory]
             return torch.empty(0, dtype=dtype, device=self.device).set_(memory, 0, (numel,), (1,))
 

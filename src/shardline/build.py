@@ -126,9 +126,19 @@ def lay_out(
             "the layout of the model": plan.fingerprint,
         }
     )
-    pool = Pool(comm.device, comm)
+    pool = Pool(comm.device, comm, _travelling_bytes(plan, precision))
     units = _units(plan, params, config, precision, comm, pool, on_touch)
     return Layout(plan, params, units, modules, pool)
+
+
+def _travelling_bytes(plan: Plan, precision: Precision) -> set[int]:
+    """The sizes of whole slabs, as weights and as gradients."""
+    return {
+        slab.size * dtype.itemsize
+        for unit in plan.units
+        for slab in unit.slabs
+        for dtype in (slab.dtype, precision.reduce_dtype(slab.dtype), precision.grad_dtype(slab.dtype))
+    }
 
 
 def _plan(

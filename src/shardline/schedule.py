@@ -87,6 +87,7 @@ class Schedule:
         self._reduce_order = [unit.index for unit in reversed(units) if unit.trainable]
         self._use_counts: Counter[int] | None = None  # uses of each unit in a recorded forward
         self._last_used = self._forward_order[-1:]  # one unit, or none
+        self._largest = max((unit.plan.numel for unit in units), default=0)
         # Units whose modules lie apart, or that are used outside of their modules, stay until the forward ends.
         self._scattered = {unit.index for unit in units if not _compact(unit)}
         self._walk: _Walk | None = None  # of the forward that runs
@@ -300,11 +301,15 @@ class Schedule:
                     return
                 self._ready[unit.index] = None
             self._turn += 1
-            while len(self._in_flight) > 1:  # at most two units' gradients are alive
+            while self._in_flight and self._flying() + unit.plan.numel > self._largest:
                 self._finish(*self._in_flight.popleft())
             unit.reduce(self.factor)
             self._in_flight.append((unit, self._back))
             unit.release()
+
+    def _flying(self) -> int:
+        """Elements of the reductions that are started and not over: with the next at most those of one large unit."""
+        return sum(unit.plan.numel for unit, _ in self._in_flight)
 
     def _finish(self, unit: Unit, back: _Walk) -> None:
         """Wait for a reduction. The other ranks join it once they have what they gather before: so join that first."""
