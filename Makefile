@@ -52,7 +52,7 @@ bench: .venv-bench/.installed  ## speed and memory beside DeepSpeed, FSDP2, DDP 
 bench-quick: .venv  ## does the benchmark itself work? A minute, with what .venv has
 	$(BIN)/python benchmarks/bench.py --quick --rounds 1 --out runs/bench-quick $(ARGS)
 
-# The peers, in an environment of their own; nothing of DeepSpeed is compiled.
+# The peers, in an environment of their own.
 .venv-bench/.installed: constraints.txt benchmarks/constraints.txt
 	@echo "Installing the peers into .venv-bench ..."
 	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench

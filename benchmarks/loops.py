@@ -202,7 +202,7 @@ def _engine_step(engine: Any) -> Step:
 
 
 def deepspeed(model: nn.Module, work: Work, stage: int) -> Step:
-    """DeepSpeed with torch's AdamW, so that it compiles nothing."""
+    """DeepSpeed with torch's AdamW: its own CPU Adam would have to be compiled."""
     import deepspeed as library
 
     chosen = config(work, stage)

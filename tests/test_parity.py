@@ -11,7 +11,6 @@ import itertools
 import pytest
 import torch
 
-import shardline.buffer
 import shardline.comm.shared
 from tests.harness import (
     DTYPES,
@@ -101,7 +100,6 @@ def test_stages_are_one_another_bit_by_bit(ranks, world, clip, optimizer):
 def train_in_shared_memory(*args):
     """Every buffer lies in shared memory, however small."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shardline.buffer, "_SMALL", 0)
         patch.setattr(shardline.comm.shared, "_SMALL", 0)
         return train(*args)
 

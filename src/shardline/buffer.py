@@ -43,6 +43,11 @@ _SECONDS = 1.0
 class Memory(Protocol):
     """Where buffers come from that travel between ranks."""
 
+    @property
+    def least(self) -> int | None:
+        """Bytes from which a buffer is worth keeping; ``None`` where that is as in ordinary memory."""
+        ...
+
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A flat buffer with arbitrary contents."""
         ...
@@ -62,6 +67,7 @@ class Pool:
     def __init__(self, device: torch.device, memory: Memory | None = None) -> None:
         self.device = device
         self._memory = memory
+        self._least = _SMALL if memory is None or memory.least is None else memory.least
         self._keep = device.type == "cpu"
         self._free: list[torch.UntypedStorage] = []
         self._labels: dict[int, Any] = {}
@@ -71,9 +77,9 @@ class Pool:
         size = numel * dtype.itemsize
         # Buffers outlive the inference_mode in which one may first be needed, so they must not be inference tensors.
         with torch.inference_mode(False):
-            memory = self._find(size) if size >= _SMALL else None
+            memory = self._find(size) if size >= self._least else None
             if memory is None:
-                if self._memory is not None and size >= _SMALL:
+                if self._memory is not None:
                     return self._memory.empty(numel, dtype)
                 return torch.empty(numel, dtype=dtype, device=self.device)
             self._free = [other for other in self._free if other is not memory]
@@ -98,7 +104,7 @@ class Pool:
         """Take a lent buffer back. The caller must not use it any more."""
         memory = buffer.untyped_storage()
         self._labels.pop(memory.data_ptr(), None)
-        if self._keep and memory.nbytes() >= _SMALL:
+        if self._keep and memory.nbytes() >= self._least:
             self._free.append(memory)
 
     def label(self, buffer: Tensor, label: object) -> None:

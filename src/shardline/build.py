@@ -222,6 +222,7 @@ def load_model(
         meta.fill(model, {param: name for name, param in layout.params.items()}, store, layout.units_of, init_fn)
     for unit in layout.units:
         unit.settle()
+    layout.pool.clear()
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:

@@ -198,8 +198,7 @@ class Engine(nn.Module):
                 name = next(name for name, known in self._layout.params.items() if known is param)
                 raise replaced_error(name, param if found is None else found)
         for unit in self._layout.units:
-            for slab in unit.slabs:
-                slab.check_in_place()
+            unit.check_in_place()
 
     # -- backward ---------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ that come later are kept and reduced in a second round at the step.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from shardline.comm import digest
 from shardline.unit import Residence, Unit
@@ -27,8 +27,12 @@ __all__ = ["Schedule"]
 class _Walk:
     """A position in an agreed order of gathers. What was issued is not issued again, even if it was released since."""
 
-    def __init__(self, order: Sequence[int], *, strict: bool) -> None:
+    def __init__(
+        self, order: Sequence[int], *, strict: bool, here: Collection[int] = (), stays: Collection[int] = ()
+    ) -> None:
         self.order, self.strict = order, strict
+        self.here = here  # units that need no gather, on any rank: they have stayed from what came before
+        self.stays = stays  # units that are not released, on any rank: what follows needs them
         self.position = 0  # what is before it was used, or passed over
         self.issued = 0  # the gathers before it were started: at most one ahead of ``position``
 
@@ -77,10 +81,12 @@ class Schedule:
         self.reducing = True
         self.factor = 1.0
         self._prefetch, self._reshard = prefetch, reshard_after_forward
-        self._forward_order = [unit.index for unit in units if unit.sharded]
+        self._sharded = [unit.index for unit in units if unit.sharded]
+        self._forward_order = list(self._sharded)
         self._backward_order = self._forward_order[::-1]
         self._reduce_order = [unit.index for unit in reversed(units) if unit.trainable]
         self._use_counts: Counter[int] | None = None  # uses of each unit in a recorded forward
+        self._last_used = self._forward_order[-1:]  # one unit, or none
         # Units whose modules lie apart, or that are used outside of their modules, stay until the forward ends.
         self._scattered = {unit.index for unit in units if not _compact(unit)}
         self._walk: _Walk | None = None  # of the forward that runs
@@ -103,17 +109,22 @@ class Schedule:
         """The model's own forward begins."""
         if self.in_backward or self._walk is not None:
             return
-        self._walk = _Walk(self._forward_order, strict=with_grad)
+        # A backward begins with what was used last: to let that go would only bring it again.
+        stays = self._sharded if not self._reshard else self._last_used if with_grad else ()
+        self._walk = _Walk(self._forward_order, strict=with_grad, here=self._resident(), stays=stays)
         self._uses, self._done = ([] if with_grad else self._uses), Counter()
 
     def end_forward(self) -> None:
         """The model's own forward is over, with or without an error."""
         if self.in_backward or self._walk is None:
             return
-        self._catch_up(self._walk, len(self._walk.order), keep=False)
+        walk = self._walk
+        self._catch_up(walk, len(walk.order), keep=False)
         self._walk = None
+        self.release_all(but=walk.stays)
         if self._reshard:
-            self.release_all()
+            for index in walk.stays:
+                self.units[index].hide()
 
     def use(self, unit: Unit) -> bool:
         """A module that uses ``unit`` begins its forward. Returns whether :meth:`done` must follow."""
@@ -145,7 +156,7 @@ class Schedule:
             last = unit.index not in self._scattered
         else:
             last = self._done[unit.index] >= self._use_counts[unit.index]
-        if last and self._reshard:
+        if last and unit.index not in self._walk.stays:
             unit.release()
 
     def touch(self, unit: Unit) -> bool:
@@ -187,23 +198,29 @@ class Schedule:
         for position in range(walk.position, place if walk.strict else walk.position):
             unit = self.units[walk.order[position]]
             if position >= walk.issued:
-                unit.gather()
+                if unit.index not in walk.here:
+                    unit.gather()
                 walk.issued = position + 1
             if unit.residence is Residence.GATHERING:
                 unit.wait()
             if keep:
                 self._kept.append(unit)
-            else:
+            elif unit.index not in walk.stays:
                 unit.release()
         walk.position = place
         while sum(unit.plan.numel for unit in self._kept) > self._max_kept:
             self._kept.popleft().release()
 
-    def release_all(self) -> None:
-        """Let every unit go that is not in use."""
+    def release_all(self, but: Collection[int] = ()) -> None:
+        """Let every unit go that is not in use, ``but`` some."""
         self._kept.clear()
         for unit in self.units:
-            unit.release()
+            if unit.index not in but:
+                unit.release()
+
+    def _resident(self) -> set[int]:
+        """Sharded units whose whole weights are here, or on their way."""
+        return {index for index in self._sharded if self.units[index].residence is not Residence.SHARDED}
 
     # -- backward ---------------------------------------------------------------------------------------------------
 
@@ -213,7 +230,7 @@ class Schedule:
             self._first = False
             self._follow_first_forward()
         self.in_backward, self.reducing, self.factor = True, reducing, factor
-        self._back = _Walk(self._backward_order, strict=True)
+        self._back = _Walk(self._backward_order, strict=True, here=self._resident())
         self._needs, self._ready, self._turn = {}, {}, 0
 
     def need(self, unit: Unit) -> None:
@@ -362,10 +379,11 @@ class Schedule:
         An order always holds every sharded unit, so that a rank which suddenly uses one that all had skipped does not
         gather alone. Only a backward leaves out what its forward used and it did not need (an embedding).
         """
-        sharded = [unit.index for unit in self.units if unit.sharded]
+        sharded = self._sharded
         if self._uses:
             used = [index for index in self._uses if self.units[index].sharded]
             self._forward_order = list(dict.fromkeys([*used, *sharded]))
+            self._last_used = used[-1:]
             self._use_counts = Counter(self._uses)
         if self._needs:
             unused = [index for index in reversed(sharded) if index not in self._uses]

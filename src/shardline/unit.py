@@ -265,10 +265,12 @@ class Slab:
             return self._reduce_down(self.offload, unit, source, wire)
         add = self.grad is not None
         if self.grad is None:
-            # Where all of it is needed the whole buffer is here already: its own range becomes the sum.
-            whole = self.row.states is Placement.REPLICATED and source.dtype == self.grad_dtype
-            self._lent = source if whole else None
-            self.grad = source if whole else self._empty_state(self.grad_dtype)
+            if (
+                self.row.states is Placement.REPLICATED
+            ):  # the sums travel on; where the dtype allows, in their own place
+                same = source.dtype == self.grad_dtype
+                self._lent = source if same else self.pool.take(self.plan.size, self.grad_dtype)
+            self.grad = self._empty_state(self.grad_dtype) if self._lent is None else self._lent
         grad = self.grad
         work = self.comm.reduce(unit, wire, self.plan.boundaries, self.own(grad), add=add, scratch=self.pool)
 
@@ -461,6 +463,7 @@ class Unit:
         self.generation += 1
         if self.sharded:
             self._seal()
+            self._give_back()
             return
         for slab in self.slabs:
             slab.show(slab.weights)
@@ -499,6 +502,14 @@ class Unit:
         while self._works:
             self._works.pop().wait()
         self._seal()
+        self._give_back()
+
+    def hide(self) -> None:
+        """Seal the parameters although their whole weights stay, for a use that comes soon: it needs no gather."""
+        if self.sharded and not self.holds and self.residence is Residence.GATHERED:
+            self._keep_edits()
+            self._seal()
+            self.residence = Residence.GATHERING
 
     def edited(self) -> list[str]:
         """Names of the parameters that were edited in place since they were last shown."""
@@ -514,6 +525,9 @@ class Unit:
         for slab in self.slabs:
             for param, entry in zip(slab.params, slab.plan.entries, strict=True):
                 seal(param, entry.param.name, self._touch, slab.weights)
+
+    def _give_back(self) -> None:
+        for slab in self.slabs:
             if slab.gathered is not None:
                 self.pool.give(slab.gathered)
                 slab.gathered = None
@@ -559,6 +573,12 @@ class Unit:
         self.generation += 1
         self.release()
         return works
+
+    def check_in_place(self) -> None:
+        """See that nobody replaced a parameter's tensor while it is shown; see :meth:`Slab.check_in_place`."""
+        if self.residence is Residence.GATHERED:
+            for slab in self.slabs:
+                slab.check_in_place()
 
     def adopt(self) -> None:
         """Notice edits that were made to resting weights; see :meth:`Slab.adopt`."""

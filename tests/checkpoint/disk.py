@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -109,6 +110,24 @@ def content(ring: Ring, step: int) -> Content:
 
 def save(ring: Ring, path: Path, tag: str, step: int, fault: str | None = None, **options: Any) -> None:
     commit(path, tag, content(ring, step), ring, armed(ring.rank, fault), **options)
+
+
+def save_in_background(ring: Ring, path: Path, tag: str, step: int, fault: str) -> None:
+    """The same in a thread, while this one writes to other files, as training does."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            save(ring, path, tag, step, fault)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while thread.is_alive():
+        sum(range(1000))
+    if errors:
+        raise errors[0]
 
 
 def newest(path: Path) -> tuple[str, int] | None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from shardline.checkpoint import checkpointer, commit
+from shardline.checkpoint.faults import EVERY_RANK, OVERWRITE, POINTS
 from shardline.errors import CheckpointError
 from shardline.testing import RankFailed, run_distributed
 from tests.checkpoint import cases
@@ -157,19 +158,17 @@ def test_sigterm_on_one_rank_saves_and_ends_all(ranks, tmp_path):
 
 # -- SIGKILL in real jobs ---------------------------------------------------------------------------------------------
 
+LATE = ("commit-barrier:before", "commit-barrier:after")
 SOME = [("shard-write:middle", 1, False), ("rename:after", 0, True)]
+SYNCHRONOUS = ("shard-write:before", "shard-barrier:after", "manifest-write:middle", "rename:before", "latest:before")
 MANY = [
     (point, rank, background)
-    for point in (
-        "shard-write:before",
-        "shard-barrier:after",
-        "manifest-write:middle",
-        "rename:before",
-        "latest:before",
-    )
-    for rank in ((0, 1) if point.startswith("shard") else (0,))
-    for background in (False, True)
+    for point in POINTS
+    for rank in ((0, 1) if point in EVERY_RANK else (0,))
+    for background in (True, False)
+    if (background or point in SYNCHRONOUS) and point not in (*OVERWRITE, "remove-old:middle", "remove-old:after")
 ]
+"""Every point of a save in the background that overwrites nothing, and some of one that training waits for."""
 
 
 def kill_a_job(ranks, tmp_path, point, rank, background):
@@ -179,9 +178,10 @@ def kill_a_job(ranks, tmp_path, point, rank, background):
     with pytest.raises(RankFailed, match=f"Rank {rank} of 2 was killed by SIGKILL"):
         run_distributed(weights_after, 2, config, 6, f"{point}@{rank}")
     straight = ranks(weights_after, 2, cases.config(3, 2), 6)
-    begun = 3 if point in ("rename:after", "latest:before") else 2
+    committed = rank == 0 and point in (*POINTS[POINTS.index("rename:after") :], *LATE)
+    either = rank == 1 and point in ("shard-barrier:after", *LATE)  # rank 0 may get there by itself
     for weights, where, _ in ranks(weights_after, 2, config, 6):
-        assert where == begun or (point == "shard-barrier:after" and rank == 1 and where == 3)
+        assert where == (3 if committed else 2) or (either and where == 3)
         assert same({k: v for k, v in weights.items() if not k.startswith("norm")}, straight[0][0])
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import re
 import shutil
 import threading
 
@@ -20,12 +22,13 @@ COMMITTED = RANK_ZERO[RANK_ZERO.index("rename:after") :]
 LATE = ("commit-barrier:before", "commit-barrier:after")
 
 
-def kill(tmp_path, point, rank, mode):
+def kill(tmp_path, point, rank, mode, background):
     """Save step 1 (not in the first mode), die while saving step 2, and look."""
     tag = {"first": "b", "next": "b", "overwrite": "a"}[mode]
     if mode != "first":
         assert disk.spawn(2, lambda ring: disk.save(ring, tmp_path, "a", 1)) == [0, 0]
-    codes = disk.spawn(2, lambda ring: disk.save(ring, tmp_path, tag, 2, f"{point}@{rank}"))
+    save = disk.save_in_background if background else disk.save
+    codes = disk.spawn(2, lambda ring: save(ring, tmp_path, tag, 2, f"{point}@{rank}"))
     if codes[rank] == 0:  # a point that this mode does not pass
         assert mode != "overwrite" and point in (*OVERWRITE, "remove-old:middle", "remove-old:after")
         return
@@ -47,16 +50,17 @@ def kill(tmp_path, point, rank, mode):
     assert set(Directory(tmp_path).tags()) - {"b"} == {"c"} | ({"a"} if mode != "first" else set())
 
 
+@pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", ["first", "next", "overwrite"])
-def test_killed_anywhere(tmp_path, mode):
-    """Every point on every rank that passes it: 11 on both ranks, 23 on rank 0."""
+def test_killed_anywhere(tmp_path, mode, background):
+    """Every point on every rank that passes it: 11 on both ranks, 23 on rank 0; also in a thread while others work."""
     for number, (point, rank) in enumerate(
         [(point, rank) for point in EVERY_RANK for rank in (0, 1)] + [(point, 0) for point in RANK_ZERO]
     ):
         place = tmp_path / str(number)
         place.mkdir()
         try:
-            kill(place, point, rank, mode)
+            kill(place, point, rank, mode, background)
         except AssertionError as error:
             raise AssertionError(f"{mode} save, {point} on rank {rank}: {error}") from error
         shutil.rmtree(place)
@@ -109,6 +113,62 @@ def broken(rank, where, error):
 def test_a_full_disk_is_told_to_every_rank(tmp_path, rank):
     before, after = broken(rank, "write", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "file"))
     fails_on_every_rank(tmp_path, before, rf"on rank {rank}: No space left on device: file. Make room", after)
+
+
+CALLS = [
+    ("mkdir", 0),
+    ("open", 0),
+    ("open", 1),
+    ("fsync", 0),
+    ("fsync", 1),
+    ("rename", 0),
+    ("replace", 0),
+    ("posix_fallocate", 1),
+]
+"""Calls to the system that a save makes, and the rank for which they fail: root is refused nothing by permissions."""
+
+
+@pytest.mark.parametrize(("call", "rank"), CALLS)
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EIO], ids=errno.errorcode.get)
+def test_a_call_that_the_system_refuses(tmp_path, call, rank, number):
+    """A disk that became read-only, full or broken, or a directory that is another user's, on one rank only."""
+    originals = os.mkdir, os.posix_fallocate, os.fsync, os.rename, os.replace, io.open
+
+    def refuse(*args, **kwargs):
+        raise OSError(number, os.strerror(number), "file")
+
+    def refuse_to_write(path, mode="r", *args, **kwargs):
+        return refuse() if "w" in mode and ".tmp" in str(path) else originals[-1](path, mode, *args, **kwargs)
+
+    def before(ring):
+        if ring.rank == rank:
+            setattr(io if call == "open" else os, call, refuse_to_write if call == "open" else refuse)
+
+    def after(ring):
+        os.mkdir, os.posix_fallocate, os.fsync, os.rename, os.replace, io.open = originals
+
+    advice = {errno.EROFS: "Save to a file system that can be written", errno.EACCES: "Give this user the right"}
+    said = rf"failed on rank {rank}: {re.escape(os.strerror(number))}.*{advice.get(number, '')}"
+    if call == "replace":  # the checkpoint is there already: what failed is to name it as the newest
+        return after_the_commit(tmp_path, before, said, after)
+    fails_on_every_rank(tmp_path, before, said, after)
+
+
+def after_the_commit(path, before, said, after):
+    def body(ring):
+        before(ring)
+        with pytest.raises(CheckpointError, match=said):
+            disk.save(ring, path, "b", 2)
+        after(ring)
+        ring.exchange(None)
+        if ring.rank == 0:
+            assert disk.newest(path) == ("b", 2)
+        ring.exchange(None)
+        disk.save(ring, path, "c", 3)
+
+    assert disk.spawn(2, lambda ring: disk.save(ring, path, "a", 1)) == [0, 0]
+    assert disk.spawn(2, body) == [0, 0]
+    assert disk.newest(path) == ("c", 3) and set(Directory(path).tags()) == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize("where", ["_write_manifest", "_put_in_place"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import zlib
 
 import pytest
@@ -21,9 +24,27 @@ def some():
     } | {"none": torch.empty(0), "number": torch.tensor(3.5), "turned": torch.rand(4, 6).t()}  # fmt: skip
 
 
-def test_the_library_reads_what_is_written(tmp_path):
+def refuse(descriptor, offset, size):
+    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+
+class Short(io.RawIOBase):
+    """A file that takes a few bytes at a time, as an unbuffered one may."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def write(self, data):
+        with self.path.open("ab") as file:
+            return file.write(data[:1000])
+
+
+@pytest.mark.parametrize("kind", ["unbuffered", "buffered", "cannot reserve", "short writes"])
+def test_the_library_reads_what_is_written(tmp_path, monkeypatch, kind):
     tensors, path = some(), tmp_path / "x.safetensors"
-    with path.open("wb") as file:
+    if kind == "cannot reserve":
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with Short(path) if kind == "short writes" else path.open("wb", buffering=-1 if kind == "buffered" else 0) as file:
         written = write(file, tensors, {"id": "7"}, lambda: None)
     data = path.read_bytes()
     assert (written.bytes, written.crc32) == (len(data), zlib.crc32(data))

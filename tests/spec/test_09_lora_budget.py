@@ -175,7 +175,7 @@ def count_checkpointed(build, steps, config):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_blocks_are_gathered_twice(ranks, reentrant, accumulation):
-    """Once in the forward, and once for recomputation and backward together."""
+    """Once in the forward, and once for recomputation and backward together; what was used last just stays."""
     setup = Setup(accumulation=accumulation)
     build = partial(Checkpointed, reentrant, 32, 6)
     for history, blocks in ranks(count_checkpointed, 2, build, 3, setup.config(3)):
@@ -184,7 +184,7 @@ def test_checkpointed_blocks_are_gathered_twice(ranks, reentrant, accumulation):
         gathers = sorted(n for (operation, _), n in counts.items() if operation == "gather")
         reductions = {n for (operation, _), n in counts.items() if operation == "reduce"}
         assert gathers[-1] <= 2 * accumulation
-        assert len([n for n in gathers if n == 2 * accumulation]) >= len(gathers) - 1 >= blocks
+        assert len([n for n in gathers if n == 2 * accumulation]) >= len(gathers) - 2 >= blocks
         assert reductions == {accumulation}
 
 

@@ -175,7 +175,7 @@ def commit(
         def write_shard() -> Any:
             _see_token(temp, plan["id"], plan["path"])
             reach("shard-write:before")
-            with _opened(temp / file_name(channel.rank)) as file:
+            with _opened(temp / file_name(channel.rank), buffering=0) as file:
                 written = write(
                     file,  # type: ignore[arg-type]
                     content.tensors,
@@ -243,9 +243,9 @@ def _see_token(temp: Path, identity: str, theirs: str) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
+def _opened(path: Path, buffering: int = -1) -> Iterator[IO[bytes]]:
     """A new file whose contents are on the disk afterwards."""
-    with path.open("wb", buffering=1 << 20) as file:
+    with path.open("wb", buffering=buffering) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

@@ -95,6 +95,11 @@ class Comm:
             return self._memory.empty(numel, dtype)
         return torch.empty(numel, dtype=dtype, device=self.device)
 
+    @property
+    def least(self) -> int | None:
+        """Bytes from which a buffer of :meth:`empty` is special memory; ``None`` where there is none."""
+        return None if self._memory is None else self._memory.least
+
     def settle(self, patience: float | None = None) -> None:
         """Return when no other rank reads what this one sent in transitions that it has waited for.
 

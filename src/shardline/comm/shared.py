@@ -46,8 +46,8 @@ _HEADER = 8 * (_LINE + _CHANNELS * _CHANNEL)  # bytes
 _SMALL = in_pages(1)
 """Bytes below which a buffer stays in private memory, and is copied into the arena when it is announced."""
 
-_COPIES = 1 << 20
-"""Bytes up to which the place of such a copy is kept for the next one."""
+_COPIES = 2
+"""Places of such copies that are kept for the next ones: at most two reductions are in flight."""
 
 _ROOM = 4
 """Size of all arenas together, in times of the host's memory. Only addresses: there is room for a rank that needs more
@@ -91,6 +91,10 @@ class SharedMemory:
         words = [(peer.words, count) for peer in peers for count in (each.count for each in self.transports)]
         arena.is_quiet = lambda: all(theirs[count + _LINE] >= arena.words[count] for theirs, count in words)
         _OPEN.add(self)
+
+    @property
+    def least(self) -> int:
+        return _SMALL
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A flat buffer that travels without a copy, where it is worth that and there is room."""
@@ -176,8 +180,8 @@ class SharedMemory:
 
     def take_back(self, announced: _Announced) -> None:
         """All have read it."""
-        if announced.is_copy and announced.part.numel() <= _COPIES:
-            self._copies.append(announced.part)
+        if announced.is_copy and announced.part.numel() <= 16 * _SMALL:
+            self._copies = [*self._copies, announced.part][-_COPIES:]
 
     def close(self) -> None:
         """Leave: the others find this rank gone. Memory goes when nobody holds a buffer in it any more."""

@@ -1,0 +1,109 @@
+"""What one step does to memory, counted as it is dispatched: bytes written by copies, and values read by the host."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.harness import Setup, start
+from tests.models import mse
+
+WIDTH, DEPTH = 128, 4
+"""Sizes are multiples of 64 times the ranks, so that units have no gaps."""
+
+PARAMS = DEPTH * (2 * WIDTH * WIDTH + 2 * WIDTH)
+MANY = 4096
+"""Elements below which a tensor is an activation or a few numbers of the step, not a unit's buffer."""
+
+SIZE = {"fp32": 4, "bf16": 2}
+COPIES = ("copy_", "_foreach_copy_")
+SUMS = ("add_", "add")
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Pair() for _ in range(DEPTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Watch(TorchDispatchMode):
+    """Counts the bytes that copies, sums and fills write, and the values that come to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: Counter[str] = Counter()
+        self.read = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.overloadpacket.__name__
+        self.read += name == "_local_scalar_dense"
+        result = func(*args, **(kwargs or {}))
+        if name in (*COPIES, *SUMS, "zero_", "fill_", "_foreach_zero_", "clone", "_to_copy"):
+            outputs = (
+                args[0] if name.startswith("_foreach") or name.endswith("_") else (kwargs or {}).get("out", result)
+            )
+            for output in tree_leaves(outputs):
+                if name.startswith("_foreach") or output.numel() >= MANY:
+                    self.written[name] += output.numel() * output.element_size()
+        return result
+
+
+def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, WIDTH, generator=generator)
+    return x, torch.tanh(x)
+
+
+def work(config: dict[str, object]) -> tuple[Counter[str], Counter[str], int]:
+    """Bytes written by the third step's forward and backward, and by its step(); values that step() reads."""
+    engine = start(Stack, config)
+    for step in range(2):
+        engine.backward(mse(engine, engine.module, batch(step)))
+        engine.step()
+    engine._boundary._reads_at_once = False  # as on an accelerator
+    with Watch() as passes:
+        engine.backward(mse(engine, engine.module, batch(2)))
+    with Watch() as update:
+        engine.step()
+    engine.destroy()
+    return passes.written, update.written, passes.read + update.read
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bytes_written_by_copies_and_sums(ranks, stage: int, dtype: str) -> None:
+    """Gradients are packed once and summed once, weights are cast once and cross once; nothing is filled or cloned."""
+    whole, shard = SIZE[dtype] * PARAMS, SIZE[dtype] * PARAMS // 2
+    fp32_shard = 2 * PARAMS
+    gathered = 2 * whole - whole // DEPTH if stage == 3 else 0  # the last block stays for the backward
+    packed = {"_foreach_copy_": whole}
+    if dtype == "fp32":  # two terms of one dtype are summed into the shard in one pass
+        passes = packed | {"copy_": gathered, "add": fp32_shard}
+    else:
+        passes = packed | {"copy_": gathered + fp32_shard, "add_": fp32_shard}
+    if stage == 0:  # the other half of the gradients; what every rank updates it casts itself
+        update = {"copy_": fp32_shard + (whole if dtype == "bf16" else 0)}
+    else:  # the own half is cast, the other half of the weights crosses unless it is gathered at its use
+        update = {"copy_": (shard if dtype == "bf16" else 0) + (shard if stage < 3 else 0)}
+    for found_passes, found_update, read in ranks(work, 2, Setup(dtype=dtype, micro=1).config(stage)):
+        assert (+found_passes, +found_update) == (+Counter(passes), +Counter(update))
+        assert read == 0
