@@ -49,6 +49,8 @@ class FakeUnit:
         self.log.append(f"fold {self.index}")
         self.grads = False
 
+    local = False
+
     def finish_reduce(self) -> None:
         self.log.append(f"finish {self.index}")
 

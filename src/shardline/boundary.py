@@ -84,7 +84,7 @@ class Boundary:
         self._unit_weight = config.gradient_accumulation_steps
         self._check = config.bf16.check_grad_overflow or not config.bf16.enabled
         # Reading a verdict waits for the device: done at once where that is free (CPU) or needed (the loss scale).
-        self._reads_at_once = self.comm.device.type == "cpu" or scaler.dynamic
+        self._reads_at_once = update.device.type == "cpu" or scaler.dynamic
         self._pending: Verdict | None = None
         self._log: dict[str, array[int]] = {}
 
@@ -136,6 +136,8 @@ class Boundary:
     def _judge(self, window: Window, leaving: bool, *, hooked: bool) -> tuple[Verdict, HostVerdict | None]:
         """One small collective: what the ranks' gradients, weights and doings say together."""
         self.schedule.finish_reductions()
+        for unit in self.units:
+            unit.arrive()
         self._log = self.comm.take_log()
         row = Row(
             squares=self.update.squares(),
@@ -148,7 +150,7 @@ class Boundary:
             leaving=leaving,
         )
         verdict = Verdict.of(
-            self.comm.rows(row.stack(self.comm.device)),
+            self.comm.rows(row.stack(self.update.device)),
             unit_weight=self._unit_weight,
             loss_scale=self.scaler.scale,
             clip=self._clip,

@@ -19,6 +19,7 @@ from shardline.describe import chosen_units, describe_modules, describe_params, 
 from shardline.errors import OptimizerError
 from shardline.fragments import ParamState, put_states, take_states, whole_weights
 from shardline.meta import is_on_meta
+from shardline.offload import Offload
 from shardline.optimizer import build as build_optimizer
 from shardline.optimizer import kind, prepare, replace_params
 from shardline.placement import STAGES, Stage
@@ -35,6 +36,7 @@ __all__ = [
     "needs_whole",
     "new_optimizer",
     "regroup",
+    "resting_stage",
     "sample_optimizer",
     "take_over",
 ]
@@ -51,6 +53,7 @@ class Layout:
         params: the model's parameters by first name.
         units: the plan's units at run time.
         modules: what the plan was made from, for making another.
+        pool, offload: what the units borrow buffers from, and what carries their states to host memory if it does.
     """
 
     plan: Plan
@@ -58,6 +61,7 @@ class Layout:
     units: list[Unit]
     modules: list[ModuleSpec]
     pool: Pool
+    offload: Offload | None = None
 
     def where(self, name: str) -> tuple[Unit, Slab, Entry]:
         """The unit, slab and entry of the parameter whose first name is ``name``."""
@@ -109,6 +113,7 @@ def lay_out(
     *,
     whole: bool,
     on_touch: Callable[[Unit], bool],
+    offload: Offload | None = None,
 ) -> Layout:
     """Plan ``model`` and make its units, still empty. Ranks compare what they planned.
 
@@ -127,8 +132,8 @@ def lay_out(
         }
     )
     pool = Pool(comm.device, comm, _travelling_bytes(plan, precision))
-    units = _units(plan, params, config, precision, comm, pool, on_touch)
-    return Layout(plan, params, units, modules, pool)
+    units = _units(plan, params, config, precision, comm, pool, on_touch, offload)
+    return Layout(plan, params, units, modules, pool, offload)
 
 
 def _travelling_bytes(plan: Plan, precision: Precision) -> set[int]:
@@ -165,15 +170,31 @@ def _units(
     comm: Comm,
     pool: Pool,
     on_touch: Callable[[Unit], bool],
+    offload: Offload | None,
 ) -> list[Unit]:
-    return [Unit(unit, params, _row(unit.numel, config), comm, pool, precision, on_touch) for unit in plan.units]
+    return [
+        Unit(unit, params, _row(unit.numel, config, offload), comm, pool, precision, on_touch, offload)
+        for unit in plan.units
+    ]
 
 
-def _row(numel: int, config: Config) -> Stage:
-    """A small unit keeps its weights at stage 3: it rests as at stage 2."""
-    zero = config.zero_optimization
-    small = zero.stage == 3 and numel < zero.stage3_param_persistence_threshold
-    return STAGES[2 if small else zero.stage]
+def _row(numel: int, config: Config, offload: Offload | None) -> Stage:
+    """The row by which a unit of ``numel`` elements rests.
+
+    A small one keeps its weights at stage 3, as at stage 2.
+    """
+    stage = resting_stage(config, offload)
+    small = stage == 3 and numel < config.zero_optimization.stage3_param_persistence_threshold
+    return STAGES[2 if small else stage]
+
+
+def resting_stage(config: Config, offload: Offload | None) -> int:
+    """The configured stage; but states in host memory are divided at stage 0, too, as at stage 1.
+
+    The ranks of one host would keep, and update, as many copies of them in the same memory.
+    """
+    stage = config.zero_optimization.stage
+    return stage if offload is None else max(stage, 1)
 
 
 def load_model(
@@ -230,7 +251,7 @@ def needs_whole(optimizer: Optimizer, stage: int, world_size: int) -> bool:
     if found == "global" and stage > 0 and world_size > 1:
         raise OptimizerError(
             f"{type(optimizer).__name__} needs all parameters on one rank for its step, and stage {stage} shards them. "
-            f"Use stage 0, or an optimizer that works on each element or each parameter."
+            f"Use stage 0 without offload_optimizer, or an optimizer that works on each element or each parameter."
         )
     return found != "elementwise"
 
@@ -299,8 +320,8 @@ def regroup(
     ]
     plan = _plan(_in_order(specs, layout.params), layout.modules, config, comm.world_size, whole=whole)
     comm.agree({"the parameters that are trained": plan.fingerprint})
-    made = Layout(plan, layout.params, _units(plan, layout.params, config, precision, comm, layout.pool, on_touch),
-                  layout.modules, layout.pool)  # fmt: skip
+    units = _units(plan, layout.params, config, precision, comm, layout.pool, on_touch, layout.offload)
+    made = Layout(plan, layout.params, units, layout.modules, layout.pool, layout.offload)
     for unit in made.units:
         unit.allocate()
         for slab in unit.slabs:

@@ -92,13 +92,13 @@ def local_fragments(runs: Iterable[RunTensors], optimizer: Optimizer) -> Iterato
 
 
 def _whole(unit: Unit, slab: Slab, part: Tensor, placement: Placement) -> Tensor:
-    """``part``, a buffer of ``slab`` in ``placement``, whole on every rank. Collective where it is sharded."""
+    """``part``, a buffer of ``slab`` in ``placement``, whole on every rank, where it is. Collective where sharded."""
     if placement is Placement.REPLICATED or unit.comm.world_size == 1:
         return part
-    whole = torch.empty(slab.plan.size, dtype=part.dtype, device=part.device)
+    whole = torch.empty(slab.plan.size, dtype=part.dtype, device=unit.comm.device)
     slab.own(whole).copy_(part)
     unit.comm.gather(unit.index, whole, slab.plan.boundaries).wait()
-    return whole
+    return whole.to(part.device)
 
 
 def whole_weights(unit: Unit) -> Iterator[tuple[Entry, Tensor]]:
@@ -154,7 +154,7 @@ def take_states(unit: Unit, runs: Sequence[RunTensors], optimizer: Optimizer) ->
         for entry in slab.plan.entries:
             found[entry.param.name] = ParamState(scalars=scalars.get(entry.param.name) or _tensors(plain, entry))
         for key, dtype in keys:
-            part = torch.zeros(high - low, dtype=getattr(torch, dtype.split(".")[1]), device=slab.weights.device)
+            part = torch.zeros(high - low, dtype=getattr(torch, dtype.split(".")[1]), device=unit.state_device)
             for run in mine:
                 value = optimizer.state.get(run.param, {}).get(key)
                 if value is not None:

@@ -286,7 +286,7 @@ class Schedule:
         self._ready[unit.index] = None
         if not unit.trainable:
             unit.release()
-        elif not self.reducing or unit.comm.world_size == 1:
+        elif not self.reducing or unit.local:
             unit.fold(self.factor)
             unit.release()
         else:
@@ -325,7 +325,7 @@ class Schedule:
             unit = self.units[index]
             if index not in self._ready:
                 self._ready[index] = None
-                if not self.reducing or unit.comm.world_size == 1:
+                if not self.reducing or unit.local:
                     unit.fold(self.factor)
         if self.reducing:
             self._advance()

@@ -22,6 +22,7 @@ from shardline.build import (
     load_model,
     needs_whole,
     new_optimizer,
+    resting_stage,
     sample_optimizer,
     take_over,
 )
@@ -32,6 +33,7 @@ from shardline.engine import Engine
 from shardline.errors import ConfigError, UsageError
 from shardline.events import Notice
 from shardline.observe import Console
+from shardline.offload import Offload
 from shardline.precision import Precision
 from shardline.recompute import recompute_blocks, recomputed_blocks
 from shardline.topology import discover, init_distributed
@@ -110,10 +112,11 @@ def initialize(
 
     given, groups = _optimizer_and_groups(model, optimizer, model_parameters, settings)
     membership = group_parameters(model, groups)
+    offload = Offload.from_config(settings, comm.device)
     whole = False
     if given is not None or settings.optimizer is not None:
         sample = given or sample_optimizer(settings.optimizer.type, settings.optimizer.params)  # type: ignore[union-attr]
-        whole = needs_whole(sample, settings.zero_optimization.stage, comm.world_size)
+        whole = needs_whole(sample, resting_stage(settings, offload), comm.world_size)
     else:
         membership = {}
 
@@ -122,7 +125,7 @@ def initialize(
     def on_touch(unit: Unit) -> bool:
         return bool(made) and made[0]._touched(unit)
 
-    layout = lay_out(model, settings, precision, comm, membership, whole=whole, on_touch=on_touch)
+    layout = lay_out(model, settings, precision, comm, membership, whole=whole, on_touch=on_touch, offload=offload)
     load_model(model, layout, precision, comm, init_fn)
     final: Optimizer | None = given
     if given is not None:
@@ -142,6 +145,8 @@ def initialize(
         engine.events.emit(
             Notice("these configuration keys have no effect here: " + ", ".join(sorted(settings.no_effect)))
         )
+    if settings.zero_optimization.offload_optimizer.device == "cpu" and offload is None:
+        engine.events.emit(Notice("offload_optimizer has no effect: masters and optimizer state are in host memory"))
     if recomputed:
         if again.offload and comm.device.type == "cpu":
             engine.events.emit(Notice("activation_checkpointing.offload has no effect: the model is in host memory"))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from shardline.clip import divisor, square_sum
-from shardline.comm import Comm
+from shardline.comm import Comm, Work
 from shardline.optimizer import takes_grad_scale
 from shardline.unit import RunTensors, Unit
 
@@ -117,10 +118,12 @@ class Update:
 
     Attributes:
         runs: this rank's runs in plan order; the optimizer's parameters.
+        device: where they are, with their gradients and the optimizer's state.
     """
 
     def __init__(self, units: Sequence[Unit], comm: Comm, optimizer: Optimizer, runs: Sequence[RunTensors]) -> None:
         self.units, self.comm, self.optimizer, self.runs = units, comm, optimizer, runs
+        self.device = units[0].state_device if units else comm.device
         self.applying = False
 
     def squares(self) -> Tensor:
@@ -128,19 +131,19 @@ class Update:
         shards = [
             slab.own(slab.grad) for unit in self.units for slab in unit.trainable if slab.grad is not None
         ]  # replicated gradients count once: each rank its own shard of them
-        return square_sum(shards, self.comm.device)
+        return square_sum(shards, self.device)
 
     def needs_host(self, hooked: bool) -> bool:
         """Whether a step must know on the host what its gradients are: not with fused kernels that nobody watches."""
         return hooked or not takes_grad_scale(self.optimizer)
 
-    def attach(self) -> None:
-        """Give the optimizer its gradients: views of the reduced ones, in the dtype of the masters."""
-        for run in self.runs:
+    def attach(self, runs: Sequence[RunTensors]) -> None:
+        """Give the optimizer the gradients of ``runs``: views of the reduced ones, in the dtype of the masters."""
+        for run in runs:
             run.param.grad = run.slab.run_grad(run.run)
 
-    def detach(self) -> None:
-        for run in self.runs:
+    def detach(self, runs: Sequence[RunTensors]) -> None:
+        for run in runs:
             run.param.grad = None
 
     def unscale(self, scale: float) -> None:
@@ -168,22 +171,51 @@ class Update:
         """
         if host is not None and host.skipped:
             return
-        self.attach()
+        works: list[Work] = []
+        for units, runs in self._portions(hooked=before is not None or after is not None):
+            self._update(runs, verdict, host, clip, before)
+            if after is not None:
+                after()
+            works += [work for unit in units for work in unit.refresh()]
+        for work in works:  # nobody ever sees half a gather
+            work.wait()
+
+    def _portions(self, *, hooked: bool) -> Iterable[tuple[Sequence[Unit], Sequence[RunTensors]]]:
+        """What one call of the optimizer updates: everything; or a unit, whose weights go up while the next is updated.
+
+        An optimizer leaves out what has no gradient. Those that we know notice nothing else of being called often.
+        """
+        up = any(unit.offload is not None for unit in self.units)
+        if hooked or not up or not takes_grad_scale(self.optimizer) or self.optimizer._optimizer_step_post_hooks:
+            return [(self.units, self.runs)]
+        return self._by_unit
+
+    @cached_property
+    def _by_unit(self) -> list[tuple[Sequence[Unit], Sequence[RunTensors]]]:
+        return [([unit], [run for run in self.runs if run.slab in unit.slabs]) for unit in self.units]
+
+    def _update(
+        self,
+        runs: Sequence[RunTensors],
+        verdict: Verdict,
+        host: HostVerdict | None,
+        clip: float,
+        before: Callable[[], None] | None,
+    ) -> None:
+        """Step the optimizer on ``runs``, with ``before`` as :meth:`apply` says."""
+        self.attach(runs)
         self.applying = True
         try:
             scale = verdict.scale
             if before is not None:
                 self.unscale(float(verdict.average))
                 before()
-                total = self.comm.rows(square_sum(self._own_grads(), self.comm.device).view(1)).sum()
+                total = self.comm.rows(square_sum(self._own_grads(), self.device).view(1)).sum()
                 scale = divisor(total.sqrt(), clip).float()
             self._step(scale, verdict.found_inf, host)
         finally:
             self.applying = False
-            self.detach()
-        if after is not None:
-            after()
-        self.refresh()
+            self.detach(runs)
 
     def _own_grads(self) -> list[Tensor]:
         """The attached gradients, each element on one rank only."""
@@ -209,9 +241,3 @@ class Update:
         else:
             self.unscale(float(scale))
             optimizer.step()
-
-    def refresh(self) -> None:
-        """Bring updated masters into the weights of every rank. Nobody ever sees half a gather."""
-        works = [work for unit in self.units for work in unit.refresh()]
-        for work in works:
-            work.wait()

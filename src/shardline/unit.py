@@ -9,6 +9,9 @@ A :class:`Slab` holds the buffers of one flat layout:
     grad        reduced gradients from the first reduction of a window to its step, at least as long as ``master``
 
 A :class:`Unit` moves its slabs together. In a world of one every transition is an alias: nothing is copied or sent.
+
+``master`` and ``grad`` may live in host memory (:mod:`shardline.offload`): then a complete sum goes down and is added
+up there, and a refresh brings masters up.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 from shardline.buffer import Pool, seal, unseal, view
 from shardline.comm import DONE, Comm, Work
 from shardline.errors import ModelError, UsageError
+from shardline.offload import Offload
 from shardline.placement import Placement, Stage, Transition, transition
 from shardline.plan import Entry, Fragment, Run, SlabPlan, UnitPlan
 from shardline.precision import Precision
@@ -62,14 +66,23 @@ class Slab:
     """The buffers of one slab on this rank. ``params`` are the model's own parameters, in order of the entries."""
 
     def __init__(
-        self, plan: SlabPlan, params: Sequence[nn.Parameter], row: Stage, comm: Comm, pool: Pool, precision: Precision
+        self,
+        plan: SlabPlan,
+        params: Sequence[nn.Parameter],
+        row: Stage,
+        comm: Comm,
+        pool: Pool,
+        precision: Precision,
+        offload: Offload | None = None,
     ) -> None:
         self.plan, self.params, self.row = plan, list(params), row
-        self.comm, self.pool = comm, pool
+        self.comm, self.pool, self.offload = comm, pool, offload
+        self.local = comm.world_size == 1 and offload is None
         self.start, self.stop = plan.shard(comm.rank)
-        self.reduce_dtype = precision.reduce_dtype(plan.dtype)
+        self.reduce_dtype = plan.dtype if comm.world_size == 1 else precision.reduce_dtype(plan.dtype)
         self.grad_dtype = precision.grad_dtype(plan.dtype)
         self.master_dtype = precision.master_dtype(plan.dtype)
+        self.masters_are_weights = self.master_dtype == plan.dtype and offload is None
         self.weights: Tensor = torch.empty(0)
         self.gathered: Tensor | None = None
         self.master: Tensor | None = None
@@ -96,15 +109,14 @@ class Slab:
 
     def allocate(self) -> None:
         """Make weights and masters, still without values but for the gaps, which are zero."""
-        device = self.comm.device
         low, high = self._range(self.row.weights)
         self.weights = self.comm.empty(high - low, self.plan.dtype).zero_()
         if self.plan.trainable:
             low, high = self.state_range
-            if self.master_dtype == self.plan.dtype:  # masters are the weights
+            if self.masters_are_weights:
                 self.master = self.own(self.weights) if self.row.states is Placement.SHARDED else self.weights
             else:
-                self.master = torch.zeros(high - low, dtype=self.master_dtype, device=device)
+                self.master = self._empty_state(self.master_dtype).zero_()
 
     def store(self, entry: Entry, value: Tensor) -> None:
         """Take ``value``, the whole parameter of ``entry`` in any float dtype, into weights and masters."""
@@ -112,7 +124,7 @@ class Slab:
             value = torch.empty_strided(entry.param.shape, entry.param.stride, dtype=value.dtype).copy_(value)
         elements = value.as_strided((entry.param.numel,), (1,), value.storage_offset())
         self._store(elements, entry, self.weights, self._range(self.row.weights))
-        if self.master is not None and self.master_dtype != self.plan.dtype:
+        if self.master is not None and not self.masters_are_weights:
             self._store(elements, entry, self.master, self.state_range)
 
     @staticmethod
@@ -136,7 +148,7 @@ class Slab:
             low, high = self._range(self.row.weights)
             self.weights.copy_(whole[low:high])
             self.pool.give(whole)
-        if self.master is not None and self.master_dtype != self.plan.dtype:
+        if self.master is not None and not self.masters_are_weights:
             low, high = self.state_range
             self.master.copy_(whole[low:high])
 
@@ -156,17 +168,22 @@ class Slab:
 
     def _raise_masters(self, part: Tensor) -> None:
         """Bring masters up to weights that somebody edited; where a weight is still its rounded master, that stays."""
-        if self.master is not None and self.master_dtype != self.plan.dtype:
+        if self.master is not None and not self.masters_are_weights:
+            part = part.to(self.master.device)
             same = self.master.to(part.dtype) == part
             torch.where(same, self.master, part.to(self.master_dtype), out=self.master)
 
-    def refresh(self) -> None:
+    def refresh(self, unit: int) -> None:
         """Bring this rank's updated masters into the weights at rest."""
-        if self.master is not None and self.master_dtype != self.plan.dtype:
+        if self.master is not None and not self.masters_are_weights:
             self.comm.settle()
             low, _ = self._range(self.row.weights)
             first, last = self.state_range
-            self.weights[first - low : last - low].copy_(self.master)
+            target = self.weights[first - low : last - low]
+            if self.offload is None:
+                target.copy_(self.master)
+            else:
+                self.offload.up(unit, self.master, target)
 
     def note_versions(self) -> None:
         """Remember the parameters as they are now, so that later edits are noticed."""
@@ -211,13 +228,13 @@ class Slab:
     # -- gradients --------------------------------------------------------------------------------------------------
 
     def fold(self, factor: float) -> None:
-        """Move the parameters' ``.grad`` into ``partial`` (a world of one: ``grad``), times ``factor``."""
-        if self.comm.world_size == 1:
+        """Move the parameters' ``.grad`` into ``partial`` (a local slab: ``grad``), times ``factor``."""
+        if self.local:
             fresh = self.grad is None
             if fresh and self._take_only_grad(factor):
                 return
             if self.grad is None:
-                self.grad = self._empty_grad()
+                self.grad = self._empty_state(self.grad_dtype)
             self._pack(self.grad, factor, add=not fresh)
             return
         fresh = self.partial is None
@@ -240,28 +257,53 @@ class Slab:
 
     def reduce(self, unit: int, factor: float) -> Work:
         """Start to sum the gradients of all ranks into this rank's range of ``grad``."""
-        if self.comm.world_size == 1:
+        if self.local:
             self.fold(factor)
             return DONE
         source, wire = self._source(factor)
+        if self.offload is not None:
+            return self._reduce_down(self.offload, unit, source, wire)
         add = self.grad is not None
         if self.grad is None:
-            if (
-                self.row.states is Placement.REPLICATED
-            ):  # the sums travel on; where the dtype allows, in their own place
+            if self.row.states is Placement.REPLICATED:
+                # The sums travel on; where the dtype allows, in their own place.
                 same = source.dtype == self.grad_dtype
                 self._lent = source if same else self.pool.take(self.plan.size, self.grad_dtype)
-            self.grad = self._empty_grad() if self._lent is None else self._lent
+            self.grad = self._empty_state(self.grad_dtype) if self._lent is None else self._lent
         grad = self.grad
         work = self.comm.reduce(unit, wire, self.plan.boundaries, self.own(grad), add=add, scratch=self.pool)
 
         def finish() -> None:
             work.wait()
-            for buffer in {id(each): each for each in (source, wire)}.values():
-                if buffer is not grad:
-                    self.pool.give(buffer)
+            self._give(source, wire, keep=grad)
 
         return Work((), finish)
+
+    def _reduce_down(self, offload: Offload, unit: int, source: Tensor, wire: Tensor) -> Work:
+        """The same where ``grad`` is in host memory: the sum goes there when it is complete."""
+        if self.comm.world_size == 1:
+            total, work = wire, DONE
+        else:
+            total = self.pool.take(self.stop - self.start, self.grad_dtype)
+            work = self.comm.reduce(unit, wire, self.plan.boundaries, total, add=False, scratch=self.pool)
+
+        def arrived(host: Tensor) -> None:
+            self.pool.give(total)
+            if self.grad is None:
+                self.grad = host.to(self.grad_dtype)
+            else:
+                self.grad.add_(host)
+
+        def finish() -> None:
+            work.wait()
+            self._give(source, wire, keep=total)
+            offload.down(unit, total, arrived)
+
+        return Work((), finish)
+
+    def _give(self, *buffers: Tensor, keep: Tensor) -> None:
+        for buffer in {id(each): each for each in buffers if each is not keep}.values():
+            self.pool.give(buffer)
 
     def _source(self, factor: float) -> tuple[Tensor, Tensor]:
         """This rank's gradients as collected, and as they travel: often the same buffer."""
@@ -271,16 +313,18 @@ class Slab:
             return source, source
         self.fold(factor)
         source, self.partial = self.partial, None
-        if source.dtype == self.reduce_dtype:
+        if source.dtype == self.reduce_dtype or self.comm.world_size == 1:
             return source, source
         wire = self.pool.take(self.plan.size, self.reduce_dtype)
         wire.copy_(source)
         return source, wire
 
-    def _empty_grad(self) -> Tensor:
-        # Not from the pool: it lives until the step, and between steps its memory serves activations.
+    def _empty_state(self, dtype: torch.dtype) -> Tensor:
+        # Not from the pool: gradients live until the step, and between steps their memory serves activations.
         low, high = self.state_range
-        return torch.empty(high - low, dtype=self.grad_dtype, device=self.comm.device)
+        if self.offload is not None:
+            return self.offload.empty(high - low, dtype)
+        return torch.empty(high - low, dtype=dtype, device=self.comm.device)
 
     def share_grad(self, unit: int) -> Work:
         """Where states rest whole, bring the reduced gradients of all shards here."""
@@ -363,6 +407,8 @@ class Unit:
 
     Attributes:
         sharded: whether the weights rest sharded, so that a use needs a gather.
+        local: whether reductions are aliases: a world of one whose states are beside its weights.
+        state_device: where masters, reduced gradients and optimizer state are.
         residence: where the whole weights are now.
         generation: raised whenever the weights change; what was saved under an older one is stale.
         holds: uses in progress; a unit in use is not released.
@@ -377,11 +423,14 @@ class Unit:
         pool: Pool,
         precision: Precision,
         on_touch: Callable[[Unit], bool],
+        offload: Offload | None = None,
     ) -> None:
-        self.plan, self.row, self.comm, self.pool = plan, row, comm, pool
+        self.plan, self.row, self.comm, self.pool, self.offload = plan, row, comm, pool, offload
+        self.local = comm.world_size == 1 and offload is None
+        self.state_device = comm.device if offload is None else offload.device
         self.index, self.name = plan.index, plan.name
         self.slabs = [
-            Slab(slab, [params[entry.param.name] for entry in slab.entries], row, comm, pool, precision)
+            Slab(slab, [params[entry.param.name] for entry in slab.entries], row, comm, pool, precision, offload)
             for slab in plan.slabs
         ]
         self.trainable = [slab for slab in self.slabs if slab.plan.trainable]
@@ -517,7 +566,7 @@ class Unit:
             return []
         works = []
         for slab in self.trainable:
-            slab.refresh()
+            slab.refresh(self.index)
             if transition(self.row.states, self.row.weights) is Transition.GATHER:
                 works.append(self.comm.gather(self.index, slab.weights, slab.plan.boundaries))
         self.generation += 1
@@ -573,9 +622,14 @@ class Unit:
             self._reductions.append(slab.reduce(self.index, factor))
 
     def finish_reduce(self) -> None:
-        """Return when every started reduction of this unit has arrived in ``grad``."""
+        """Return when every started reduction of this unit is complete, and in ``grad`` or on its way down to it."""
         while self._reductions:
             self._reductions.pop(0).wait()
+
+    def arrive(self) -> None:
+        """Return when gradients that are on their way down to host memory are in ``grad``."""
+        if self.offload is not None:
+            self.offload.arrive()
 
     def share_grads(self) -> list[Work]:
         return [slab.share_grad(self.index) for slab in self.trainable]
@@ -583,5 +637,6 @@ class Unit:
     def drop_grads(self) -> None:
         """Forget all gradients of this window, those in flight included."""
         self.finish_reduce()
+        self.arrive()
         for slab in self.slabs:
             slab.drop_grad()

@@ -266,7 +266,7 @@ ENABLING = {
     "optimizer.type": "onebitadam",
     "optimizer.params.max_grad_norm": 1.0,
     "data_types.param_dtype": "bf16",
-    "zero_optimization.offload_optimizer.device": "cpu",
+    "zero_optimization.offload_optimizer.device": "nvme",
     "zero_optimization.offload_optimizer.ratio": 0.3,
     "zero_optimization.offload_param.device": "nvme",
     "zero_optimization.mics_shard_size": 8,

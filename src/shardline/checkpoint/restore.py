@@ -208,7 +208,7 @@ def load_optimizer(parts: Parts, reader: Reader, found: Match) -> str | None:
     for name, spec in parts.specs.items():
         theirs_name = found.params.get(name)
         if theirs_name is not None and not spec.trainable and _has_state(reader, theirs_name):
-            parts.parked[name] = _parked(reader, theirs_name, spec.stride, parts.comm.device)
+            parts.parked[name] = _parked(reader, theirs_name, spec.stride, parts.units[0].state_device)
     if len(groups) != len(optimizer.param_groups):
         return (
             f"the checkpoint has {len(groups)} param groups and this optimizer {len(optimizer.param_groups)}: the "

@@ -149,7 +149,7 @@ class Comm:
         """Every rank's ``row`` (1-D), stacked: (world_size, len). The same bits on every rank."""
         if self._alone():
             return row.unsqueeze(0)
-        host = row.cpu() if self._staged else row
+        host = row.cpu() if self._staged else row.to(self.device)
         stacked = host.new_empty(self.world_size, row.numel())
         if self._memory is not None:
             places = range(0, stacked.numel() + 1, row.numel())

@@ -218,7 +218,6 @@ _ONE_BIT = f"{_COMPRESSED}, and Adam, AdamW or Lamb take its place"
 _DATA = "order your dataset or pass your own loader"
 _HALF_MASTERS = "masters and moments are kept in fp32, whose share falls with the number of ranks at stages 1 to 3"
 _TWO_HOPS = "sharding inside a node and replicating across is not built yet; stage 3 shards over all ranks"
-_NOT_YET = "not supported yet"
 
 UNSUPPORTED: dict[str, Unsupported] = {
     "gradient_allreduce_op": Unsupported(
@@ -246,14 +245,14 @@ UNSUPPORTED: dict[str, Unsupported] = {
     ),
     "zero_optimization.legacy_stage1": Unsupported("there is one stage 1"),
     "zero_optimization.cpu_offload": Unsupported(
-        f'it is DeepSpeed\'s old name of "offload_optimizer": {{"device": "cpu"}}, which is {_NOT_YET}'
+        'it is DeepSpeed\'s old name of offload_optimizer; write "offload_optimizer": {"device": "cpu"} instead'
     ),
     "zero_optimization.cpu_offload_param": Unsupported(
         "it is DeepSpeed's old name of offload_param, and weights stay on the device; stage 3 divides them"
     ),
     "zero_optimization.offload_optimizer.device": Unsupported(
-        "optimizer state stays on the device for now, and never goes to NVMe; stages 1 to 3 divide it over the ranks",
-        refused=("cpu", "nvme"),
+        'optimizer state never goes to NVMe; "cpu" keeps it in host memory, and stages 1 to 3 divide it over the ranks',
+        refused=("nvme",),
     ),
     "zero_optimization.offload_optimizer.ratio": Unsupported("there is no partial offload", off=(1.0,)),
     "zero_optimization.offload_optimizer.super_offload": Unsupported("there is no partial offload"),

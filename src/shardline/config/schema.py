@@ -67,8 +67,8 @@ class LeafModule(Section):
 
 
 class OffloadOptimizer(Section):
-    device: Literal["none", "cpu", "nvme"] = key("none", "Where masters and optimizer state live.")
-    pin_memory: bool = key(True, "Page-locked host memory.")
+    device: Literal["none", "cpu", "nvme"] = key("none", "Where masters and optimizer state live; cpu: in host memory.")
+    pin_memory: bool = key(True, "Page-locked host memory for what travels.")
 
 
 class OffloadParam(Section):
