@@ -32,6 +32,9 @@ _SMALL = 1 << 16
 _SLACK = 1.75
 """A piece may be so many times as large as what is asked for: units of nearly one size then share a few pieces."""
 
+_CLOSE = 1.1
+"""The same for buffers of which many are alive at once."""
+
 _PATIENCE = 20
 """Times 0.1 ms to wait for a piece that comes free in a moment: new memory costs page faults for all of it."""
 
@@ -79,14 +82,19 @@ class Pool:
         self._free: list[torch.UntypedStorage] = []
         self._labels: dict[int, Any] = {}
 
-    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A buffer of ``numel`` elements with arbitrary contents."""
+    def take(self, numel: int, dtype: torch.dtype, *, lasting: bool = False) -> Tensor:
+        """A buffer of ``numel`` elements with arbitrary contents.
+
+        With ``lasting`` it gets a piece of its own size: others of its kind will live beside it, so that what it left
+        unused would serve nobody.
+        """
         size = numel * dtype.itemsize
+        slack = _CLOSE if lasting else _SLACK
         # Buffers outlive the inference_mode in which one may first be needed, so they must not be inference tensors.
         with torch.inference_mode(False):
-            memory = self._find(size) if size >= self._least else None
+            memory = self._find(size, slack) if size >= self._least else None
             if memory is None and self._keep and size >= self._least:
-                size = max((other for other in self._sizes if size <= other < _SLACK * size), default=size)
+                size = max((other for other in self._sizes if size <= other < slack * size), default=size)
             if memory is None:
                 whole = -(-size // dtype.itemsize)
                 if self._memory is not None:
@@ -95,9 +103,9 @@ class Pool:
             self._free = [other for other in self._free if other is not memory]
             return torch.empty(0, dtype=dtype, device=self.device).set_(memory, 0, (numel,), (1,))
 
-    def _find(self, size: int) -> torch.UntypedStorage | None:
+    def _find(self, size: int, slack: float) -> torch.UntypedStorage | None:
         """The smallest free piece of at least ``size`` bytes, and not much more, that nobody holds."""
-        fits = [memory for memory in self._free if size <= memory.nbytes() < _SLACK * size]
+        fits = [memory for memory in self._free if size <= memory.nbytes() < slack * size]
         for turn in range(_PATIENCE if fits else 0):
             alone = [memory for memory in fits if _is_alone(memory)]
             if alone:

@@ -239,7 +239,7 @@ class Slab:
             return
         fresh = self.partial is None
         if self.partial is None:
-            self.partial = self.pool.take(self.plan.size, self.grad_dtype)
+            self.partial = self.pool.take(self.plan.size, self.grad_dtype, lasting=True)
         self._pack(self.partial, factor, add=not fresh)
 
     def _take_only_grad(self, factor: float) -> bool:
@@ -266,9 +266,8 @@ class Slab:
         add = self.grad is not None
         if self.grad is None:
             if self.row.states is Placement.REPLICATED:
-                # The sums travel on; where the dtype allows, in their own place.
-                same = source.dtype == self.grad_dtype
-                self._lent = source if same else self.pool.take(self.plan.size, self.grad_dtype)
+                same = source.dtype == self.grad_dtype  # then the sums travel on in their own place
+                self._lent = source if same else self.pool.take(self.plan.size, self.grad_dtype, lasting=True)
             self.grad = self._empty_state(self.grad_dtype) if self._lent is None else self._lent
         grad = self.grad
         work = self.comm.reduce(unit, wire, self.plan.boundaries, self.own(grad), add=add, scratch=self.pool)
@@ -308,7 +307,8 @@ class Slab:
     def _source(self, factor: float) -> tuple[Tensor, Tensor]:
         """This rank's gradients as collected, and as they travel: often the same buffer."""
         if self.partial is None:
-            source = self.pool.take(self.plan.size, self.reduce_dtype)
+            stays = self.row.states is Placement.REPLICATED and self.reduce_dtype == self.grad_dtype
+            source = self.pool.take(self.plan.size, self.reduce_dtype, lasting=stays)
             self._pack(source, factor, add=False)
             return source, source
         self.fold(factor)
