@@ -142,7 +142,8 @@ def _held(pool):
 def test_gathered_weights_are_given_back_between_forward_and_backward(ranks) -> None:
     for pieces, held, residences in ranks(_kept_after_forward, 2, True):
         assert pieces > 0 and held == 0
-        assert set(residences) == {"sharded"}
+        assert residences.count("gathering") == 1  # what was used last stays, sealed, for the backward
+        assert residences.count("sharded") == len(residences) - 1
 
 
 def _surface():

@@ -51,6 +51,9 @@ class FakeUnit:
 
     local = False
 
+    def has_reduced(self) -> bool:
+        return True
+
     def finish_reduce(self) -> None:
         self.log.append(f"finish {self.index}")
 
@@ -322,6 +325,17 @@ def test_what_is_in_flight_is_no_larger_than_the_largest_unit(sizes, together) -
     assert most == together
     drive.schedule.finish_reductions()
     assert {f"finish {index}" for index in flying} == set(drive.take("finish"))
+
+
+def test_while_a_reduction_takes_long_the_next_gathers_are_joined() -> None:
+    """A rank that uses its units in the reverse order gathers them all before it joins the first reduction."""
+    drive = Drive(4, kept=10**9)
+    drive.forward(0, 1, 2, 3)
+    drive.log.clear()
+    for unit in drive.units:
+        unit.has_reduced = lambda: "gather 0" in drive.log  # type: ignore[method-assign]
+    drive.backward(3, 2, end=False)
+    assert drive.take("gather", "finish") == ["gather 2", "gather 1", "gather 0", "finish 3"]
 
 
 def test_the_order_seen_is_the_next_reduce_order() -> None:

@@ -15,6 +15,7 @@ that come later are kept and reduced in a second round at the step.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 
@@ -22,6 +23,8 @@ from shardline.comm import digest
 from shardline.unit import Residence, Unit
 
 __all__ = ["Schedule"]
+
+_PATIENCE, _NAP = 0.02, 5e-5  # seconds
 
 
 class _Walk:
@@ -312,10 +315,20 @@ class Schedule:
         return sum(unit.plan.numel for unit, _ in self._in_flight)
 
     def _finish(self, unit: Unit, back: _Walk) -> None:
-        """Wait for a reduction. The other ranks join it once they have what they gather before: so join that first."""
+        """Wait for a reduction. The other ranks join it once they have what they gather before: so join that first.
+
+        What that is, one cannot know of a rank that uses its units in another order. So while it takes long, join the
+        next gather, and the next.
+        """
         place = back.find(unit.index)
         if place is not None:
             self._catch_up(back, place + 1)
+        patience = time.monotonic() + _PATIENCE
+        while not unit.has_reduced() and back.position < len(back.order):
+            time.sleep(_NAP)
+            if time.monotonic() > patience:
+                self._catch_up(back, back.position + 1)
+                patience = time.monotonic() + _PATIENCE
         unit.finish_reduce()
 
     def end_backward(self) -> None:

@@ -276,7 +276,7 @@ class Slab:
             work.wait()
             self._give(source, wire, keep=grad)
 
-        return Work((), finish)
+        return Work((), finish, arrived=work.has_arrived)
 
     def _reduce_down(self, offload: Offload, unit: int, source: Tensor, wire: Tensor) -> Work:
         """The same where ``grad`` is in host memory: the sum goes there when it is complete."""
@@ -298,7 +298,7 @@ class Slab:
             self._give(source, wire, keep=total)
             offload.down(unit, total, arrived)
 
-        return Work((), finish)
+        return Work((), finish, arrived=work.has_arrived)
 
     def _give(self, *buffers: Tensor, keep: Tensor) -> None:
         for buffer in {id(each): each for each in buffers if each is not keep}.values():
@@ -620,6 +620,10 @@ class Unit:
         """Collect this rank's gradients and start to sum them over the ranks. Absent ones count as zero."""
         for slab in self.trainable:
             self._reductions.append(slab.reduce(self.index, factor))
+
+    def has_reduced(self) -> bool:
+        """Whether :meth:`finish_reduce` would wait for no other rank."""
+        return all(work.has_arrived() for work in self._reductions)
 
     def finish_reduce(self) -> None:
         """Return when every started reduction of this unit is complete, and in ``grad`` or on its way down to it."""

@@ -63,16 +63,22 @@ class Comm:
         # Ranks outside of a mesh do not come here, so only its own can join. Among all ranks the ordinary way is
         # the sounder one: names of groups made locally come back after a destroy, with addresses of the old ones.
         local = len(ranks) < dist.get_world_size()
-        self._groups = [
-            dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=local) for _ in range(2)
-        ]
-        self._transports = (choose(self._groups[0], device), choose(self._groups[1], device))
+
+        def make_group() -> dist.ProcessGroup:
+            return dist.new_group(  # type: ignore[no-any-return]
+                ranks, timeout=timeout, backend=backend, use_local_synchronization=local
+            )
+
+        self._groups = [make_group()]
         if device.type == "cpu":
             limit = self._groups[0]._get_backend(device).options._timeout
             self._memory = attach(self.rank, self.world_size, self.exchange, limit, wanted=transport == "auto")
-            if self._memory is not None:
-                gathers, reductions = self._memory.transports
-                self._transports = (gathers, reductions)
+        if self._memory is not None:
+            gathers, reductions = self._memory.transports
+            self._transports = (gathers, reductions)
+        else:
+            self._groups.append(make_group())
+            self._transports = (choose(self._groups[0], device), choose(self._groups[1], device))
 
     def channel(self) -> Comm:
         """Another line between the same ranks, for values on the CPU: what another thread may use. Collective."""
@@ -173,7 +179,12 @@ class Comm:
                 stored = stored.contiguous()
             wire = stored.as_strided((stored.numel(),), (1,), stored.storage_offset()).view(torch.uint8)
             on_wire = wire.cpu() if self._staged else wire.to(self.device)
-            self._join(dist.broadcast(on_wire, group_src=source, group=self._groups[0], async_op=True))
+            if self._memory is not None:  # a gather in which all of it is one rank's range
+                places = [0] * (source + 1) + [wire.numel()] * (self.world_size - source)
+                own = on_wire[places[self.rank] : places[self.rank + 1]]
+                self._memory.transports[0].gather(own, on_wire, places).wait()
+            else:
+                dist.broadcast(on_wire, group_src=source, group=self._groups[0])
             if on_wire.data_ptr() != wire.data_ptr():
                 wire.copy_(on_wire)
             if stored.data_ptr() != tensor.data_ptr():

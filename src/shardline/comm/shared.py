@@ -247,7 +247,11 @@ class SharedTransport:
         def over() -> bool:
             return mine[self._done] >= number and (not to_the_end or self._read_by_all() >= number)
 
-        return Work((), lambda: memory.wait(over), hold=hold)
+        def arrived() -> bool:
+            progress()
+            return over()
+
+        return Work((), lambda: memory.wait(over), hold=hold, arrived=arrived)
 
     def _read(self, peer: Peer, numel: int, dtype: torch.dtype) -> Tensor:
         """What ``peer`` announced for the transition that is carried out now."""

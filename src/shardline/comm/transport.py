@@ -36,16 +36,26 @@ class Work:
     """
 
     def __init__(
-        self, handles: Sequence[dist.Work], then: Callable[[], None] | None = None, hold: object = None
+        self,
+        handles: Sequence[dist.Work],
+        then: Callable[[], None] | None = None,
+        hold: object = None,
+        arrived: Callable[[], bool] | None = None,
     ) -> None:
-        self._handles, self._then, self._hold = handles, then, hold
+        self._handles, self._then, self._hold, self._arrived = handles, then, hold, arrived
+
+    def has_arrived(self) -> bool:
+        """Whether :meth:`wait` would keep the host waiting for nobody."""
+        if self._arrived is not None:
+            return self._arrived()
+        return all(handle.is_completed() for handle in self._handles)
 
     def wait(self) -> None:
         for handle in self._handles:
             handle.wait()
         if self._then is not None:
             self._then()
-        self._handles, self._then, self._hold = (), None, None
+        self._handles, self._then, self._hold, self._arrived = (), None, None, None
 
 
 DONE = Work(())
@@ -142,13 +152,17 @@ class ExchangeTransport:
         return Work([handle], add_up, hold=(buffer, received))
 
 
+def _the_stream_waits() -> bool:
+    return True
+
+
 class NcclTransport(ExchangeTransport):
     """NCCL: its own collectives where shards are of one size."""
 
     def gather(self, own: Tensor, buffer: Tensor, boundaries: Sequence[int]) -> Work:
         if not _equal(boundaries):
             return super().gather(own, buffer, boundaries)
-        return Work([_all_gather(buffer, own, self.group)], hold=(own, buffer))
+        return Work([_all_gather(buffer, own, self.group)], hold=(own, buffer), arrived=_the_stream_waits)
 
     def reduce(self, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch) -> Work:
         if not _equal(boundaries):
@@ -162,7 +176,7 @@ class NcclTransport(ExchangeTransport):
                 add_in_order([target], out, add=add)
                 scratch.give(target)
 
-        return Work([handle], store, hold=(buffer, target))
+        return Work([handle], store, hold=(buffer, target), arrived=_the_stream_waits)
 
 
 class HostStagedTransport:
@@ -179,7 +193,7 @@ class HostStagedTransport:
             work.wait()
             buffer[: boundaries[-1]].copy_(host)
 
-        return Work((), back, hold=(buffer, host))
+        return Work((), back, hold=(buffer, host), arrived=work.has_arrived)
 
     def reduce(self, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch) -> Work:
         host, host_out = buffer.cpu(), torch.empty(out.shape, dtype=out.dtype)
@@ -192,7 +206,7 @@ class HostStagedTransport:
             else:
                 out.copy_(host_out)
 
-        return Work((), back, hold=(host, host_out))
+        return Work((), back, hold=(host, host_out), arrived=work.has_arrived)
 
 
 class _HostScratch:
