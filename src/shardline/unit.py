@@ -110,13 +110,19 @@ class Slab:
     def allocate(self) -> None:
         """Make weights and masters, still without values but for the gaps, which are zero."""
         low, high = self._range(self.row.weights)
-        self.weights = self.comm.empty(high - low, self.plan.dtype).zero_()
+        self.weights = self._clear_gaps(self.comm.empty(high - low, self.plan.dtype), low)
         if self.plan.trainable:
             low, high = self.state_range
             if self.masters_are_weights:
                 self.master = self.own(self.weights) if self.row.states is Placement.SHARDED else self.weights
             else:
-                self.master = self._empty_state(self.master_dtype).zero_()
+                self.master = self._clear_gaps(self._empty_state(self.master_dtype), low)
+
+    def _clear_gaps(self, buffer: Tensor, low: int) -> Tensor:
+        """``buffer``, which begins at element ``low`` of the slab, with zeros where no parameter lies."""
+        for start, stop in self.plan.gaps:
+            buffer[max(start - low, 0) : max(stop - low, 0)].zero_()
+        return buffer
 
     def store(self, entry: Entry, value: Tensor) -> None:
         """Take ``value``, the whole parameter of ``entry`` in any float dtype, into weights and masters."""
