@@ -37,8 +37,9 @@ cifar10: .venv  ## train the small CIFAR-10 network; options by ARGS="--stage 3 
 test: .venv  ## the test suite
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
-test-full: .venv  ## the test suite with the whole parity matrix
+test-full: .venv  ## the test suite with the whole parity matrix, and what ranks say to each other over gloo alone
 	$(PYTEST) -m "not gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu" --transport gloo tests/spec tests/comm tests/test_parity.py $(ARGS)
 
 test-faults: .venv  ## checkpoints with the full matrices: layouts, kills, damage
 	$(PYTEST) tests/checkpoint $(ARGS)

@@ -52,7 +52,6 @@ class Stopwatch:
 
 def watch(clock: Stopwatch) -> None:
     """Time the functions of the engine that do the work of a step."""
-    import shardline.boundary
     import shardline.comm
     import shardline.comm.shared as shared
     import shardline.comm.transport as transport
@@ -64,7 +63,7 @@ def watch(clock: Stopwatch) -> None:
     clock.wrap(transport, "add_in_order", "sum gradients")
     clock.wrap(unit.Slab, "refresh", "cast masters")
     clock.wrap(shared.SharedMemory, "wait", "carry out and wait")
-    clock.wrap(shared.SharedMemory, "progress", "carry out and wait")
+    clock.wrap(shared, "progress", "carry out and wait")
     clock.wrap(transport.Work, "wait", "carry out and wait")
     clock.wrap(shardline.step, "square_sum", "norm")
     clock.wrap(shardline.comm.Comm, "rows", "compare (one row)")

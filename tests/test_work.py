@@ -73,9 +73,14 @@ def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.tanh(x)
 
 
-def work(config: dict[str, object]) -> tuple[Counter[str], Counter[str], int]:
-    """Bytes written by the third step's forward and backward, and by its step(); values that step() reads."""
+def work(config: dict[str, object]) -> tuple[Counter[str], Counter[str], int] | None:
+    """Bytes written by the third step's forward and backward, and by its step(); values that the host reads.
+
+    None where ranks share no memory: gloo's own copies are not dispatched.
+    """
     engine = start(Stack, config)
+    if engine.comm.least is None:
+        return engine.destroy()
     for step in range(2):
         engine.backward(mse(engine, engine.module, batch(step)))
         engine.step()
@@ -104,6 +109,9 @@ def test_bytes_written_by_copies_and_sums(ranks, stage: int, dtype: str) -> None
         update = {"copy_": fp32_shard + (whole if dtype == "bf16" else 0)}
     else:  # the own half is cast, the other half of the weights crosses unless it is gathered at its use
         update = {"copy_": (shard if dtype == "bf16" else 0) + (shard if stage < 3 else 0)}
-    for found_passes, found_update, read in ranks(work, 2, Setup(dtype=dtype, micro=1).config(stage)):
+    results = ranks(work, 2, Setup(dtype=dtype, micro=1).config(stage))
+    if None in results:
+        pytest.skip("these ranks share no memory")
+    for found_passes, found_update, read in results:
         assert (+found_passes, +found_update) == (+Counter(passes), +Counter(update))
         assert read == 0
