@@ -187,6 +187,8 @@ class Boundary:
         self.progress.leaving = self.progress.leaving or host.leaving
         if host.same_orders:
             self.schedule.adopt_record()
+        else:
+            self.schedule.distrust_record()
 
     def _reduce_late(self) -> None:
         """A second round for gradients that came after their unit was reduced, on every rank alike."""

@@ -24,7 +24,9 @@ from shardline.unit import Residence, Unit
 
 __all__ = ["Schedule"]
 
-_PATIENCE, _NAP = 0.02, 5e-5  # seconds
+_SHORT, _LONG, _NAP = 0.02, 2.0, 5e-5
+"""Seconds to wait for a reduction before it looks as if another rank waited for a gather: where orders are known to be
+alike it is much more likely just slow."""
 
 
 class _Walk:
@@ -78,6 +80,7 @@ class Schedule:
         self.units = units
         self._all_alike = all_alike  # whether every rank has the same list; collective
         self._first = True  # no backward has run yet
+        self._alike = False  # all ranks have last used their units in the same order
         self._max_kept = max_kept  # elements of units that were gathered for other ranks' sake
         self._kept: deque[Unit] = deque()
         self.in_backward = False
@@ -318,17 +321,21 @@ class Schedule:
         """Wait for a reduction. The other ranks join it once they have what they gather before: so join that first.
 
         What that is, one cannot know of a rank that uses its units in another order. So while it takes long, join the
-        next gather, and the next.
+        next gather, and the next, as far as there is room to keep what comes.
         """
         place = back.find(unit.index)
         if place is not None:
             self._catch_up(back, place + 1)
-        patience = time.monotonic() + _PATIENCE
+        patience = _LONG if self._alike else _SHORT
+        until = time.monotonic() + patience
         while not unit.has_reduced() and back.position < len(back.order):
+            ahead = self.units[back.order[back.position]]
+            if sum(each.plan.numel for each in (*self._kept, ahead)) > self._max_kept:
+                break
             time.sleep(_NAP)
-            if time.monotonic() > patience:
+            if time.monotonic() > until:
                 self._catch_up(back, back.position + 1)
-                patience = time.monotonic() + _PATIENCE
+                until = time.monotonic() + patience
         unit.finish_reduce()
 
     def end_backward(self) -> None:
@@ -377,7 +384,8 @@ class Schedule:
 
     def _follow_first_forward(self) -> None:
         """Before the first backward: its orders are the reverse of the forward just seen, if all ranks saw the same."""
-        if self._uses and self._all_alike(self._uses):
+        self._alike = bool(self._uses) and self._all_alike(self._uses)
+        if self._alike:
             self._ready, self._needs = {}, {}
             self.adopt_record()
             behind = list(dict.fromkeys(reversed(self._uses)))
@@ -391,12 +399,17 @@ class Schedule:
         """A digest of the orders seen since the last step, to compare with the other ranks'."""
         return digest(self._uses, list(self._needs), list(self._ready))
 
+    def distrust_record(self) -> None:
+        """Ranks recorded different orders: the agreed ones stay, and somebody may not follow them."""
+        self._alike = False
+
     def adopt_record(self) -> None:
         """Every rank recorded the same: follow it from now on.
 
         An order always holds every sharded unit, so that a rank which suddenly uses one that all had skipped does not
         gather alone. Only a backward leaves out what its forward used and it did not need (an embedding).
         """
+        self._alike = True
         sharded = self._sharded
         if self._uses:
             used = [index for index in self._uses if self.units[index].sharded]
