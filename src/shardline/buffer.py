@@ -92,16 +92,17 @@ class Pool:
         slack = _CLOSE if lasting else _SLACK
         # Buffers outlive the inference_mode in which one may first be needed, so they must not be inference tensors.
         with torch.inference_mode(False):
-            memory = self._find(size, slack) if size >= self._least else None
-            if memory is None and self._keep and size >= self._least:
-                size = max((other for other in self._sizes if size <= other < slack * size), default=size)
-            if memory is None:
-                whole = -(-size // dtype.itemsize)
-                if self._memory is not None:
-                    return self._memory.empty(whole, dtype)[:numel]
-                return torch.empty(whole, dtype=dtype, device=self.device)[:numel]
-            self._free = [other for other in self._free if other is not memory]
-            return torch.empty(0, dtype=dtype, device=self.device).set_(memory, 0, (numel,), (1,))
+            if size >= self._least:
+                memory = self._find(size, slack)
+                if memory is not None:
+                    self._free = [other for other in self._free if other is not memory]
+                    return torch.empty(0, dtype=dtype, device=self.device).set_(memory, 0, (numel,), (1,))
+                if self._keep:
+                    size = max((other for other in self._sizes if size <= other < slack * size), default=size)
+            whole = -(-size // dtype.itemsize)
+            if self._memory is not None:
+                return self._memory.empty(whole, dtype)[:numel]
+            return torch.empty(whole, dtype=dtype, device=self.device)[:numel]
 
     def _find(self, size: int, slack: float) -> torch.UntypedStorage | None:
         """The smallest free piece of at least ``size`` bytes, and not much more, that nobody holds."""

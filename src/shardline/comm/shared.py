@@ -47,7 +47,7 @@ _SMALL = in_pages(1)
 """Bytes below which a buffer stays in private memory, and is copied into the arena when it is announced."""
 
 _COPIES = 2
-"""Places of such copies that are kept for the next ones: at most two reductions are in flight."""
+"""Places of such copies that are kept for the next ones."""
 
 _ROOM = 4
 """Size of all arenas together, in times of the host's memory. Only addresses: there is room for a rank that needs more
