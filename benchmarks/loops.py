@@ -65,8 +65,11 @@ class Masters:
                     master.grad.add_(param.grad)
                 param.grad = None
 
-    def publish(self) -> None:
-        """Masters to weights."""
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip, step, forget the gradients, and bring the masters into the weights."""
+        clip_grad_norm_(self.masters, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
         if not self.same:
             with torch.no_grad():
                 torch._foreach_copy_(self.params, self.masters)
@@ -84,10 +87,7 @@ def hand(model: nn.Module, work: Work) -> Step:
             (loss / len(batches)).backward()
             masters.collect()
             losses.append(loss.detach())
-        clip_grad_norm_(masters.masters, CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        masters.publish()
+        masters.update(optimizer)
         return torch.stack(losses).mean()
 
     return step
@@ -122,10 +122,7 @@ def ddp(model: nn.Module, work: Work, zero: bool = False) -> Step:
                 (loss / len(batches)).backward()
             losses.append(loss.detach())
         masters.collect()
-        clip_grad_norm_(masters.masters, CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        masters.publish()
+        masters.update(optimizer)
         return torch.stack(losses).mean()
 
     return step
