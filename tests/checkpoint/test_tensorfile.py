@@ -80,3 +80,21 @@ def test_a_truncated_file_is_an_error_and_no_crash(tmp_path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"x.safetensors"):
         TensorFile(path)
+
+
+def test_the_disk_is_told_to_begin_early(tmp_path, monkeypatch):
+    """Ranges follow each other from the start, each when it is written, and little is left for the flush."""
+    told = []
+    path = tmp_path / "a.safetensors"
+
+    def advise(descriptor, start, length, advice):
+        assert start + length == path.stat().st_size
+        told.append((start, start + length))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)  # else the file has its size from the start
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    with path.open("wb", buffering=0) as file:
+        written = write(file, {"a": torch.zeros(5 << 20)}, {}, lambda: None)
+    starts, stops = zip(*told, strict=True)
+    assert starts == (0, *stops[:-1])
+    assert len(told) > 3 and written.bytes - stops[-1] < stops[0]

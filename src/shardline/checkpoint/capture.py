@@ -7,7 +7,7 @@ Every element is written by one rank: the one in whose shard it lies, also where
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,16 @@ from shardline.fragments import flat
 from shardline.plan import Fragment
 from shardline.unit import RunTensors
 
-__all__ = ["Captured", "add_reports", "capture_buffers", "capture_tensors", "key_of", "merge", "optimizer_record"]
+__all__ = [
+    "Captured",
+    "add_reports",
+    "capture_buffers",
+    "capture_tensors",
+    "key_of",
+    "merge",
+    "optimizer_record",
+    "sums",
+]
 
 DEVICE_KEYS = ("fused", "foreach", "capturable")
 """Options that say how a device computes, not what: those of the reading job stay."""
@@ -69,9 +78,8 @@ class Captured:
         return {"pieces": self.pieces, "whole": self.whole, "scalars": self.scalars}
 
 
-def capture_tensors(parts: Parts, *, frozen: bool = True) -> Captured:
-    """Weights and optimizer state of this rank's shards. ``frozen``: those of frozen parameters too."""
-    found = Captured()
+def capture_tensors(found: Captured, parts: Parts, *, frozen: bool = True) -> None:
+    """Add weights and optimizer state of this rank's shards. ``frozen``: those of frozen parameters too."""
     for unit in parts.units:
         for slab in unit.slabs:
             if not (slab.plan.trainable or frozen):
@@ -98,7 +106,6 @@ def capture_tensors(parts: Parts, *, frozen: bool = True) -> Captured:
     for tensor in found.tensors.values():
         if tensor.dtype not in CODES:
             raise CheckpointError(f"safetensors files cannot hold tensors of {tensor.dtype}.")
-    return found
 
 
 def _capture_state(found: Captured, run: RunTensors, state: Mapping[str, Any]) -> None:
@@ -134,27 +141,30 @@ def _own(run: RunTensors) -> Iterator[Fragment]:
             yield Fragment(piece.name, low + shift, high + shift, low)
 
 
-def capture_buffers(found: Captured, buffers: Mapping[str, Tensor], comm: Any) -> dict[str, list[int]]:
-    """Add this rank's buffers; those that are rank 0's bit by bit are not written again. Collective.
+def sums(buffers: Mapping[str, Tensor]) -> dict[str, int]:
+    """Checksums by which ranks compare their buffers."""
+    return {name: zlib.crc32(_bytes(buffer.detach().cpu().contiguous())) for name, buffer in buffers.items()}
+
+
+def capture_buffers(
+    found: Captured, buffers: Mapping[str, Tensor], everyone: Sequence[Mapping[str, int]], rank: int
+) -> dict[str, list[int]]:
+    """Add this rank's buffers; those that are rank 0's bit by bit are not written again.
+
+    Args:
+        everyone: the :func:`sums` of all ranks.
 
     Returns:
         The ranks that wrote each buffer.
     """
-    sums = {name: _sum(buffer) for name, buffer in buffers.items()}
-    everyone = comm.exchange(sums)
     writers = {
-        name: [rank for rank, theirs in enumerate(everyone) if rank == 0 or theirs.get(name) != everyone[0][name]]
+        name: [other for other, theirs in enumerate(everyone) if other == 0 or theirs.get(name) != everyone[0][name]]
         for name in everyone[0]
     }
     for name, buffer in buffers.items():
-        if comm.rank in writers.get(name, ()):
+        if rank in writers.get(name, ()):
             found.tensors[key_of("buffer", name)] = buffer
     return writers
-
-
-def _sum(buffer: Tensor) -> int:
-    host = buffer.detach().cpu().contiguous()
-    return zlib.crc32(_bytes(host))
 
 
 def optimizer_record(parts: Parts, tensors: dict[str, Tensor]) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from shardline import lr
-from shardline.checkpoint.capture import Captured, capture_buffers, capture_tensors, merge, optimizer_record
+from shardline.checkpoint.capture import Captured, capture_buffers, capture_tensors, merge, optimizer_record, sums
 from shardline.checkpoint.commit import Content, commit, together
 from shardline.checkpoint.directory import Directory, Lock, Manifest, check_files, read_manifest
 from shardline.checkpoint.export import SHARD_BYTES, export_model
@@ -28,7 +28,7 @@ from shardline.checkpoint.reader import Reader
 from shardline.checkpoint.restore import ages, load_buffers, load_optimizer, load_weights, match, settle_weights
 from shardline.checkpoint.values import encode, name_of
 from shardline.checkpoint.window import WindowStart, persistent_buffers
-from shardline.comm import Comm
+from shardline.comm import Comm, check_alike
 from shardline.config import Config
 from shardline.data import Loader
 from shardline.errors import CheckpointError, UsageError
@@ -107,8 +107,7 @@ class Checkpointer:
         self.wait()
         counters = trainer.checkpoint_counters()
         name = Directory.check_tag(f"global_step{counters['global_steps']}" if tag is None else str(tag))
-        trainer.comm.agree({"the tag of the checkpoint": name})
-        found, content = self._collect(counters, client_state or {}, frozen=frozen)
+        found, content = self._collect(name, counters, client_state or {}, frozen=frozen)
         config = trainer.config.checkpoint
         ours = config.dir is not None and os.path.realpath(path) == os.path.realpath(config.dir)
         keep = config.keep if ours else None
@@ -204,24 +203,26 @@ class Checkpointer:
         return dict(staged)
 
     def _collect(
-        self, counters: dict[str, int], client_state: Mapping[str, Any], *, frozen: bool
+        self, tag: str, counters: dict[str, int], client_state: Mapping[str, Any], *, frozen: bool
     ) -> tuple[Captured, Content]:
         trainer = self._trainer
         parts = trainer.checkpoint_parts()
         comm, within = parts.comm, trainer.in_window()
         start = trainer.window_start
 
-        def collect() -> tuple[Captured, dict[str, Any]]:
-            """What may fail on one rank: values that cannot be saved."""
-            found = capture_tensors(parts, frozen=frozen)
-            common = self._common(parts, counters, client_state, found, within=within) if comm.rank == 0 else {}
-            return found, common
-
-        result: list[tuple[Captured, dict[str, Any]]] = []
-        together(comm, "collecting the checkpoint", lambda: result.append(collect()))
-        found, common = result[0]
         buffers = start.buffers() if within else {name: b.detach() for name, b in persistent_buffers(parts.module)}
-        writers = capture_buffers(found, buffers, comm)
+        found, common = Captured(), dict[str, Any]()
+
+        def collect() -> Any:
+            """What may fail on one rank: values that cannot be saved."""
+            capture_tensors(found, parts, frozen=frozen)
+            if comm.rank == 0:
+                common.update(self._common(parts, counters, client_state, found, within=within))
+            return {"the tag of the checkpoint": tag}, sums(buffers)
+
+        everyone = together(comm, "collecting the checkpoint", collect)
+        check_alike([alike for alike, _ in everyone])
+        writers = capture_buffers(found, buffers, [theirs for _, theirs in everyone], comm.rank)
         random = start.random if within and start.random is not None else RandomState.now(comm.device)
         tensors, values = random.to_tensors()
         found.tensors.update(tensors)
