@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from shardline import meta
 from shardline.buffer import Pool
-from shardline.comm import Comm
+from shardline.comm import DONE, Comm
 from shardline.config import Config
 from shardline.describe import chosen_units, describe_modules, describe_params, first_names
 from shardline.errors import OptimizerError
@@ -219,15 +219,19 @@ def load_model(
         slab.store(entry, param.detach())
         unit.rest(slab, param, entry)
 
+    before = DONE  # rank 0 packs the next slab while the others still copy this one
     for unit in layout.units:
         unit.allocate()
         for slab in unit.slabs:
             for param in slab.params:
                 param.grad = None
             if not any(param.is_meta for param in slab.params):
-                slab.load()
+                work = slab.load()
                 for param, entry in zip(slab.params, slab.plan.entries, strict=True):
                     unit.rest(slab, param, entry)
+                before.wait()
+                before = work
+    before.wait()
     if is_on_meta(model):
         meta.fill(model, {param: name for name, param in layout.params.items()}, store, layout.units_of, init_fn)
     for unit in layout.units:
@@ -237,8 +241,8 @@ def load_model(
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 dtype = precision.buffers if precision.buffers and buffer.is_floating_point() else buffer.dtype
-                moved = module._buffers[name] = buffer.to(comm.device, dtype).contiguous()
-                comm.broadcast([moved])
+                module._buffers[name] = buffer.to(comm.device, dtype).contiguous()
+    comm.broadcast([buffer for module in model.modules() for buffer in module._buffers.values() if buffer is not None])
 
 
 def needs_whole(optimizer: Optimizer, stage: int, world_size: int) -> bool:

@@ -139,8 +139,11 @@ class Slab:
         if low < high:
             target[low - covered[0] : high - covered[0]].copy_(elements[low - entry.offset : high - entry.offset])
 
-    def load(self, source: int = 0) -> None:
-        """Take the values that rank ``source`` holds in the parameters themselves, in one broadcast. Collective."""
+    def load(self, source: int = 0) -> Work:
+        """Start to take the values that rank ``source`` holds in the parameters themselves, in one broadcast.
+
+        Collective. The parameters are not needed any more; their values are here when the work is done.
+        """
         dtype = reduce(torch.promote_types, (param.dtype for param in self.params))
         in_place = dtype == self.plan.dtype and self.weights.numel() == self.plan.size
         whole = self.weights if in_place else self.pool.take(self.plan.size, dtype)
@@ -149,14 +152,19 @@ class Slab:
                 whole[start:stop].zero_()
             for param, entry in zip(self.params, self.plan.entries, strict=True):
                 view(whole, entry).copy_(param.detach())
-        self.comm.broadcast([whole], source)
-        if not in_place:
-            low, high = self._range(self.row.weights)
-            self.weights.copy_(whole[low:high])
-            self.pool.give(whole)
-        if self.master is not None and not self.masters_are_weights:
-            low, high = self.state_range
-            self.master.copy_(whole[low:high])
+        sent = self.comm.start_broadcast(whole, source)
+
+        def arrive() -> None:
+            sent.wait()
+            if self.master is not None and not self.masters_are_weights:
+                low, high = self.state_range
+                self.master.copy_(whole[low:high])
+            if not in_place:
+                low, high = self._range(self.row.weights)
+                self.weights.copy_(whole[low:high])
+                self.pool.give(whole)
+
+        return Work((), arrive)
 
     def show(self, whole: Tensor) -> None:
         """Make the parameters views of ``whole``."""

@@ -23,7 +23,7 @@ from shardline.comm.shared import SharedMemory, attach
 from shardline.comm.transport import DONE, Scratch, Transport, Work, choose
 from shardline.errors import DisagreementError, UsageError
 
-__all__ = ["DONE", "Comm", "Work"]
+__all__ = ["DONE", "Comm", "Work", "check_alike"]
 
 _OPERATIONS = ("gather", "reduce")
 
@@ -169,26 +169,34 @@ class Comm:
 
     def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
         """Copy ``source``'s values of ``tensors`` (dense, any dtype) to every rank, in place."""
-        if self._alone():
-            return
-        for tensor in tensors:
-            if not tensor.numel():
-                continue
-            stored = tensor.detach()
-            if not _is_dense(stored):
-                stored = stored.contiguous()
-            wire = stored.as_strided((stored.numel(),), (1,), stored.storage_offset()).view(torch.uint8)
-            on_wire = wire.cpu() if self._staged else wire.to(self.device)
-            if self._memory is not None:  # a gather in which all of it is one rank's range
-                places = [0] * (source + 1) + [wire.numel()] * (self.world_size - source)
-                own = on_wire[places[self.rank] : places[self.rank + 1]]
-                self._memory.transports[0].gather(own, on_wire, places).wait()
-            else:
-                dist.broadcast(on_wire, group_src=source, group=self._groups[0])
+        for work in [self.start_broadcast(tensor, source) for tensor in tensors]:
+            work.wait()
+
+    def start_broadcast(self, tensor: Tensor, source: int = 0) -> Work:
+        """Start to copy ``source``'s values of ``tensor`` (dense, any dtype) to every rank, in place."""
+        if self._alone() or not tensor.numel():
+            return DONE
+        stored = tensor.detach()
+        if not _is_dense(stored):
+            stored = stored.contiguous()
+        wire = stored.as_strided((stored.numel(),), (1,), stored.storage_offset()).view(torch.uint8)
+        on_wire = wire.cpu() if self._staged else wire.to(self.device)
+        if self._memory is not None:  # a gather in which all of it is one rank's range
+            places = [0] * (source + 1) + [wire.numel()] * (self.world_size - source)
+            own = on_wire[places[self.rank] : places[self.rank + 1]]
+            sent = self._memory.transports[0].gather(own, on_wire, places)
+        else:
+            handle = dist.broadcast(on_wire, group_src=source, group=self._groups[0], async_op=True)
+            sent = Work([handle] if handle is not None else (), hold=on_wire)
+
+        def arrive() -> None:
+            sent.wait()
             if on_wire.data_ptr() != wire.data_ptr():
                 wire.copy_(on_wire)
             if stored.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(stored)
+
+        return Work((), arrive, arrived=sent.has_arrived)
 
     def exchange(self, value: Any) -> list[Any]:
         """Every rank's ``value``, in rank order. It travels as JSON text: nothing that is received can run."""
@@ -227,16 +235,7 @@ class Comm:
         Raises:
             DisagreementError: naming the first key that differs, the ranks and both values.
         """
-        everyone = self.exchange(what)
-        for key in dict.fromkeys(key for each in everyone for key in each):
-            value = everyone[0].get(key)
-            for rank, other in enumerate(everyone):
-                if other.get(key) != value:
-                    raise DisagreementError(
-                        f"ranks disagree on {key}: rank 0 has {_shorten(value)}, rank {rank} has "
-                        f"{_shorten(other.get(key))}. Every rank must run the same script with the same configuration, "
-                        f"model and versions."
-                    )
+        check_alike(self.exchange(what))
 
     def _alone(self) -> bool:
         """Whether there is nobody to talk to."""
@@ -248,6 +247,23 @@ class Comm:
     def _staged(self) -> bool:
         """Whether this device's tensors cannot travel themselves."""
         return self.device.type != "cpu" and self._groups[0]._get_backend(self.device).name() == "gloo"
+
+
+def check_alike(everyone: Sequence[dict[str, Any]]) -> None:
+    """See that every rank has the same values (JSON; one dict for each rank).
+
+    Raises:
+        DisagreementError: naming the first key that differs, the ranks and both values.
+    """
+    for key in dict.fromkeys(key for each in everyone for key in each):
+        value = everyone[0].get(key)
+        for rank, other in enumerate(everyone):
+            if other.get(key) != value:
+                raise DisagreementError(
+                    f"ranks disagree on {key}: rank 0 has {_shorten(value)}, rank {rank} has "
+                    f"{_shorten(other.get(key))}. Every rank must run the same script with the same configuration, "
+                    f"model and versions."
+                )
 
 
 def _is_dense(tensor: Tensor) -> bool:
