@@ -42,6 +42,10 @@ __all__ = [
 ALIGNMENT = 64
 """Elements to which every parameter's offset and every shard boundary is aligned."""
 
+_ALONE = 1 << 16
+"""Elements from which a parameter is a slab of its own in a world of one: nothing travels that would gain from company,
+and what autograd hands over as its gradient needs no copy."""
+
 
 @dataclass(frozen=True)
 class ParamSpec:
@@ -418,10 +422,11 @@ def _merge(candidates: list[_Candidate], min_numel: int, max_numel: int, chosen:
 
 def _slabs(params: Sequence[ParamSpec], world_size: int, whole: bool) -> Iterator[SlabPlan]:
     """One slab for each dtype and trainability among ``params``, in order of appearance."""
-    kinds: dict[tuple[torch.dtype, bool], list[ParamSpec]] = {}
+    kinds: dict[tuple[torch.dtype, bool, str | None], list[ParamSpec]] = {}
     for param in params:
-        kinds.setdefault((param.dtype, param.trainable), []).append(param)
-    for (dtype, trainable), members in kinds.items():
+        alone = world_size == 1 and param.trainable and param.numel >= _ALONE
+        kinds.setdefault((param.dtype, param.trainable, param.name if alone else None), []).append(param)
+    for (dtype, trainable, _), members in kinds.items():
         entries, offset = [], 0
         for param in sorted(members, key=_run_key):  # stable: definition order within a run
             entries.append(Entry(param, offset))
