@@ -1,10 +1,10 @@
 """What a process can say of itself: its memory, page by page counted fairly, and what it runs on.
 
 Memory of a rank is resident memory above the process's base (after imports, the process group and a few steps of a
-tiny model; before the model is made). Pages of shared memory are divided by the number of processes that map them, so
-that a buffer which two ranks share counts once for both together. The peak is the kernel's own high-water mark of
-resident memory (``VmHWM``, begun anew by writing 5 to ``/proc/self/clear_refs``), less what the sharing ranks count
-twice at the end of the window.
+tiny model; before the model is made). A page of shared memory counts once for all that map it, and its ranks bear the
+sum in equal parts: who happens to map more of the others' does not hold more. The peak is the kernel's own high-water
+mark of resident memory (``VmHWM``, begun anew by writing 5 to ``/proc/self/clear_refs``), with shared memory counted
+like that as it is at the end of the window.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ import torch
 MB = 1e6
 
 
-def resident() -> float:
-    """Bytes of this process in memory now; shared memory divided by its users."""
-    return _field("status", "VmRSS") - _counted_twice()
+def shared() -> float:
+    """Bytes of shared memory that this process maps, each page divided by the number of processes that map it."""
+    return _field("smaps_rollup", "Pss_Shmem")
 
 
-def peak() -> float:
-    """Most bytes since :func:`restart_peak`; shared memory divided by its users."""
-    return _field("status", "VmHWM") - _counted_twice()
+def resident(share: float | None = None) -> float:
+    """Bytes of this process in memory now, with ``share`` as its part of shared memory (:func:`shared` if left out)."""
+    return _field("status", "VmRSS") - _field("status", "RssShmem") + (shared() if share is None else share)
+
+
+def peak(share: float | None = None) -> float:
+    """Most bytes since :func:`restart_peak`, with ``share`` as in :func:`resident`."""
+    return _field("status", "VmHWM") - _field("status", "RssShmem") + (shared() if share is None else share)
 
 
 def restart_peak() -> None:
@@ -37,10 +42,6 @@ def restart_peak() -> None:
 def available() -> bool:
     """Whether this system tells: Linux does."""
     return sys.platform == "linux"
-
-
-def _counted_twice() -> float:
-    return _field("status", "RssShmem") - _field("smaps_rollup", "Pss_Shmem")
 
 
 def _field(file: str, name: str) -> float:

@@ -146,7 +146,7 @@ class Rank:
     def run(self, steps: int) -> dict[str, Any]:
         """``steps`` optimizer steps, beginning together on all ranks."""
         seconds, losses = [], []
-        before = self._above(measure.peak())
+        before = self._above(measure.peak(_share()))
         dist.barrier()
         measure.restart_peak()
         for _ in range(steps):
@@ -155,12 +155,13 @@ class Rank:
             loss = self._step(batches)
             seconds.append(time.perf_counter() - began)
             losses.append(loss)
+        share = _share()
         return {
             "seconds": seconds,
             "losses": [loss.item() for loss in losses],
-            "peak": self._above(measure.peak()),
+            "peak": self._above(measure.peak(share)),
             "peak before": before,
-            "steady": self._above(measure.resident()),
+            "steady": self._above(measure.resident(share)),
         }
 
     def _next(self) -> list[Batch]:
@@ -170,6 +171,13 @@ class Rank:
 
     def _above(self, size: float) -> float:
         return size - self._base
+
+
+def _share() -> float:
+    """This rank's part of the memory that the ranks share, in bytes."""
+    together = torch.tensor(measure.shared(), dtype=torch.float64)
+    dist.all_reduce(together)
+    return together.item() / dist.get_world_size()
 
 
 def _warm_up(dtype: torch.dtype) -> None:
