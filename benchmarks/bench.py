@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows, errors = run_starts(Case("gpt", dtype), names, 3)
         result["starts"] += rows
         result["errors"] += errors
-    result["errors"] += report.wrong_losses(result)
+    result["errors"] += report.wrong_losses(result, ours=True)
     (args.out / "results.json").write_text(json.dumps(result, indent=1))
     figures = bar.judge(result)
     text = report.markdown(result, figures)

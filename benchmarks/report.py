@@ -42,6 +42,8 @@ def markdown(result: dict[str, Any], figures: Sequence[Figure]) -> str:
         lines += [f"| {f.what} | {f.where} | {f.engine} | {f.value:.2f} | {f.limit:.2f} | "
                   f"{'holds' if f.holds else '**misses**'} |" for f in figures]  # fmt: skip
         lines += ["", f"{sum(f.holds for f in figures)} of {len(figures)} hold."]
+    if peers := wrong_losses(result, ours=False):
+        lines += ["", "### Peers that compute something else", "", *(f"* {sentence}" for sentence in peers)]
     if result["errors"]:
         lines += ["", "### Errors", "", *(f"```\n{error}\n```" for error in result["errors"])]
     return "\n".join(lines) + "\n"
@@ -76,10 +78,11 @@ def _outliers(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {name: share for name, share in off.items() if not share <= TOLERANCE[rows[0]["dtype"]]}
 
 
-def wrong_losses(result: dict[str, Any]) -> list[str]:
-    """A sentence for each engine that did not compute what the others did."""
+def wrong_losses(result: dict[str, Any], *, ours: bool) -> list[str]:
+    """A sentence for each engine (of ``ours``, or of the peers) that did not compute what the others did."""
     return [f"{name} on {title(case)}: the loss is {share:.1%} away from the other engines'"
-            for case, rows in cases(result).items() for name, share in _outliers(rows).items()]  # fmt: skip
+            for case, rows in cases(result).items() for name, share in _outliers(rows).items()
+            if name.startswith("shardline") is ours]  # fmt: skip
 
 
 def _limit(result: dict[str, Any], case: tuple[Any, ...], name: str, heat: dict[str, Any]) -> str:

@@ -440,13 +440,13 @@ class Unit:
         offload: Offload | None = None,
     ) -> None:
         self.plan, self.row, self.comm, self.pool, self.offload = plan, row, comm, pool, offload
-        self.local = comm.world_size == 1 and offload is None
         self.state_device = comm.device if offload is None else offload.device
         self.index, self.name = plan.index, plan.name
         self.slabs = [
             Slab(slab, [params[entry.param.name] for entry in slab.entries], row, comm, pool, precision, offload)
             for slab in plan.slabs
         ]
+        self.local = all(slab.local for slab in self.slabs)
         self.trainable = [slab for slab in self.slabs if slab.plan.trainable]
         self.sharded = transition(row.weights, Placement.REPLICATED) is Transition.GATHER and comm.world_size > 1
         self.residence = Residence.SHARDED if self.sharded else Residence.GATHERED

@@ -23,9 +23,10 @@ def parts(monkeypatch):
     import bar
     import measure
     import models
+    import report
     import suite
 
-    return {"bar": bar, "measure": measure, "models": models, "suite": suite}
+    return {"bar": bar, "measure": measure, "models": models, "report": report, "suite": suite}
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -124,6 +125,16 @@ def test_ratios_are_paired_before_the_median(parts):
 def row(engine, step, peak, **other):
     case = {"model": "gpt", "dtype": "fp32", "accumulation": 1, "world": 2, "heat": 0}
     return case | {"engine": engine, "rounds": [step] * 3, "peak": peak} | other
+
+
+def test_a_wrong_loss_is_ours_or_a_peers(parts):
+    """Only Shardline's makes the run fail; a peer's is named."""
+    losses = {"compute": 9.0, "ddp": 5.0, "fsdp2": 5.01, "deepspeed-2": 4.0, "shardline-2": 5.0, "shardline-3": 6.0}
+    result = {"runs": [row(name, 1.0, 1.0, losses=[loss]) for name, loss in losses.items()]}
+    ours, peers = (parts["report"].wrong_losses(result, ours=which) for which in (True, False))
+    assert [sentence.split()[0] for sentence in ours] == ["shardline-3"]
+    assert [sentence.split()[0] for sentence in peers] == ["deepspeed-2"]
+    assert "20.0%" in ours[0] and "20.0%" in peers[0]
 
 
 def test_figures_stand_beside_their_limits(parts):

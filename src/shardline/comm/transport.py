@@ -75,7 +75,8 @@ class Transport(Protocol):
     def reduce(self, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch) -> Work:
         """Write (or ``add``) the sum over ranks of this rank's range of ``buffer`` to ``out``.
 
-        Terms are added in rank order in ``out``'s dtype, so that every layout and every stage gives the same bits.
+        Terms are added in rank order in ``out``'s dtype, so that every layout and every stage gives the same bits; NCCL
+        adds shards of one size in its own order, in the dtype of ``buffer``.
         """
         ...
 
