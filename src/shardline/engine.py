@@ -348,6 +348,7 @@ class Engine(nn.Module):
 
     def _end_window(self, boundary: Boundary, lr_kwargs: dict[str, Any]) -> None:
         self._resolve()
+        self.checkpoints.before_step()
         window, rates, scale = self._window, self.get_lr(), self.scaler.scale
         before = (lambda: self._call(self._before)) if self._before else None
         after = (lambda: self._call(self._after)) if self._after else None

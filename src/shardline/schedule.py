@@ -79,6 +79,7 @@ class Schedule:
     ) -> None:
         self.units = units
         self._all_alike = all_alike  # whether every rank has the same list; collective
+        self._local = all(unit.local for unit in units)  # nothing is ever reduced
         self._first = True  # no backward has run yet
         self._alike = False  # all ranks have last used their units in the same order
         self._max_kept = max_kept  # elements of units that were gathered for other ranks' sake
@@ -93,7 +94,9 @@ class Schedule:
         self._reduce_order = [unit.index for unit in reversed(units) if unit.trainable]
         self._use_counts: Counter[int] | None = None  # uses of each unit in a recorded forward
         self._last_used = self._forward_order[-1:]  # one unit, or none
-        self._largest = max((unit.plan.numel for unit in units), default=0)
+        self._largest = max(
+            int(__import__("os").environ.get("FLY", "0")), max((unit.plan.numel for unit in units), default=0)
+        )
         # Units whose modules lie apart, or that are used outside of their modules, stay until the forward ends.
         self._scattered = {unit.index for unit in units if not _compact(unit)}
         self._walk: _Walk | None = None  # of the forward that runs
@@ -236,7 +239,7 @@ class Schedule:
         if self._first:
             self._first = False
             self._follow_first_forward()
-        self.in_backward, self.reducing, self.factor = True, reducing, factor
+        self.in_backward, self.reducing, self.factor = True, reducing and not self._local, factor
         self._back = _Walk(self._backward_order, strict=True, here=self._resident())
         self._needs, self._ready, self._turn = {}, {}, 0
 
@@ -292,7 +295,7 @@ class Schedule:
         self._ready[unit.index] = None
         if not unit.trainable:
             unit.release()
-        elif not self.reducing or unit.local:
+        elif not self.reducing:
             unit.fold(self.factor)
             unit.release()
         else:
@@ -345,7 +348,7 @@ class Schedule:
             unit = self.units[index]
             if index not in self._ready:
                 self._ready[index] = None
-                if not self.reducing or unit.local:
+                if not self.reducing:
                     unit.fold(self.factor)
         if self.reducing:
             self._advance()

@@ -227,13 +227,8 @@ class Slab:
             if moved or not shaped or param.dtype != self.plan.dtype:
                 raise replaced_error(entry.param.name, param)
 
-    def adopt(self) -> None:
-        """Take in-place edits of resting weights (``clamp_``, ``load_state_dict``) over into the masters.
-
-        Raises:
-            ModelError: if a parameter's tensor was replaced instead of edited.
-        """
-        self.check_in_place()
+    def take_edits(self) -> None:
+        """Take in-place edits of resting weights (``clamp_``, ``load_state_dict``) over into the masters."""
         if self.edited():
             low, high = self.state_range
             self._raise_masters(self.weights[low:high])
@@ -593,11 +588,16 @@ class Unit:
             for slab in self.slabs:
                 slab.check_in_place()
 
-    def adopt(self) -> None:
-        """Notice edits that were made to resting weights; see :meth:`Slab.adopt`."""
+    def take_edits(self) -> None:
+        """Take over edits that were made to resting weights; see :meth:`Slab.take_edits`."""
         if not self.sharded:
             for slab in self.slabs:
-                slab.adopt()
+                slab.take_edits()
+
+    def adopt(self) -> None:
+        """The same, after :meth:`check_in_place`."""
+        self.check_in_place()
+        self.take_edits()
 
     def settle_versions(self) -> None:
         """The weights as they are now are nobody's edits."""

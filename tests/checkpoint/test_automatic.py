@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from shardline.checkpoint import checkpointer, commit
+from shardline.checkpoint import checkpointer, commit, staging
 from shardline.checkpoint.faults import EVERY_RANK, OVERWRITE, POINTS
 from shardline.errors import CheckpointError
 from shardline.testing import RankFailed, run_distributed
@@ -116,6 +117,49 @@ def test_in_the_background(ranks, tmp_path):
     # What was saved is the moment of the call, though training went on while it was written.
     assert ranks(load_steps, 2, str(tmp_path), cases.config(2, 2), "one") == [1, 1]
     assert ranks(load_steps, 1, str(tmp_path), cases.config(0, 1), "two") == [3]
+
+
+def moments(built):
+    """Copies of the optimizer's tensors."""
+    states = [built.optimizer.state[run.param] for run in built._layout.runs if run.fragments]
+    return [state[key].clone() for state in states for key in sorted(state)]
+
+
+def staged_late(path):
+    """A save in the background whose copies of the optimizer's state begin when the next step is reached."""
+    built = cases.engine(cases.config(2, 2))
+    cases.train(built, 2)
+    expected, weights = moments(built), built.full_state_dict()
+    original, reached, waited = staging._copy, threading.Event(), built.checkpoints.before_step
+
+    def late(pairs):
+        if threading.current_thread().name == "shardline-checkpoint":
+            assert reached.wait(30)
+            time.sleep(0.3)  # a step that does not wait would be over
+        original(pairs)
+
+    def reach():
+        reached.set()
+        waited()
+
+    staging._copy, built.checkpoints.before_step = late, reach
+    try:
+        built.save_checkpoint(path, tag="two", async_save=True)
+        for param in built.module.parameters():  # weights may change at once
+            param.data.mul_(1.5)
+        cases.train(built, 3)
+        built.checkpoints.wait()
+    finally:
+        staging._copy = original
+    changed = not all(map(torch.equal, expected, moments(built)))
+    built.load_checkpoint(path, "two")
+    result = changed, all(map(torch.equal, expected, moments(built))), same(weights, built.full_state_dict())
+    built.destroy()
+    return result
+
+
+def test_a_step_waits_until_its_state_is_copied(ranks, tmp_path):
+    assert ranks(staged_late, 2, str(tmp_path)) == [(True, True, True)] * 2
 
 
 SCRIPT = """

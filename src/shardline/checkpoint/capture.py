@@ -6,13 +6,13 @@ Every element is written by one rank: the one in whose shard it lies, also where
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from shardline.checkpoint.checksum import crc32
 from shardline.checkpoint.directory import Manifest
 from shardline.checkpoint.parts import Parts, optimizer_name
 from shardline.checkpoint.tensorfile import CODES, _bytes
@@ -27,6 +27,7 @@ __all__ = [
     "add_reports",
     "capture_buffers",
     "capture_tensors",
+    "is_state",
     "key_of",
     "merge",
     "optimizer_record",
@@ -40,6 +41,11 @@ DEVICE_KEYS = ("fused", "foreach", "capturable")
 def key_of(role: str, name: str) -> str:
     """The key of a parameter's or buffer's tensor in a file; ``role`` is "weight", "state.<key>", "buffer"."""
     return f"{role}/{name}"
+
+
+def is_state(key: str) -> bool:
+    """Whether the tensor of ``key`` belongs to the optimizer's state."""
+    return key.startswith("state.")
 
 
 @dataclass
@@ -143,7 +149,7 @@ def _own(run: RunTensors) -> Iterator[Fragment]:
 
 def sums(buffers: Mapping[str, Tensor]) -> dict[str, int]:
     """Checksums by which ranks compare their buffers."""
-    return {name: zlib.crc32(_bytes(buffer.detach().cpu().contiguous())) for name, buffer in buffers.items()}
+    return {name: crc32(_bytes(buffer.detach().cpu().contiguous())) for name, buffer in buffers.items()}
 
 
 def capture_buffers(

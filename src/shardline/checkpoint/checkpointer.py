@@ -26,6 +26,7 @@ from shardline.checkpoint.parts import Parts
 from shardline.checkpoint.randomness import RandomState, derive_states
 from shardline.checkpoint.reader import Reader
 from shardline.checkpoint.restore import ages, load_buffers, load_optimizer, load_weights, match, settle_weights
+from shardline.checkpoint.staging import Staging
 from shardline.checkpoint.values import encode, name_of
 from shardline.checkpoint.window import WindowStart, persistent_buffers
 from shardline.comm import Comm, check_alike
@@ -85,7 +86,7 @@ class Checkpointer:
         self._channel: Comm | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._staging: dict[str, Tensor] = {}
+        self._staging = Staging()
         self.leaving = Leaving()
         if trainer.config.checkpoint.save_on_sigterm:
             self.leaving.listen()
@@ -121,7 +122,7 @@ class Checkpointer:
             return True
         if self._channel is None:
             self._channel = trainer.comm.channel()
-        content.tensors = self._stage(found.tensors)
+        content.tensors, content.ready = self._staging.begin(found.tensors), self._staging.finish
         channel = self._channel
 
         def in_background() -> None:
@@ -130,10 +131,16 @@ class Checkpointer:
             except BaseException as error:
                 self._error = error
                 logger.error("a checkpoint could not be written in the background: %s", error)
+            finally:
+                self._staging.give_up()
 
         self._thread = threading.Thread(target=in_background, name="shardline-checkpoint")  # exit waits for it
         self._thread.start()
         return True
+
+    def before_step(self) -> None:
+        """Return when a step may change the optimizer's state: what a save in the background needs of it is copied."""
+        self._staging.wait()
 
     def after_step(self, *, leave: bool) -> None:
         """Save where the configuration says so, and end the process if that was asked for."""
@@ -188,19 +195,6 @@ class Checkpointer:
 
     def _hold(self, lock: Lock) -> None:
         self._locks[str(id(lock))] = lock
-
-    def _stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies on the host, in memory that is kept from save to save."""
-        staged: dict[str, Tensor] = {}
-        for key, tensor in tensors.items():
-            kept = self._staging.get(key)
-            if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-                kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-            staged[key] = kept.copy_(tensor, non_blocking=True)
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        self._staging = staged
-        return dict(staged)
 
     def _collect(
         self, tag: str, counters: dict[str, int], client_state: Mapping[str, Any], *, frozen: bool

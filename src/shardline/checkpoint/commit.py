@@ -71,11 +71,13 @@ class Content:
         tensors: for its file.
         report: a JSON value for rank 0, about the tensors.
         manifest: on rank 0: makes the manifest from everybody's reports.
+        ready: returns when the tensors have their values.
     """
 
     tensors: Mapping[str, Tensor]
     report: Any
     manifest: Callable[[list[Any]], Manifest]
+    ready: Callable[[], None] = lambda: None
 
 
 def together(channel: Channel, what: str, action: Callable[[], T]) -> list[Any]:
@@ -146,6 +148,7 @@ def commit(
     ours: list[Path] = []  # what rank 0 made and must clear away if anything fails
 
     def prepare() -> Manifest | None:
+        content.ready()
         reach("prepare-barrier:before")
         if not lead:
             return None

@@ -23,12 +23,12 @@ import shutil
 import socket
 import threading
 import weakref
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from shardline.checkpoint.checksum import crc32
 from shardline.errors import CheckpointError, UsageError
 
 __all__ = ["FORMAT", "LATEST", "MANIFEST", "VERSION", "Candidate", "Directory", "Lock", "check_files", "read_manifest"]
@@ -102,7 +102,7 @@ def _check_file(opened: IO[bytes], row: dict[str, Any], identity: str) -> str | 
         return f"has {size} bytes, the manifest says {row['bytes']}: it is truncated, or from elsewhere"
     crc, chunk = 0, bytearray(1 << 20)
     while count := opened.readinto(chunk):  # type: ignore[attr-defined]
-        crc = zlib.crc32(memoryview(chunk)[:count], crc)
+        crc = crc32(memoryview(chunk)[:count], crc)
     if crc == row["crc32"]:
         return None
     opened.seek(0)

@@ -14,7 +14,6 @@ import errno
 import json
 import os
 import sys
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import UnsupportedOperation
@@ -24,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from shardline.checkpoint.checksum import crc32
 from shardline.errors import CheckpointError
 
 __all__ = ["CODES", "TensorFile", "Written", "header_of", "write"]
@@ -113,7 +113,7 @@ class _Out:
         self.size = self.crc = 0
 
     def put(self, data: bytes | memoryview) -> None:
-        self.crc = zlib.crc32(data, self.crc)
+        self.crc = crc32(data, self.crc)
         left = memoryview(data)
         while left:
             left = left[self._file.write(left) :]

@@ -20,7 +20,7 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -67,12 +67,15 @@ class _Announced:
     is_copy: bool
 
 
-_OPEN: weakref.WeakSet[SharedMemory] = weakref.WeakSet()
+_OPEN: list[weakref.ref[SharedMemory]] = []
 """Of all engines of this process: one that waits goes on with what the others started."""
 
 
-def _transports() -> list[SharedTransport]:
-    return [transport for memory in tuple(_OPEN) for transport in memory.transports]
+def _transports() -> Iterator[SharedTransport]:
+    for reference in _OPEN:
+        memory = reference()
+        if memory is not None:
+            yield from memory.transports
 
 
 def progress() -> None:
@@ -90,7 +93,7 @@ class SharedMemory:
         self.transports = [SharedTransport(self, channel) for channel in range(_CHANNELS)]
         words = [(peer.words, count) for peer in peers for count in (each.count for each in self.transports)]
         arena.is_quiet = lambda: all(theirs[count + _LINE] >= arena.words[count] for theirs, count in words)
-        _OPEN.add(self)
+        _OPEN.append(weakref.ref(self, _OPEN.remove))
 
     @property
     def least(self) -> int:
@@ -191,7 +194,7 @@ class SharedMemory:
         self.arena.is_quiet = lambda: quiet
         self.arena.close()
         self.transports, self.peers, self._copies = [], [], []
-        _OPEN.discard(self)
+        _OPEN[:] = [other for other in _OPEN if other() is not self]
 
 
 class SharedTransport:
