@@ -160,7 +160,7 @@ def chain(depth: int) -> Model:
     def batch(generator: torch.Generator) -> Batch:
         return torch.randn(4, 32, generator=generator), torch.randn(4, 32, generator=generator)
 
-    turn = max(3, 320 // depth)
+    turn = max(3, 1600 // depth)
     return Model(lambda: Chain(depth), batch, samples=4, turn=turn, unit_min_numel=1)
 
 
