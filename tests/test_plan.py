@@ -208,12 +208,32 @@ def test_every_holder_of_a_parameter_uses_its_unit(model, world, low, high, whol
 @given(model=models(), world=st.integers(1, 4), other=st.integers(1, 4))
 @example(model=([], [ModuleSpec("", "Any", False, ())]), world=1, other=2)
 def test_offsets_do_not_depend_on_the_world(model, world, other) -> None:
-    """A checkpoint's names and ranges stay what they are when the world grows."""
+    """Where every parameter is too small to be alone in a world of one."""
     plans = [make_plan(*model, size) for size in (world, other)]
     where = [{p.name: (plan.where(p.name)[0].index, plan.where(p.name)[2].offset) for p in model[0]} for plan in plans]
     assert where[0] == where[1]
     assert (plans[0].fingerprint == plans[1].fingerprint) == (world == other or not model[0])
     assert make_plan(*model, world).fingerprint == plans[0].fingerprint
+
+
+@settings(deadline=None)
+@given(models(), st.integers(1, 400))
+def test_in_a_world_of_one_large_parameters_are_alone(model, least) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shardline.plan._ALONE", least)
+        plan, on_two = make_plan(*model, 1), make_plan(*model, 2)
+    for unit in plan.units:
+        large = [param for slab in unit.slabs for param in [e.param for e in slab.entries]]
+        large = [param for param in large if param.trainable and param.numel >= least]
+        alone = [slab for slab in unit.slabs if slab.trainable and slab.entries[0].param in large]
+        assert [slab.boundaries for slab in alone] == [(0, slab.entries[0].param.numel) for slab in alone]
+        assert len(alone) == len(large) and all(len(slab.entries) == 1 and not slab.gaps for slab in alone)
+        assert [run.stop for slab in alone for run in slab.runs(0, slab.size)] == [slab.numel for slab in alone]
+        rest = [(slab.dtype, slab.trainable) for slab in unit.slabs if slab not in alone]
+        assert len(rest) == len(set(rest))
+    for unit in on_two.units:
+        kinds = [(slab.dtype, slab.trainable) for slab in unit.slabs]
+        assert len(kinds) == len(set(kinds))
 
 
 @pytest.mark.parametrize("change", ["shape", "stride", "dtype", "group", "era", "name"])

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardline.buffer import Pool, is_sealed
+from shardline.buffer import Pool, is_sealed, view
 from shardline.comm import Comm
 from shardline.describe import describe_modules, describe_params
 from shardline.errors import ModelError, SealedError, UsageError
@@ -176,6 +176,33 @@ def test_a_unit_in_use_is_not_updated() -> None:
     unit.holds = 1
     with pytest.raises(UsageError, match="in use"):
         unit.refresh()
+
+
+def test_alone_a_large_gradient_is_taken_as_it_is(monkeypatch) -> None:
+    """No copy, whatever its size and strides; but not of memory that another gradient lies in too."""
+    monkeypatch.setattr("shardline.plan._ALONE", 9)
+    unit, model, _ = make()
+    made = {name: torch.randn_like(p) for name, p in model.named_parameters() if p.requires_grad}
+    for name, p in model.named_parameters():
+        p.grad = made.get(name)
+    places = {name: grad.data_ptr() for name, grad in made.items() if name != "scalar"}
+    expected = {name: grad.clone() for name, grad in made.items()}
+    del made, p
+    unit.fold(0.5)
+    for slab in unit.trainable:
+        for entry in slab.plan.entries:
+            name = entry.param.name
+            assert torch.equal(view(slab.grad, entry), expected[name] * 0.5)
+            assert name == "scalar" or slab.grad.data_ptr() == places[name]
+    unit.drop_grads()
+
+    both = torch.randn(9, 11)
+    for _ in range(2):  # the second is added to the first
+        model.matrix.grad, model.columns.grad = both[:], both.view(-1)[:35].as_strided((5, 7), (1, 5))
+        unit.fold(0.25)
+    (matrix, columns) = (slab for slab in unit.trainable if slab.plan.entries[0].param.name != "scalar")
+    assert torch.equal(matrix.grad, both.view(-1) * 0.5)
+    assert torch.equal(columns.grad, both.view(-1)[:35] * 0.5)
 
 
 # --- several ranks ----------------------------------------------------------------------------------------------------

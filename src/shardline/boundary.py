@@ -110,8 +110,8 @@ class Boundary:
             UsageError: if no rank had a backward.
             DisagreementError: if ranks did not issue the same collectives. No weight was changed in either case.
         """
-        for unit in self.units:  # the forward has seen that they are in place
-            unit.take_edits()
+        for unit in self.units:
+            unit.adopt()
         if window.unreduced:
             self.schedule.reduce_now(reversed(self.units))
         verdict, host = self._judge(window, leaving, hooked=before is not None)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from shardline.errors import SealedError
 from shardline.plan import Entry
 
-__all__ = ["Pool", "is_sealed", "seal", "unseal", "view"]
+__all__ = ["Pool", "has_memory_alone", "is_sealed", "seal", "unseal", "view"]
 
 _SMALL = 1 << 16
 """Bytes below which a buffer is not worth keeping: malloc serves these from memory that is already mapped."""
@@ -142,6 +142,12 @@ class Pool:
 def _is_alone(memory: torch.UntypedStorage) -> bool:
     """Whether no tensor uses ``memory`` any more."""
     return int(torch._C._storage_Use_Count(memory._cdata)) == 1
+
+
+def has_memory_alone(tensor: Tensor) -> bool:
+    """Whether no other tensor lies in the memory of ``tensor``."""
+    memory = tensor.untyped_storage()  # counts as one, too
+    return int(torch._C._storage_Use_Count(memory._cdata)) == 2
 
 
 def view(flat: Tensor, entry: Entry) -> Tensor:

@@ -136,7 +136,7 @@ class Run:
 
 @dataclass(frozen=True)
 class SlabPlan:
-    """One flat layout of a unit: all its parameters of one dtype and trainability, cut into one shard per rank.
+    """One flat layout of a unit: its parameters of one dtype and trainability, cut into one shard per rank.
 
     Attributes:
         dtype: of the weights.
@@ -421,12 +421,16 @@ def _merge(candidates: list[_Candidate], min_numel: int, max_numel: int, chosen:
 
 
 def _slabs(params: Sequence[ParamSpec], world_size: int, whole: bool) -> Iterator[SlabPlan]:
-    """One slab for each dtype and trainability among ``params``, in order of appearance."""
+    """One slab for each dtype and trainability among ``params``, and for each that is to be alone, in order."""
     kinds: dict[tuple[torch.dtype, bool, str | None], list[ParamSpec]] = {}
     for param in params:
         alone = world_size == 1 and param.trainable and param.numel >= _ALONE
         kinds.setdefault((param.dtype, param.trainable, param.name if alone else None), []).append(param)
-    for (dtype, trainable, _), members in kinds.items():
+    for (dtype, trainable, alone_name), members in kinds.items():
+        if alone_name is not None:  # without padding, as its gradient is
+            (param,) = members
+            yield SlabPlan(dtype, trainable, (Entry(param, 0),), (0, param.numel), whole)
+            continue
         entries, offset = [], 0
         for param in sorted(members, key=_run_key):  # stable: definition order within a run
             entries.append(Entry(param, offset))

@@ -64,7 +64,8 @@ class Schedule:
 
     Attributes:
         in_backward: whether a backward of the engine runs.
-        reducing: whether this backward's gradients are reduced, or only added up on this rank.
+        reducing: whether this backward's gradients are reduced, or only added up on this rank: in a world of one always
+            that.
         factor: what gradients are multiplied by when they are collected.
     """
 
@@ -94,9 +95,7 @@ class Schedule:
         self._reduce_order = [unit.index for unit in reversed(units) if unit.trainable]
         self._use_counts: Counter[int] | None = None  # uses of each unit in a recorded forward
         self._last_used = self._forward_order[-1:]  # one unit, or none
-        self._largest = max(
-            int(__import__("os").environ.get("FLY", "0")), max((unit.plan.numel for unit in units), default=0)
-        )
+        self._largest = max((unit.plan.numel for unit in units), default=0)
         # Units whose modules lie apart, or that are used outside of their modules, stay until the forward ends.
         self._scattered = {unit.index for unit in units if not _compact(unit)}
         self._walk: _Walk | None = None  # of the forward that runs
@@ -345,11 +344,10 @@ class Schedule:
         """Backward is over: collect what no hint announced, in order, on every rank alike."""
         self._flush_almost_ready()
         for index in self._reduce_order:
-            unit = self.units[index]
             if index not in self._ready:
                 self._ready[index] = None
                 if not self.reducing:
-                    unit.fold(self.factor)
+                    self.units[index].fold(self.factor)
         if self.reducing:
             self._advance()
         for unit in self.units:

@@ -24,7 +24,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from shardline.buffer import Pool, seal, unseal, view
+from shardline.buffer import Pool, has_memory_alone, seal, unseal, view
 from shardline.comm import DONE, Comm, Work
 from shardline.errors import ModelError, UsageError
 from shardline.offload import Offload
@@ -164,7 +164,10 @@ class Slab:
                 self.weights.copy_(whole[low:high])
                 self.pool.give(whole)
 
-        return Work((), arrive)
+        work = Work((), arrive, arrived=sent.has_arrived)
+        if work.has_arrived():  # a world of one: a buffer that is borrowed goes back at once
+            work.wait()
+        return work
 
     def show(self, whole: Tensor) -> None:
         """Make the parameters views of ``whole``."""
@@ -227,8 +230,13 @@ class Slab:
             if moved or not shaped or param.dtype != self.plan.dtype:
                 raise replaced_error(entry.param.name, param)
 
-    def take_edits(self) -> None:
-        """Take in-place edits of resting weights (``clamp_``, ``load_state_dict``) over into the masters."""
+    def adopt(self) -> None:
+        """Take in-place edits of resting weights (``clamp_``, ``load_state_dict``) over into the masters.
+
+        Raises:
+            ModelError: if a parameter's tensor was replaced instead of edited.
+        """
+        self.check_in_place()
         if self.edited():
             low, high = self.state_range
             self._raise_masters(self.weights[low:high])
@@ -252,12 +260,15 @@ class Slab:
         self._pack(self.partial, factor, add=not fresh)
 
     def _take_only_grad(self, factor: float) -> bool:
-        """Where the slab is one parameter whose gradient lies as it does, that very tensor can be ``grad``: no copy."""
+        """Where the slab is one parameter whose gradient lies as it does, that very tensor can be ``grad``: no copy.
+
+        Unless autograd gave the same memory to another parameter (views of one sum): it would be scaled twice.
+        """
         param, entry = self.params[0], self.plan.entries[0]
         found = param.grad
         if found is None or found.layout is not torch.strided or found.dtype != self.grad_dtype:
             return False
-        if found.numel() != self.plan.size or found.stride() != entry.param.stride:
+        if found.numel() != self.plan.size or found.stride() != entry.param.stride or not has_memory_alone(found):
             return False
         param.grad, self.grad = None, found.as_strided((self.plan.size,), (1,))
         if factor != 1.0:
@@ -363,14 +374,15 @@ class Slab:
             else:
                 grads.append(grad.to_dense() if grad.layout is not torch.strided else grad)
                 places.append(view(target, entry))
-        if grads and factor != 1.0:
-            torch._foreach_mul_(grads, factor)
+        # What is scaled is the target: two gradients may be views of the same memory.
         if add:
             if grads:
-                torch._foreach_add_(places, grads)
+                torch._foreach_add_(places, grads, alpha=factor)
             return
         if grads:
             torch._foreach_copy_(places, grads)
+            if factor != 1.0:
+                torch._foreach_mul_(places, factor)
         missing += [target[start:stop] for start, stop in self.plan.gaps]
         if missing:
             torch._foreach_zero_(missing)
@@ -588,16 +600,11 @@ class Unit:
             for slab in self.slabs:
                 slab.check_in_place()
 
-    def take_edits(self) -> None:
-        """Take over edits that were made to resting weights; see :meth:`Slab.take_edits`."""
+    def adopt(self) -> None:
+        """Notice edits that were made to resting weights; see :meth:`Slab.adopt`."""
         if not self.sharded:
             for slab in self.slabs:
-                slab.take_edits()
-
-    def adopt(self) -> None:
-        """The same, after :meth:`check_in_place`."""
-        self.check_in_place()
-        self.take_edits()
+                slab.adopt()
 
     def settle_versions(self) -> None:
         """The weights as they are now are nobody's edits."""

@@ -162,6 +162,90 @@ def test_a_step_waits_until_its_state_is_copied(ranks, tmp_path):
     assert ranks(staged_late, 2, str(tmp_path)) == [(True, True, True)] * 2
 
 
+def refuse(*args):
+    raise RuntimeError("refused on purpose")
+
+
+def staged_badly(path):
+    """What one rank's background save says when it could not copy, and that everything goes on."""
+    built = cases.engine(cases.config(2, 2))
+    cases.train(built, 2)
+    said = []
+
+    def fails(patch, target, name, change=lambda: None):
+        original = getattr(target, name)
+        if patch is not None and built.comm.rank == 1:
+            setattr(target, name, patch)
+        try:
+            built.save_checkpoint(path, tag="bad", async_save=True)
+            change()
+            setattr(target, name, original)
+            built.checkpoints.wait()
+        except (CheckpointError, RuntimeError) as error:
+            said.append(str(error))
+        finally:
+            setattr(target, name, original)
+
+    fails(refuse, staging.Staging, "_place")  # while weights are copied
+
+    original = staging._copy
+
+    def late(pairs):
+        if threading.current_thread().name == "shardline-checkpoint":
+            gate.wait(30)
+        original(pairs)
+
+    def edit():
+        if built.comm.rank == 1:
+            for run in built._layout.runs:
+                built.optimizer.state[run.param]["exp_avg"].zero_()
+        gate.set()
+
+    gate = threading.Event()
+    staging._copy = late
+    fails(None, staging, "_copy", change=edit)  # an edit where nothing but a step may
+    staging._copy = original
+    cases.train(built, 3)
+    with torch.inference_mode():
+        built.checkpoints._staging.clear()
+        built.save_checkpoint(path, tag="good", async_save=True)
+    built.checkpoints.wait()
+    built.destroy()
+    return said
+
+
+def test_copies_that_cannot_be_made(ranks, tmp_path):
+    for first, second in ranks(staged_badly, 2, str(tmp_path)):
+        assert "on rank 1: RuntimeError: refused on purpose" in first
+        assert "'state.exp_avg/" in second and "was changed while it was copied" in second and "on rank 1" in second
+    assert sorted(path.name for path in tmp_path.glob("[a-z]*")) == ["good", "latest"]
+    assert ranks(load_steps, 2, str(tmp_path), cases.config(2, 2)) == [3, 3]
+
+
+def without_a_thread(path):
+    """A save whose thread does not start, and the next one, whose thread does."""
+    built = cases.engine(cases.config(2, 1))
+    cases.train(built, 1)
+    original = threading.Thread.start
+    threading.Thread.start = refuse
+    try:
+        built.save_checkpoint(path, async_save=True)
+        said = None
+    except RuntimeError as error:
+        said = str(error)
+    finally:
+        threading.Thread.start = original
+    cases.train(built, 2)
+    built.save_checkpoint(path, async_save=True)
+    built.destroy()
+    return said
+
+
+def test_a_thread_that_does_not_start(ranks, tmp_path):
+    assert ranks(without_a_thread, 1, str(tmp_path)) == ["refused on purpose"]
+    assert ranks(load_steps, 1, str(tmp_path), cases.config(2, 1)) == [2]
+
+
 SCRIPT = """
 import sys, time
 from shardline.checkpoint import commit

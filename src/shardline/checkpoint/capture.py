@@ -27,11 +27,11 @@ __all__ = [
     "add_reports",
     "capture_buffers",
     "capture_tensors",
+    "checksums",
     "is_state",
     "key_of",
     "merge",
     "optimizer_record",
-    "sums",
 ]
 
 DEVICE_KEYS = ("fused", "foreach", "capturable")
@@ -147,7 +147,7 @@ def _own(run: RunTensors) -> Iterator[Fragment]:
             yield Fragment(piece.name, low + shift, high + shift, low)
 
 
-def sums(buffers: Mapping[str, Tensor]) -> dict[str, int]:
+def checksums(buffers: Mapping[str, Tensor]) -> dict[str, int]:
     """Checksums by which ranks compare their buffers."""
     return {name: crc32(_bytes(buffer.detach().cpu().contiguous())) for name, buffer in buffers.items()}
 
@@ -158,7 +158,7 @@ def capture_buffers(
     """Add this rank's buffers; those that are rank 0's bit by bit are not written again.
 
     Args:
-        everyone: the :func:`sums` of all ranks.
+        everyone: the :func:`checksums` of all ranks.
 
     Returns:
         The ranks that wrote each buffer.

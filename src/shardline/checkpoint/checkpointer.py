@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from shardline import lr
-from shardline.checkpoint.capture import Captured, capture_buffers, capture_tensors, merge, optimizer_record, sums
+from shardline.checkpoint.capture import Captured, capture_buffers, capture_tensors, checksums, merge, optimizer_record
 from shardline.checkpoint.commit import Content, commit, together
 from shardline.checkpoint.directory import Directory, Lock, Manifest, check_files, read_manifest
 from shardline.checkpoint.export import SHARD_BYTES, export_model
@@ -134,8 +134,13 @@ class Checkpointer:
             finally:
                 self._staging.give_up()
 
-        self._thread = threading.Thread(target=in_background, name="shardline-checkpoint")  # exit waits for it
-        self._thread.start()
+        thread = threading.Thread(target=in_background, name="shardline-checkpoint")  # exit waits for it
+        try:
+            thread.start()
+        except BaseException:
+            self._staging.give_up()
+            raise
+        self._thread = thread
         return True
 
     def before_step(self) -> None:
@@ -212,7 +217,7 @@ class Checkpointer:
             capture_tensors(found, parts, frozen=frozen)
             if comm.rank == 0:
                 common.update(self._common(parts, counters, client_state, found, within=within))
-            return {"the tag of the checkpoint": tag}, sums(buffers)
+            return {"the tag of the checkpoint": tag}, checksums(buffers)
 
         everyone = together(comm, "collecting the checkpoint", collect)
         check_alike([alike for alike, _ in everyone])

@@ -1,5 +1,6 @@
 """The commit: all ranks write into one temporary directory, and one rename makes it a checkpoint.
 
+    all           finish the copies that a save in the background writes
     rank 0        lock, clear away the remains of killed saves, make the temporary directory with a token file
     all           exchange: the name of the directory
     each          see the token; write its shard, flush, fsync

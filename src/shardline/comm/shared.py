@@ -72,7 +72,7 @@ _OPEN: list[weakref.ref[SharedMemory]] = []
 
 
 def _transports() -> Iterator[SharedTransport]:
-    for reference in _OPEN:
+    for reference in tuple(_OPEN):
         memory = reference()
         if memory is not None:
             yield from memory.transports
