@@ -212,16 +212,16 @@ class Checkpointer:
         buffers = start.buffers() if within else {name: b.detach() for name, b in persistent_buffers(parts.module)}
         found, common = Captured(), dict[str, Any]()
 
-        def collect() -> Any:
-            """What may fail on one rank: values that cannot be saved."""
+        def collect() -> dict[str, Any]:
+            """What may fail on one rank: values that cannot be saved. What ranks compare."""
             capture_tensors(found, parts, frozen=frozen)
             if comm.rank == 0:
                 common.update(self._common(parts, counters, client_state, found, within=within))
-            return {"the tag of the checkpoint": tag}, checksums(buffers)
+            return {"tag": tag, "buffers": checksums(buffers)}
 
         everyone = together(comm, "collecting the checkpoint", collect)
-        check_alike([alike for alike, _ in everyone])
-        writers = capture_buffers(found, buffers, [theirs for _, theirs in everyone], comm.rank)
+        check_alike([{"the tag of the checkpoint": theirs["tag"]} for theirs in everyone])
+        writers = capture_buffers(found, buffers, [theirs["buffers"] for theirs in everyone], comm.rank)
         random = start.random if within and start.random is not None else RandomState.now(comm.device)
         tensors, values = random.to_tensors()
         found.tensors.update(tensors)

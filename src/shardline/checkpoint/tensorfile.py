@@ -103,13 +103,10 @@ def _reserve(file: BinaryIO, size: int) -> None:
 
 
 class _Out:
-    """A new file: sums what goes out, and has the disk begin with it while the rest is still to come.
-
-    A flush at the end finds little left to do: the whole save takes two thirds of the time.
-    """
+    """A new file: sums what goes out, and has the disk begin with it, so that a flush at the end finds little to do."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._begun = file, 0
+        self._file, self._told = file, 0
         self.size = self.crc = 0
 
     def put(self, data: bytes | memoryview) -> None:
@@ -118,14 +115,14 @@ class _Out:
         while left:
             left = left[self._file.write(left) :]
         self.size += len(data)
-        if self.size - self._begun >= _BATCH:
-            self._begin()
+        if self.size - self._told >= _BATCH:
+            self._tell_the_disk()
 
-    def _begin(self) -> None:
+    def _tell_the_disk(self) -> None:
         # Linux starts to write what it is advised not to keep; what is on its way to the disk stays in the cache.
         with contextlib.suppress(AttributeError, OSError):  # elsewhere, or for no real file: there is no such advice
-            os.posix_fadvise(self._file.fileno(), self._begun, self.size - self._begun, os.POSIX_FADV_DONTNEED)
-        self._begun = self.size
+            os.posix_fadvise(self._file.fileno(), self._told, self.size - self._told, os.POSIX_FADV_DONTNEED)
+        self._told = self.size
 
 
 def _bytes(tensor: Tensor) -> memoryview:
