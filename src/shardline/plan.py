@@ -421,16 +421,15 @@ def _merge(candidates: list[_Candidate], min_numel: int, max_numel: int, chosen:
 
 
 def _slabs(params: Sequence[ParamSpec], world_size: int, whole: bool) -> Iterator[SlabPlan]:
-    """One slab for each dtype and trainability among ``params``, and for each that is to be alone, in order."""
-    kinds: dict[tuple[torch.dtype, bool, str | None], list[ParamSpec]] = {}
+    """One slab for each parameter that is to be alone; one for each dtype and trainability among the others."""
+    alone = {param.name for param in params if world_size == 1 and param.trainable and param.numel >= _ALONE}
+    kinds: dict[tuple[torch.dtype, bool], list[ParamSpec]] = {}
     for param in params:
-        alone = world_size == 1 and param.trainable and param.numel >= _ALONE
-        kinds.setdefault((param.dtype, param.trainable, param.name if alone else None), []).append(param)
-    for (dtype, trainable, alone_name), members in kinds.items():
-        if alone_name is not None:  # without padding, as its gradient is
-            (param,) = members
-            yield SlabPlan(dtype, trainable, (Entry(param, 0),), (0, param.numel), whole)
-            continue
+        if param.name in alone:  # without padding, as its gradient is
+            yield SlabPlan(param.dtype, True, (Entry(param, 0),), (0, param.numel), whole)
+        else:
+            kinds.setdefault((param.dtype, param.trainable), []).append(param)
+    for (dtype, trainable), members in kinds.items():
         entries, offset = [], 0
         for param in sorted(members, key=_run_key):  # stable: definition order within a run
             entries.append(Entry(param, offset))
