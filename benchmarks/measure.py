@@ -26,12 +26,12 @@ def shared() -> float:
 
 def resident(share: float | None = None) -> float:
     """Bytes of this process in memory now, with ``share`` as its part of shared memory (:func:`shared` if left out)."""
-    return _field("status", "VmRSS") - _field("status", "RssShmem") + (shared() if share is None else share)
+    return _field("status", "VmRSS") + _correction(share)
 
 
 def peak(share: float | None = None) -> float:
     """Most bytes since :func:`restart_peak`, with ``share`` as in :func:`resident`."""
-    return _field("status", "VmHWM") - _field("status", "RssShmem") + (shared() if share is None else share)
+    return _field("status", "VmHWM") + _correction(share)
 
 
 def restart_peak() -> None:
@@ -42,6 +42,11 @@ def restart_peak() -> None:
 def available() -> bool:
     """Whether this system tells: Linux does."""
     return sys.platform == "linux"
+
+
+def _correction(share: float | None) -> float:
+    """``share`` in the place of all shared memory that this process maps."""
+    return (shared() if share is None else share) - _field("status", "RssShmem")
 
 
 def _field(file: str, name: str) -> float:

@@ -238,12 +238,14 @@ def load_model(
     for unit in layout.units:
         unit.settle()
     layout.pool.clear()
+    moved: list[Tensor] = []
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 dtype = precision.buffers if precision.buffers and buffer.is_floating_point() else buffer.dtype
-                module._buffers[name] = buffer.to(comm.device, dtype).contiguous()
-    comm.broadcast([buffer for module in model.modules() for buffer in module._buffers.values() if buffer is not None])
+                moved.append(buffer.to(comm.device, dtype).contiguous())
+                module._buffers[name] = moved[-1]
+    comm.broadcast(moved)
 
 
 def needs_whole(optimizer: Optimizer, stage: int, world_size: int) -> bool:

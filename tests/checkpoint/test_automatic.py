@@ -125,32 +125,38 @@ def moments(built):
     return [state[key].clone() for state in states for key in sorted(state)]
 
 
+def late_copies(patch, event, seconds=0.0):
+    """What is copied in the background is copied ``seconds`` after ``event``."""
+    original = staging._copy
+
+    def late(pairs):
+        if threading.current_thread().name == "shardline-checkpoint":
+            assert event.wait(30)
+            time.sleep(seconds)
+        original(pairs)
+
+    patch.setattr(staging, "_copy", late)
+
+
 def staged_late(path):
     """A save in the background whose copies of the optimizer's state begin when the next step is reached."""
     built = cases.engine(cases.config(2, 2))
     cases.train(built, 2)
     expected, weights = moments(built), built.full_state_dict()
-    original, reached, waited = staging._copy, threading.Event(), built.checkpoints.before_step
-
-    def late(pairs):
-        if threading.current_thread().name == "shardline-checkpoint":
-            assert reached.wait(30)
-            time.sleep(0.3)  # a step that does not wait would be over
-        original(pairs)
+    reached, waited = threading.Event(), built.checkpoints.before_step
 
     def reach():
         reached.set()
         waited()
 
-    staging._copy, built.checkpoints.before_step = late, reach
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        late_copies(patch, reached, 0.3)  # a step that does not wait would be over
+        patch.setattr(built.checkpoints, "before_step", reach)
         built.save_checkpoint(path, tag="two", async_save=True)
         for param in built.module.parameters():  # weights may change at once
             param.data.mul_(1.5)
         cases.train(built, 3)
         built.checkpoints.wait()
-    finally:
-        staging._copy = original
     changed = not all(map(torch.equal, expected, moments(built)))
     built.load_checkpoint(path, "two")
     result = changed, all(map(torch.equal, expected, moments(built))), same(weights, built.full_state_dict())
@@ -170,30 +176,14 @@ def staged_badly(path):
     """What one rank's background save says when it could not copy, and that everything goes on."""
     built = cases.engine(cases.config(2, 2))
     cases.train(built, 2)
-    said = []
+    said, gate = [], threading.Event()
 
-    def fails(patch, target, name, change=lambda: None):
-        original = getattr(target, name)
-        if patch is not None and built.comm.rank == 1:
-            setattr(target, name, patch)
-        try:
-            built.save_checkpoint(path, tag="bad", async_save=True)
-            change()
-            setattr(target, name, original)
+    def save(meanwhile=lambda: None):
+        built.save_checkpoint(path, tag="bad", async_save=True)
+        meanwhile()
+        with pytest.raises(CheckpointError) as caught:
             built.checkpoints.wait()
-        except (CheckpointError, RuntimeError) as error:
-            said.append(str(error))
-        finally:
-            setattr(target, name, original)
-
-    fails(refuse, staging.Staging, "_place")  # while weights are copied
-
-    original = staging._copy
-
-    def late(pairs):
-        if threading.current_thread().name == "shardline-checkpoint":
-            gate.wait(30)
-        original(pairs)
+        said.append(str(caught.value))
 
     def edit():
         if built.comm.rank == 1:
@@ -201,10 +191,13 @@ def staged_badly(path):
                 built.optimizer.state[run.param]["exp_avg"].zero_()
         gate.set()
 
-    gate = threading.Event()
-    staging._copy = late
-    fails(None, staging, "_copy", change=edit)  # an edit where nothing but a step may
-    staging._copy = original
+    with pytest.MonkeyPatch.context() as patch:  # while weights are copied
+        if built.comm.rank == 1:
+            patch.setattr(staging.Staging, "_place", refuse)
+        save()
+    with pytest.MonkeyPatch.context() as patch:  # an edit where nothing but a step may
+        late_copies(patch, gate)
+        save(meanwhile=edit)
     cases.train(built, 3)
     with torch.inference_mode():
         built.checkpoints._staging.clear()
@@ -226,19 +219,13 @@ def without_a_thread(path):
     """A save whose thread does not start, and the next one, whose thread does."""
     built = cases.engine(cases.config(2, 1))
     cases.train(built, 1)
-    original = threading.Thread.start
-    threading.Thread.start = refuse
-    try:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError) as caught:
+        patch.setattr(threading.Thread, "start", refuse)
         built.save_checkpoint(path, async_save=True)
-        said = None
-    except RuntimeError as error:
-        said = str(error)
-    finally:
-        threading.Thread.start = original
     cases.train(built, 2)
     built.save_checkpoint(path, async_save=True)
     built.destroy()
-    return said
+    return str(caught.value)
 
 
 def test_a_thread_that_does_not_start(ranks, tmp_path):
