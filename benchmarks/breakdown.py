@@ -53,17 +53,17 @@ class Stopwatch:
 def watch(clock: Stopwatch) -> None:
     """Time the functions of the engine that do the work of a step."""
     import shardline.comm
-    import shardline.comm.shared as shared
+    import shardline.comm.direct as direct
     import shardline.comm.transport as transport
     import shardline.step
     import shardline.unit as unit
 
     clock.wrap(unit.Slab, "_pack", "pack gradients")
-    clock.wrap(shared, "add_in_order", "sum gradients")
+    clock.wrap(direct, "add_in_order", "sum gradients")
     clock.wrap(transport, "add_in_order", "sum gradients")
     clock.wrap(unit.Slab, "refresh", "cast masters")
-    clock.wrap(shared.SharedMemory, "wait", "carry out and wait")
-    clock.wrap(shared, "progress", "carry out and wait")
+    clock.wrap(direct.Peers, "wait", "carry out and wait")
+    clock.wrap(direct, "progress", "carry out and wait")
     clock.wrap(transport.Work, "wait", "carry out and wait")
     clock.wrap(shardline.step, "square_sum", "norm")
     clock.wrap(shardline.comm.Comm, "rows", "compare (one row)")

@@ -1,10 +1,9 @@
 """What a process can say of itself: its memory, page by page counted fairly, and what it runs on.
 
 Memory of a rank is resident memory above the process's base (after imports, the process group and a few steps of a
-tiny model; before the model is made). A page of shared memory counts once for all that map it, and its ranks bear the
-sum in equal parts: who happens to map more of the others' does not hold more. The peak is the kernel's own high-water
-mark of resident memory (``VmHWM``, begun anew by writing 5 to ``/proc/self/clear_refs``), with shared memory counted
-like that as it is at the end of the window.
+tiny model; before the model is made). A page of shared memory counts once for all that map it. The peak is the kernel's
+own high-water mark of resident memory (``VmHWM``, begun anew by writing 5 to ``/proc/self/clear_refs``), with shared
+memory counted like that as it is at the end of the window.
 """
 
 from __future__ import annotations
@@ -19,19 +18,14 @@ import torch
 MB = 1e6
 
 
-def shared() -> float:
-    """Bytes of shared memory that this process maps, each page divided by the number of processes that map it."""
-    return _field("smaps_rollup", "Pss_Shmem")
+def resident() -> float:
+    """Bytes of this process in memory now, each shared page divided by the number of processes that map it."""
+    return _field("status", "VmRSS") + _correction()
 
 
-def resident(share: float | None = None) -> float:
-    """Bytes of this process in memory now, with ``share`` as its part of shared memory (:func:`shared` if left out)."""
-    return _field("status", "VmRSS") + _correction(share)
-
-
-def peak(share: float | None = None) -> float:
-    """Most bytes since :func:`restart_peak`, with ``share`` as in :func:`resident`."""
-    return _field("status", "VmHWM") + _correction(share)
+def peak() -> float:
+    """Most bytes since :func:`restart_peak`."""
+    return _field("status", "VmHWM") + _correction()
 
 
 def restart_peak() -> None:
@@ -44,9 +38,8 @@ def available() -> bool:
     return sys.platform == "linux"
 
 
-def _correction(share: float | None) -> float:
-    """``share`` in the place of all shared memory that this process maps."""
-    return (shared() if share is None else share) - _field("status", "RssShmem")
+def _correction() -> float:
+    return _field("smaps_rollup", "Pss_Shmem") - _field("status", "RssShmem")
 
 
 def _field(file: str, name: str) -> float:

@@ -48,10 +48,10 @@ def measure(megabytes: int, rounds: int) -> Times:
 
 
 def cases_of(comm: Comm, size: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    pool, world = Pool(CPU, comm), comm.world_size
+    pool, world = Pool(CPU, comm.settle), comm.world_size
     shard = size // dtype.itemsize // world
     boundaries = [shard * rank for rank in range(world + 1)]
-    own, gradients = comm.empty(shard, dtype).zero_(), comm.empty(shard * world, dtype).zero_()
+    own, gradients = pool.take(shard, dtype).zero_(), pool.take(shard * world, dtype).zero_()
     out, row = torch.empty(shard), torch.zeros(8, dtype=torch.float64)
     whole = pool.take(shard * world, dtype)
     return {

@@ -146,7 +146,7 @@ class Rank:
     def run(self, steps: int) -> dict[str, Any]:
         """``steps`` optimizer steps, beginning together on all ranks."""
         seconds, losses = [], []
-        before = self._above(measure.peak(_share()))
+        before = self._above(measure.peak())
         dist.barrier()
         measure.restart_peak()
         for _ in range(steps):
@@ -155,13 +155,12 @@ class Rank:
             loss = self._step(batches)
             seconds.append(time.perf_counter() - began)
             losses.append(loss)
-        share = _share()
         return {
             "seconds": seconds,
             "losses": [loss.item() for loss in losses],
-            "peak": self._above(measure.peak(share)),
+            "peak": self._above(measure.peak()),
             "peak before": before,
-            "steady": self._above(measure.resident(share)),
+            "steady": self._above(measure.resident()),
         }
 
     def _next(self) -> list[Batch]:
@@ -171,13 +170,6 @@ class Rank:
 
     def _above(self, size: float) -> float:
         return size - self._base
-
-
-def _share() -> float:
-    """This rank's part of the memory that the ranks share, in bytes."""
-    together = torch.tensor(measure.shared(), dtype=torch.float64)
-    dist.all_reduce(together)
-    return together.item() / dist.get_world_size()
 
 
 def _warm_up(dtype: torch.dtype) -> None:

@@ -4,20 +4,66 @@ from __future__ import annotations
 
 import gc
 import json
+import mmap
+import re
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from shardline.buffer import Pool, is_sealed, seal, unseal, view
+from shardline.buffer import Pool, empty, is_sealed, seal, unseal, view
 from shardline.errors import SealedError
+from shardline.memory import resident_bytes
 from shardline.plan import Entry, ParamSpec
 
 CPU = torch.device("cpu")
 LARGE = 1 << 16  # elements; well above what the pool thinks worth keeping
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux only")
+@pytest.mark.parametrize("pages", [1.0, 1.3, 4.999, 17.0])
+def test_large_buffers_lie_in_large_pages_but_for_their_end(pages: float) -> None:
+    size = int(pages * (2 << 20)) // 4
+    buffer = empty(size, torch.float32, CPU)
+    assert buffer.shape == (size,) and buffer.is_contiguous() and buffer.untyped_storage().nbytes() == 4 * size
+    assert buffer.data_ptr() % (2 << 20) == 0
+    buffer.fill_(1.0)
+    assert dict(huge_areas())[buffer.data_ptr()] == int(pages) * (2 << 20)
+
+
+def huge_areas() -> list[tuple[int, int]]:
+    """(first address, bytes) of the areas of this process for which large pages were asked."""
+    found, area = [], (0, 0)
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if (match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)) is not None:
+            start, stop = (int(each, 16) for each in match.groups())
+            area = start, stop - start
+        elif line.startswith("VmFlags:") and " hg" in line:
+            found.append(area)
+    return found
+
+
+def test_small_buffers_and_those_of_inference_mode_are_ordinary_tensors() -> None:
+    with torch.inference_mode():
+        for numel in (0, 5, 1 << 20):
+            buffer = empty(numel, torch.float32, CPU)
+            assert buffer.shape == (numel,) and not buffer.is_inference()
+    buffer.fill_(1.0).requires_grad_(True).sum().backward()
+
+
+def test_memory_goes_with_the_last_view() -> None:
+    before = resident_bytes()
+    view = empty(16 << 20, torch.float32, CPU).fill_(1.0)[7:9]
+    assert resident_bytes() - before > 60e6 and view.sum() == 2
+    del view
+    assert resident_bytes() - before < 4e6
 
 
 # --- pool -------------------------------------------------------------------------------------------------------------
@@ -196,6 +242,7 @@ import torch
 from torch import nn
 from shardline.buffer import seal, is_sealed
 from shardline.errors import SealedError
+from shardline.memory import resident_bytes
 
 faulthandler.enable()
 warnings.simplefilter("ignore")

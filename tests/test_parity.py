@@ -11,7 +11,6 @@ import itertools
 import pytest
 import torch
 
-import shardline.comm.shared
 from tests.harness import (
     DTYPES,
     OPTIMIZERS,
@@ -97,27 +96,19 @@ def test_stages_are_one_another_bit_by_bit(ranks, world, clip, optimizer):
             assert by_stage[stage]["norms"] == by_stage[0]["norms"]
 
 
-def train_in_shared_memory(*args):
-    """Every buffer lies in shared memory, however small."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shardline.comm.shared, "_SMALL", 0)
-        return train(*args)
-
-
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_transports_are_one_another_bit_by_bit(ranks, dtype, world):
-    """gloo, shared memory, and shared memory for what is too small to be worth it."""
+    """gloo, and reading each other's memory."""
     setup = Setup(dtype, "AdamW", clip=0.25, accumulation=2, micro=2)
     batches = spread(tokens, 4, setup, world)
     configs = [setup.config(stage) for stage in STAGES]
     over_gloo = [{**config, "communication_transport": "gloo"} for config in configs]
     expected = ranks(train, world, TinyGpt, cross_entropy, batches, over_gloo)
-    for way in (train, train_in_shared_memory):
-        for found, others in zip(ranks(way, world, TinyGpt, cross_entropy, batches, configs), expected, strict=True):
-            for result, other in zip(found, others, strict=True):
-                assert_identical(result["state"], other["state"])
-                assert result["losses"] == other["losses"] and result["norms"] == other["norms"]
+    for found, others in zip(ranks(train, world, TinyGpt, cross_entropy, batches, configs), expected, strict=True):
+        for result, other in zip(found, others, strict=True):
+            assert_identical(result["state"], other["state"])
+            assert result["losses"] == other["losses"] and result["norms"] == other["norms"]
 
 
 @pytest.mark.parametrize(

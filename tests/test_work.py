@@ -1,4 +1,4 @@
-"""What one step does to memory, counted as it is dispatched: bytes written by copies, and values read by the host."""
+"""What one step does to memory, counted: bytes written by copies or read from peers, and values read by the host."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from shardline.comm.board import Peer
+from shardline.comm.direct import DirectTransport
 from tests.harness import Setup, start
 from tests.models import mse
 
@@ -46,12 +48,27 @@ class Stack(nn.Module):
 
 
 class Watch(TorchDispatchMode):
-    """Counts the bytes that copies, sums and fills write, and the values that come to the host."""
+    """Counts the bytes that copies, sums and fills write, or that are read from peers; values that come to the host."""
 
     def __init__(self) -> None:
         super().__init__()
         self.written: Counter[str] = Counter()
         self.read = 0
+
+    def __enter__(self):  # type: ignore[no-untyped-def]
+        self._patch, read = pytest.MonkeyPatch(), Peer.read
+
+        def count(peer: Peer, address: int, out: torch.Tensor) -> None:
+            if out.numel() >= MANY:
+                self.written["from peers"] += out.nbytes
+            read(peer, address, out)
+
+        self._patch.setattr(Peer, "read", count)
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._patch.undo()
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         name = func.overloadpacket.__name__
@@ -76,10 +93,10 @@ def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def work(config: dict[str, object]) -> tuple[Counter[str], Counter[str], int] | None:
     """Bytes written by the third step's forward and backward, and by its step(); values that the host reads.
 
-    None where ranks share no memory: gloo's own copies are not dispatched.
+    None where ranks do not read each other: gloo's own copies are not dispatched.
     """
     engine = start(Stack, config)
-    if engine.comm.least is None:
+    if not isinstance(engine.comm._transports[0], DirectTransport):
         return engine.destroy()
     for step in range(2):
         engine.backward(mse(engine, engine.module, batch(step)))
@@ -100,18 +117,21 @@ def test_bytes_written_by_copies_and_sums(ranks, stage: int, dtype: str) -> None
     whole, shard = SIZE[dtype] * PARAMS, SIZE[dtype] * PARAMS // 2
     fp32_shard = 2 * PARAMS
     gathered = 2 * whole - whole // DEPTH if stage == 3 else 0  # the last block stays for the backward
-    packed = {"_foreach_copy_": whole}
+    packed = {
+        "_foreach_copy_": whole,
+        "from peers": gathered // 2 + shard,
+    }  # weights into place, gradients to be summed
     if dtype == "fp32":  # two terms of one dtype are summed into the shard in one pass
-        passes = packed | {"copy_": gathered, "add": fp32_shard}
+        passes = packed | {"copy_": gathered // 2, "add": fp32_shard}
     else:
-        passes = packed | {"copy_": gathered + fp32_shard, "add_": fp32_shard}
+        passes = packed | {"copy_": gathered // 2 + fp32_shard, "add_": fp32_shard}
     if stage == 0:  # the other half of the gradients; what every rank updates it casts itself
-        update = {"copy_": fp32_shard + (whole if dtype == "bf16" else 0)}
+        update = {"from peers": fp32_shard, "copy_": whole if dtype == "bf16" else 0}
     else:  # the own half is cast, the other half of the weights crosses unless it is gathered at its use
-        update = {"copy_": (shard if dtype == "bf16" else 0) + (shard if stage < 3 else 0)}
+        update = {"from peers": shard if stage < 3 else 0, "copy_": shard if dtype == "bf16" else 0}
     results = ranks(work, 2, Setup(dtype=dtype, micro=1).config(stage))
     if None in results:
-        pytest.skip("these ranks share no memory")
+        pytest.skip("these ranks do not read each other")
     for found_passes, found_update, read in results:
         assert (+found_passes, +found_update) == (+Counter(passes), +Counter(update))
         assert read == 0

@@ -13,9 +13,11 @@ The only file with torch's private storage tricks.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from shardline.errors import SealedError
 from shardline.plan import Entry
 
-__all__ = ["Pool", "has_memory_alone", "is_sealed", "seal", "unseal", "view"]
+__all__ = ["Pool", "empty", "has_memory_alone", "is_sealed", "seal", "unseal", "view"]
 
 _SMALL = 1 << 16
 """Bytes below which a buffer is not worth keeping: malloc serves these from memory that is already mapped."""
@@ -43,25 +45,31 @@ _SECONDS = 1.0
 """To wait for other ranks that read a piece: they come by at their next transition."""
 
 
-class Memory(Protocol):
-    """Where buffers come from that travel between ranks."""
+_LARGE = 2 << 20
+"""Bytes of a large page of the system, and of the smallest buffer that asks for some."""
 
-    @property
-    def least(self) -> int | None:
-        """Bytes from which a buffer is worth keeping; ``None`` where that is as in ordinary memory."""
-        ...
 
-    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A flat buffer with arbitrary contents."""
-        ...
+def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A flat buffer with arbitrary contents; on CPU of large pages, where the system has them.
 
-    def settle(self, patience: float) -> None:
-        """Wait, at most ``patience`` seconds, until other ranks have read what they still hold here."""
-        ...
+    Filling new memory by pages of 4 KB takes several times as long as by pages of 2 MB, and so does another rank's
+    reading of it.
+    """
+    size = numel * dtype.itemsize
+    # Buffers outlive the inference_mode in which one may first be needed, so they must not be inference tensors.
+    with torch.inference_mode(False):
+        if device.type != "cpu" or size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.empty(numel, dtype=dtype, device=device)
+        memory = mmap.mmap(-1, size + _LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        first = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _LARGE
+        # The last piece stays in small pages: a large one would take memory that nobody uses.
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE, first, size // _LARGE * _LARGE)
+        return torch.frombuffer(memory, dtype=dtype, count=numel, offset=first)
 
 
 class Pool:
-    """Lends flat 1-D buffers on one device, of ``memory`` where it is given.
+    """Lends flat 1-D buffers on one device.
 
     Giving 64 MB back to the system and taking it again costs about ten times as long as filling it, in page faults, so
     on CPU memory is kept. The best-fitting free piece is lent. A new piece is as large as the largest buffer that it
@@ -69,15 +77,16 @@ class Pool:
 
     Args:
         device: of the buffers.
-        memory: where new pieces come from; torch's own if left out.
+        settle: waits, at most so many seconds, until other ranks have read what they still read of buffers given back.
         sizes: in bytes, of the buffers that will be asked for.
     """
 
-    def __init__(self, device: torch.device, memory: Memory | None = None, sizes: Iterable[int] = ()) -> None:
+    def __init__(
+        self, device: torch.device, settle: Callable[[float], None] | None = None, sizes: Iterable[int] = ()
+    ) -> None:
         self.device = device
         self._sizes = sorted(sizes)
-        self._memory = memory
-        self._least = _SMALL if memory is None or memory.least is None else memory.least
+        self._settle = settle
         self._keep = device.type == "cpu"
         self._free: list[torch.UntypedStorage] = []
         self._labels: dict[int, Any] = {}
@@ -90,19 +99,15 @@ class Pool:
         """
         size = numel * dtype.itemsize
         slack = _CLOSE if lasting else _SLACK
-        # Buffers outlive the inference_mode in which one may first be needed, so they must not be inference tensors.
-        with torch.inference_mode(False):
-            if size >= self._least:
-                memory = self._find(size, slack)
-                if memory is not None:
-                    self._free = [other for other in self._free if other is not memory]
+        if size >= _SMALL:
+            memory = self._find(size, slack)
+            if memory is not None:
+                self._free = [other for other in self._free if other is not memory]
+                with torch.inference_mode(False):
                     return torch.empty(0, dtype=dtype, device=self.device).set_(memory, 0, (numel,), (1,))
-                if self._keep:
-                    size = max((other for other in self._sizes if size <= other < slack * size), default=size)
-            whole = -(-size // dtype.itemsize)
-            if self._memory is not None:
-                return self._memory.empty(whole, dtype)[:numel]
-            return torch.empty(whole, dtype=dtype, device=self.device)[:numel]
+            if self._keep:
+                size = max((other for other in self._sizes if size <= other < slack * size), default=size)
+        return empty(-(-size // dtype.itemsize), dtype, self.device)[:numel]
 
     def _find(self, size: int, slack: float) -> torch.UntypedStorage | None:
         """The smallest free piece of at least ``size`` bytes, and not much more, that nobody holds."""
@@ -111,8 +116,8 @@ class Pool:
             alone = [memory for memory in fits if _is_alone(memory)]
             if alone:
                 return min(alone, key=torch.UntypedStorage.nbytes)
-            if self._memory is not None and not turn:
-                self._memory.settle(_SECONDS)
+            if self._settle is not None and not turn:
+                self._settle(_SECONDS)
             else:
                 time.sleep(1e-4)  # a transport's thread lets go a moment after its work is done
         # A user, or autograd, keeps these for longer: they are theirs now.
@@ -123,7 +128,7 @@ class Pool:
         """Take a lent buffer back. The caller must not use it any more."""
         memory = buffer.untyped_storage()
         self._labels.pop(memory.data_ptr(), None)
-        if self._keep and memory.nbytes() >= self._least:
+        if self._keep and memory.nbytes() >= _SMALL:
             self._free.append(memory)
 
     def label(self, buffer: Tensor, label: object) -> None:

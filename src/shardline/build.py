@@ -131,7 +131,7 @@ def lay_out(
             "the layout of the model": plan.fingerprint,
         }
     )
-    pool = Pool(comm.device, comm, _travelling_bytes(plan, precision))
+    pool = Pool(comm.device, comm.settle, _travelling_bytes(plan, precision))
     units = _units(plan, params, config, precision, comm, pool, on_touch, offload)
     return Layout(plan, params, units, modules, pool, offload)
 

@@ -12,30 +12,19 @@ __all__ = ["peak_bytes", "resident_bytes"]
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most bytes in use so far: allocated by torch on an accelerator, resident in this process on CPU.
-
-    Memory that ranks share is divided by their number here and below.
-    """
+    """Most bytes in use so far: allocated by torch on an accelerator, resident in this process on CPU."""
     if device.type != "cpu":
         return torch.accelerator.memory.max_memory_allocated(device)
     if sys.platform == "linux":
-        return _field("status", "VmHWM") - _counted_twice()
+        return _field("status", "VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def resident_bytes() -> int:
     """Bytes of this process that are in memory now (where the system does not tell: the peak)."""
     if sys.platform == "linux":
-        return _field("status", "VmRSS") - _counted_twice()
+        return _field("status", "VmRSS")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _counted_twice() -> int:
-    """How much more than its share this process has of memory that several map; 0 where the system cannot tell."""
-    try:
-        return _field("status", "RssShmem") - _field("smaps_rollup", "Pss_Shmem")
-    except (OSError, LookupError):  # kernels before 5.4, some sandboxes
-        return 0
 
 
 def _field(file: str, name: str) -> int:

@@ -24,7 +24,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from shardline.buffer import Pool, has_memory_alone, seal, unseal, view
+from shardline.buffer import Pool, empty, has_memory_alone, seal, unseal, view
 from shardline.comm import DONE, Comm, Work
 from shardline.errors import ModelError, UsageError
 from shardline.offload import Offload
@@ -110,13 +110,13 @@ class Slab:
     def allocate(self) -> None:
         """Make weights and masters, still without values but for the gaps, which are zero."""
         low, high = self._range(self.row.weights)
-        self.weights = self._clear_gaps(self.comm.empty(high - low, self.plan.dtype), low)
+        self.weights = self._clear_gaps(empty(high - low, self.plan.dtype, self.comm.device), low)
         if self.plan.trainable:
             low, high = self.state_range
             if self.masters_are_weights:
                 self.master = self.own(self.weights) if self.row.states is Placement.SHARDED else self.weights
             else:
-                self.master = self._clear_gaps(self._empty_state(self.master_dtype), low)
+                self.master = self._clear_gaps(self._empty_master(), low)
 
     def _clear_gaps(self, buffer: Tensor, low: int) -> Tensor:
         """``buffer``, which begins at element ``low`` of the slab, with zeros where no parameter lies."""
@@ -251,7 +251,7 @@ class Slab:
             if fresh and self._take_only_grad(factor):
                 return
             if self.grad is None:
-                self.grad = self._empty_state(self.grad_dtype)
+                self.grad = self._empty_grad()
             self._pack(self.grad, factor, add=not fresh)
             return
         fresh = self.partial is None
@@ -288,7 +288,7 @@ class Slab:
             if self.row.states is Placement.REPLICATED:
                 same = source.dtype == self.grad_dtype  # then the sums travel on in their own place
                 self._lent = source if same else self.pool.take(self.plan.size, self.grad_dtype, lasting=True)
-            self.grad = self._empty_state(self.grad_dtype) if self._lent is None else self._lent
+            self.grad = self._empty_grad() if self._lent is None else self._lent
         grad = self.grad
         work = self.comm.reduce(unit, wire, self.plan.boundaries, self.own(grad), add=add, scratch=self.pool)
 
@@ -339,12 +339,19 @@ class Slab:
         wire.copy_(source)
         return source, wire
 
-    def _empty_state(self, dtype: torch.dtype) -> Tensor:
-        # Not from the pool: gradients live until the step, and between steps their memory serves activations.
+    def _empty_master(self) -> Tensor:
         low, high = self.state_range
         if self.offload is not None:
-            return self.offload.empty(high - low, dtype)
-        return torch.empty(high - low, dtype=dtype, device=self.comm.device)
+            return self.offload.empty(high - low, self.master_dtype)
+        return empty(high - low, self.master_dtype, self.comm.device)
+
+    def _empty_grad(self) -> Tensor:
+        # Neither from the pool nor in large pages: gradients live until the step, and between steps their memory
+        # serves activations.
+        low, high = self.state_range
+        if self.offload is not None:
+            return self.offload.empty(high - low, self.grad_dtype)
+        return torch.empty(high - low, dtype=self.grad_dtype, device=self.comm.device)
 
     def share_grad(self, unit: int) -> Work:
         """Where states rest whole, bring the reduced gradients of all shards here."""

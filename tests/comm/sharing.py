@@ -1,4 +1,4 @@
-"""Shared memory among the ranks of a test, without an engine or a Comm around it."""
+"""The ranks of a test as peers, without an engine or a Comm around them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from shardline.comm.shared import SharedMemory, attach
+from shardline.comm.direct import Peers, attach
 
 
 def exchange(value):
@@ -15,13 +15,13 @@ def exchange(value):
     return everyone
 
 
-def memory_here(timeout: float = 60.0) -> SharedMemory:
-    memory = attach(dist.get_rank(), dist.get_world_size(), exchange, timedelta(seconds=timeout), wanted=True)
-    assert memory is not None, "these ranks cannot read each other's memory"
-    return memory
+def peers_here(timeout: float = 60.0) -> Peers:
+    peers = attach(dist.get_rank(), dist.get_world_size(), exchange, timedelta(seconds=timeout), wanted=True)
+    assert peers is not None, "these ranks cannot read each other's memory"
+    return peers
 
 
-def leave(memory: SharedMemory) -> None:
+def leave(peers: Peers) -> None:
     """Close it once nobody needs it any more."""
     dist.barrier()
-    memory.close()
+    peers.close()

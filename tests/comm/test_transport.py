@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shardline.comm.shared import SharedTransport
+from shardline.comm.direct import DirectTransport
 from shardline.comm.transport import ExchangeTransport, HostStagedTransport, NcclTransport, Work, add_in_order, choose
-from tests.comm.sharing import leave, memory_here
+from tests.comm.sharing import leave, peers_here
 
-KINDS = (ExchangeTransport, HostStagedTransport, SharedTransport)
+KINDS = (ExchangeTransport, HostStagedTransport, DirectTransport)
 
 CUTS = {
     2: {"equal": [0, 64, 128], "unequal": [0, 128, 192], "empty first": [0, 0, 64], "empty last": [0, 64, 64]},
@@ -42,10 +42,10 @@ def values(rank, numel, dtype):
 
 @contextlib.contextmanager
 def transport_of(kind):
-    if kind is SharedTransport:
-        memory = memory_here()
-        yield memory.transports[0]
-        leave(memory)
+    if kind is DirectTransport:
+        peers = peers_here()
+        yield peers.transports[0]
+        leave(peers)
     else:
         inner = dist.group.WORLD
         yield kind(ExchangeTransport(inner)) if kind is HostStagedTransport else kind(inner)
@@ -123,7 +123,7 @@ def in_flight_at_once(kind, boundaries):
     return buffer, *out
 
 
-@pytest.mark.parametrize("kind", [ExchangeTransport, SharedTransport])
+@pytest.mark.parametrize("kind", [ExchangeTransport, DirectTransport])
 def test_several_in_flight(ranks, kind) -> None:
     for buffer, one, two in ranks(in_flight_at_once, 2, kind, [0, 64, 192]):
         assert torch.equal(buffer, torch.cat([torch.ones(64), torch.full((128,), 2.0)]))

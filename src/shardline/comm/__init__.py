@@ -7,6 +7,7 @@ in which order is digested, so that ranks that did not do the same notice at the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from array import array
@@ -19,13 +20,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardline.comm.shared import SharedMemory, attach
+from shardline.comm.direct import Peers, attach
 from shardline.comm.transport import DONE, Scratch, Transport, Work, choose
 from shardline.errors import DisagreementError, UsageError
 
 __all__ = ["DONE", "Comm", "Work", "check_alike"]
 
 _OPERATIONS = ("gather", "reduce")
+
+_LENGTH, _HEAD = 8, 512
+"""Bytes of a length, and of the message that tells it: what is short travels along."""
 
 
 class Comm:
@@ -52,7 +56,7 @@ class Comm:
         self.elements: Counter[str] = Counter()
         self._log: dict[str, array[int]] = {operation: array("l") for operation in _OPERATIONS}
         self._whole = group
-        self._memory: SharedMemory | None = None
+        self._peers: Peers | None = None
         if group is None or dist.get_world_size(group) == 1:
             self.rank, self.world_size = 0, 1
             self._groups: list[dist.ProcessGroup] = []
@@ -72,9 +76,9 @@ class Comm:
         self._groups = [make_group()]
         if device.type == "cpu":
             limit = self._groups[0]._get_backend(device).options._timeout
-            self._memory = attach(self.rank, self.world_size, self.exchange, limit, wanted=transport == "auto")
-        if self._memory is not None:
-            gathers, reductions = self._memory.transports
+            self._peers = attach(self.rank, self.world_size, self.exchange, limit, wanted=transport == "auto")
+        if self._peers is not None:
+            gathers, reductions = self._peers.transports
             self._transports = (gathers, reductions)
         else:
             self._groups.append(make_group())
@@ -86,25 +90,12 @@ class Comm:
 
     def close(self) -> None:
         """Give the process groups back. Collective calls after it raise."""
-        if self._memory is not None:
-            self._memory.close()
+        if self._peers is not None:
+            self._peers.close()
         for group in self._groups:
             dist.destroy_process_group(group)
-        self._groups, self._transports, self._memory = [], None, None
+        self._groups, self._transports, self._peers = [], None, None
         self._closed = True
-
-    # -- memory -----------------------------------------------------------------------------------------------------
-
-    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A flat buffer with arbitrary contents, in the memory that travels fastest between these ranks."""
-        if self._memory is not None:
-            return self._memory.empty(numel, dtype)
-        return torch.empty(numel, dtype=dtype, device=self.device)
-
-    @property
-    def least(self) -> int | None:
-        """Bytes from which a buffer of :meth:`empty` is special memory; ``None`` where there is none."""
-        return None if self._memory is None else self._memory.least
 
     def settle(self, patience: float | None = None) -> None:
         """Return when no other rank reads what this one sent in transitions that it has waited for.
@@ -112,8 +103,8 @@ class Comm:
         What rests on this rank and was gathered from there is written only after that. ``patience``: seconds after
         which to return all the same.
         """
-        if self._memory is not None:
-            self._memory.settle(patience)
+        if self._peers is not None:
+            self._peers.settle(patience)
 
     # -- transitions ------------------------------------------------------------------------------------------------
 
@@ -157,9 +148,9 @@ class Comm:
             return row.unsqueeze(0)
         host = row.cpu() if self._staged else row.to(self.device)
         stacked = host.new_empty(self.world_size, row.numel())
-        if self._memory is not None:
+        if self._peers is not None:
             places = range(0, stacked.numel() + 1, row.numel())
-            self._memory.transports[1].gather(host, stacked.view(-1), places).wait()
+            self._peers.transports[1].gather(host, stacked.view(-1), places).wait()
             self.settle()  # all ranks are here, so nothing that came before is read any more
         else:
             dist.all_gather(list(stacked.unbind()), host, group=self._groups[1])
@@ -181,10 +172,10 @@ class Comm:
             stored = stored.contiguous()
         wire = stored.as_strided((stored.numel(),), (1,), stored.storage_offset()).view(torch.uint8)
         on_wire = wire.cpu() if self._staged else wire.to(self.device)
-        if self._memory is not None:  # a gather in which all of it is one rank's range
+        if self._peers is not None:  # a gather in which all of it is one rank's range
             places = [0] * (source + 1) + [wire.numel()] * (self.world_size - source)
             own = on_wire[places[self.rank] : places[self.rank + 1]]
-            sent = self._memory.transports[0].gather(own, on_wire, places)
+            sent = self._peers.transports[0].gather(own, on_wire, places)
         else:
             handle = dist.broadcast(on_wire, group_src=source, group=self._groups[0], async_op=True)
             sent = Work([handle] if handle is not None else (), hold=on_wire)
@@ -202,26 +193,26 @@ class Comm:
         """Every rank's ``value``, in rank order. It travels as JSON text: nothing that is received can run."""
         if self._alone():
             return [json.loads(json.dumps(value))]
+        text = json.dumps(value).encode()
+        heads = self._all_gather(len(text).to_bytes(_LENGTH, "little") + text[: _HEAD - _LENGTH], _HEAD)
+        lengths = [int.from_bytes(head[:_LENGTH], "little") for head in heads]
+        longest = max(lengths)
+        texts = [head[_LENGTH:] for head in heads] if longest <= _HEAD - _LENGTH else self._all_gather(text, longest)
+        return [json.loads(each[:length]) for each, length in zip(texts, lengths, strict=True)]
+
+    def _all_gather(self, data: bytes, size: int) -> list[bytes]:
+        """Every rank's ``data``, filled up to ``size`` bytes."""
         device = torch.device("cpu") if self._staged else self.device
-        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
-        length = torch.tensor([text.numel()], device=device)
-        lengths = [torch.empty_like(length) for _ in range(self.world_size)]
-        self._join(dist.all_gather(lengths, length, group=self._groups[0], async_op=True))
-        longest = max(int(each) for each in lengths)
-        padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-        padded[: text.numel()] = text
-        texts = [torch.empty_like(padded) for _ in range(self.world_size)]
-        self._join(dist.all_gather(texts, padded, group=self._groups[0], async_op=True))
-        return [
-            json.loads(bytes(each[: int(size)].cpu().numpy().tobytes()).decode())
-            for each, size in zip(texts, lengths, strict=True)
-        ]
+        own = torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8).to(device)
+        found = [torch.empty_like(own) for _ in range(self.world_size)]
+        self._join(dist.all_gather(found, own, group=self._groups[0], async_op=True))
+        return [each.cpu().numpy().tobytes() for each in found]
 
     def _join(self, handle: dist.Work | None) -> None:
         """Wait for a collective of c10d without keeping others from transitions that were started before."""
         if handle is not None:
-            if self._memory is not None:
-                self._memory.finish_started(handle.is_completed)
+            if self._peers is not None:
+                self._peers.finish_started(handle.is_completed)
             handle.wait()
 
     def all_alike(self, value: Any) -> bool:
@@ -235,7 +226,8 @@ class Comm:
         Raises:
             DisagreementError: naming the first key that differs, the ranks and both values.
         """
-        check_alike(self.exchange(what))
+        if not self.all_alike(hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()):
+            check_alike(self.exchange(what))
 
     def _alone(self) -> bool:
         """Whether there is nobody to talk to."""

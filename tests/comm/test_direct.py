@@ -1,4 +1,4 @@
-"""Transitions over shared memory: the bits of gloo's, no rank that hangs, no buffer that changes under a reader."""
+"""Ranks that read each other's memory: gloo's bits, no rank that hangs, no buffer that changes under a reader."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ import torch.distributed as dist
 
 from shardline.buffer import Pool
 from shardline.comm import Comm
-from shardline.comm import shared as shared_module
-from shardline.comm.arena import Arena, Peer
-from shardline.comm.shared import SharedMemory, SharedTransport, attach
+from shardline.comm import board as board_module
+from shardline.comm import direct as direct_module
+from shardline.comm.board import Board, Peer
+from shardline.comm.direct import DirectTransport, Peers, attach
 from shardline.errors import DisagreementError, LostRankError, UsageError
-from tests.comm.sharing import exchange, leave, memory_here
+from tests.comm.sharing import exchange, leave, peers_here
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="shared memory is for Linux")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reading each other is for Linux")
 
 
 @pytest.fixture(autouse=True)
-def shared_memory_is_wanted(request):
+def direct_reading_is_wanted(request):
     if request.config.getoption("--transport") == "gloo":
         pytest.skip("this session is for gloo")
 
 
 CPU = torch.device("cpu")
-LARGE = 1 << 15  # fp32 elements; enough for the arena
+LARGE = 1 << 18  # fp32 elements; more than is summed at a time
 
 
 # --- chosen or not ----------------------------------------------------------------------------------------------------
@@ -42,7 +43,7 @@ LARGE = 1 << 15  # fp32 elements; enough for the arena
 
 def kinds(transports):
     comm = Comm(dist.group.WORLD, CPU, transport=transports[dist.get_rank()])
-    assert comm.channel()._memory is None, "what another thread may use"
+    assert comm.channel()._peers is None, "what another thread may use"
     found = type(comm._transports[0]).__name__, type(comm._transports[1]).__name__
     comm.close()
     return found
@@ -51,7 +52,7 @@ def kinds(transports):
 @pytest.mark.parametrize(
     ("transports", "kind"),
     [
-        (("auto", "auto"), "SharedTransport"),
+        (("auto", "auto"), "DirectTransport"),
         (("gloo", "gloo"), "ExchangeTransport"),
         (("auto", "gloo"), "ExchangeTransport"),
         (("gloo", "auto"), "ExchangeTransport"),
@@ -65,19 +66,19 @@ def attach_with(trouble):
     """Rank 1 has some trouble."""
     mine = dist.get_rank() == 1
     with pytest.MonkeyPatch.context() as patch:
-        if mine and trouble == "no memory":
+        if mine and trouble == "no board":
             patch.setattr(os, "posix_fallocate", no_space)
         if mine and trouble == "another architecture":
-            patch.setattr(shared_module.platform, "machine", lambda: "aarch64")
+            patch.setattr(direct_module.platform, "machine", lambda: "aarch64")
         if mine and trouble == "another host":
-            patch.setattr(shared_module, "_host", lambda: ["elsewhere", 1])
+            patch.setattr(direct_module, "_host", lambda: ["elsewhere", 1])
         if mine and trouble == "forbidden":
-            patch.setattr(shared_module, "Peer", forbidden)
+            patch.setattr(board_module, "_libc", Forbidding)
         wanted = not (mine and trouble == "unwanted")
-        memory = attach(dist.get_rank(), 2, exchange, timedelta(seconds=9), wanted=wanted)
-    found = memory is None, shared_memory_here()
-    if memory is not None:
-        leave(memory)
+        peers = attach(dist.get_rank(), 2, exchange, timedelta(seconds=9), wanted=wanted)
+    found = peers is None, boards_here()
+    if peers is not None:
+        leave(peers)
     return found
 
 
@@ -85,17 +86,19 @@ def no_space(*_):
     raise OSError(28, "No space left on device")
 
 
-def forbidden(*_):
-    raise PermissionError(13, "Permission denied")
+class Forbidding:
+    """A system that keeps processes from each other's memory."""
+
+    prctl = process_vm_readv = staticmethod(lambda *_: -1)
 
 
-@pytest.mark.parametrize("trouble", ["no memory", "another architecture", "another host", "forbidden", "unwanted"])
+@pytest.mark.parametrize("trouble", ["no board", "another architecture", "another host", "forbidden", "unwanted"])
 def test_all_ranks_do_without_if_one_cannot(ranks, trouble) -> None:
     assert ranks(attach_with, 2, trouble) == [(True, (0, 0))] * 2
 
 
-def shared_memory_here():
-    """(file descriptors, mappings) of shared memory that this process has."""
+def boards_here():
+    """(file descriptors, mappings) of boards that this process has."""
     gc.collect()
     files = []
     for entry in os.listdir("/proc/self/fd"):
@@ -108,20 +111,19 @@ def shared_memory_here():
 # --- bits -------------------------------------------------------------------------------------------------------------
 
 
-def both_transports(numel, dtype, out_dtype, add, share):
+def both_transports(numel, dtype, out_dtype, add):
     found = []
     for transport in ("auto", "gloo"):
         comm = Comm(dist.group.WORLD, CPU, transport=transport)
-        pool, rank, size = Pool(CPU, comm), comm.rank, comm.world_size
+        pool, rank, size = Pool(CPU, comm.settle), comm.rank, comm.world_size
         boundaries = [numel * part // size // 64 * 64 for part in range(size)] + [numel]
         low, high = boundaries[rank], boundaries[rank + 1]
-        make = comm.empty if share else lambda numel, dtype: torch.empty(numel, dtype=dtype)
-        source = make(numel, dtype).copy_(torch.randn(numel, generator=torch.Generator().manual_seed(rank)))
-        out = make(high - low, out_dtype).fill_(0.3)
+        source = torch.randn(numel, generator=torch.Generator().manual_seed(rank)).to(dtype)
+        out = torch.full((high - low,), 0.3, dtype=out_dtype)
         comm.reduce(0, source, boundaries, out, add=add, scratch=pool).wait()
-        own, whole = make(high - low, out_dtype).copy_(out), make(numel, out_dtype)
+        own, whole = out.clone(), torch.empty(numel, dtype=out_dtype)
         comm.gather(0, whole, boundaries, own=own).wait()
-        in_place = make(numel, out_dtype)
+        in_place = torch.empty(numel, dtype=out_dtype)
         in_place[low:high].copy_(out)
         comm.gather(0, in_place, boundaries).wait()
         row = comm.rows(out[:8].double())
@@ -133,15 +135,14 @@ def both_transports(numel, dtype, out_dtype, add, share):
     return all(torch.equal(one, other) for one, other in zip(*found, strict=True)), found[0][1]
 
 
-@pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "out_dtype"),
     [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
 )
-def test_the_bits_are_those_of_gloo(ranks, dtype, out_dtype, add, share) -> None:
+def test_the_bits_are_those_of_gloo(ranks, dtype, out_dtype, add) -> None:
     for world, numel in ((2, 2 * LARGE), (3, 7 * LARGE + 64)):
-        results = ranks(both_transports, world, numel, dtype, out_dtype, add, share)
+        results = ranks(both_transports, world, numel, dtype, out_dtype, add)
         assert all(same and torch.equal(whole, results[0][1]) for same, whole in results)
 
 
@@ -151,10 +152,10 @@ def test_the_bits_are_those_of_gloo(ranks, dtype, out_dtype, add, share) -> None
 def rank_0_is_late(others):
     """Rank 1 starts a gather alone, and then waits for something else; rank 0 cannot go on before it is carried out."""
     comm, pool = Comm(dist.group.WORLD, CPU), Pool(CPU)
-    buffer, out = comm.empty(2 * LARGE, torch.float32).fill_(comm.rank), torch.zeros(LARGE)
+    buffer, out = torch.full((2 * LARGE,), float(comm.rank)), torch.zeros(LARGE)
 
     def reduce():
-        ones = comm.empty(2 * LARGE, torch.float32).fill_(1.0)
+        ones = torch.ones(2 * LARGE)
         return comm.reduce(0, ones, [0, LARGE, 2 * LARGE], out, add=False, scratch=pool)
 
     def other():
@@ -186,7 +187,7 @@ def test_whoever_waits_does_what_others_wait_for(ranks, others) -> None:
 def two_engines():
     """Rank 1 starts a gather of one engine and then waits in another one."""
     one, other = Comm(dist.group.WORLD, CPU), Comm(dist.group.WORLD, CPU)
-    buffer = one.empty(2 * LARGE, torch.float32).fill_(one.rank)
+    buffer = torch.full((2 * LARGE,), float(one.rank))
     if one.rank:
         work = one.gather(0, buffer, [0, LARGE, 2 * LARGE])
         other.rows(torch.zeros(8))
@@ -205,10 +206,10 @@ def test_engines_of_one_process_do_not_wait_for_each_other(ranks) -> None:
 
 
 def waits_too_late():
-    memory = memory_here()
-    work = memory.transports[0].gather(torch.zeros(64), torch.zeros(128), [0, 64, 128])
+    peers = peers_here()
+    work = peers.transports[0].gather(torch.zeros(64), torch.zeros(128), [0, 64, 128])
     dist.barrier()
-    memory.close()
+    peers.close()
     try:
         work.wait()
         return None
@@ -222,34 +223,35 @@ def test_a_wait_after_the_end_is_an_error(ranks) -> None:
 
 
 def more_than_the_ring_holds(count):
-    memory = memory_here()
-    rank, transport = memory.rank, memory.transports[0]
+    peers = peers_here()
+    rank, transport = peers.rank, peers.transports[0]
     buffers = [torch.full((2,), float(rank * count + turn)) for turn in range(count)]
     works = [transport.gather(each[rank : rank + 1], each, [0, 1, 2]) for each in buffers]
     for work in works:
         work.wait()
-    copies = len(memory._copies)
-    leave(memory)
-    return torch.stack(buffers), copies
+    peers.settle()
+    kept = len(transport.kept)
+    leave(peers)
+    return torch.stack(buffers), kept
 
 
 def test_more_at_once_than_the_ring_holds(ranks) -> None:
     count = 2500
     expected = torch.stack([torch.arange(float(count)), torch.arange(float(count)) + count], dim=1)
-    for found, copies in ranks(more_than_the_ring_holds, 2, count):
-        assert torch.equal(found, expected) and copies <= shared_module._COPIES
+    for found, kept in ranks(more_than_the_ring_holds, 2, count):
+        assert torch.equal(found, expected) and not kept
 
 
 def differ():
-    memory = memory_here()
-    numel = 64 * (1 + memory.rank)
+    peers = peers_here()
+    numel = 64 * (1 + peers.rank)
     try:
-        memory.transports[0].gather(torch.zeros(numel // 2), torch.zeros(numel), [0, numel // 2, numel]).wait()
+        peers.transports[0].gather(torch.zeros(numel // 2), torch.zeros(numel), [0, numel // 2, numel]).wait()
         return None
     except DisagreementError as error:
         return str(error)
     finally:
-        leave(memory)
+        leave(peers)
 
 
 def test_ranks_that_gather_different_things_are_told(ranks) -> None:
@@ -260,33 +262,31 @@ def test_ranks_that_gather_different_things_are_told(ranks) -> None:
 
 OTHER = f"""
 import time
-from shardline.comm.arena import Arena
-arena = Arena(1 << 20, {shared_module._HEADER})
-print(arena.fd, arena.token, flush=True)
+from shardline.comm.board import Board
+board = Board({direct_module._BOARD})
+print(board.fd, board.size, board.words[0], board.probe.data_ptr(), flush=True)
 time.sleep(60)
 """
 
 
 @pytest.mark.parametrize("fate", ["dies", "does not come", "reads nothing"])
-def test_a_peer_that_is_lost_is_named(fate) -> None:
+def test_a_peer_that_is_lost_is_named(fate, monkeypatch) -> None:
     process = subprocess.Popen([sys.executable, "-c", OTHER], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        fd, token = map(int, process.stdout.readline().split())
-        peer = Peer(1, process.pid, fd, 1 << 20, shared_module._HEADER, token)
-        arena = Arena(1 << 20, shared_module._HEADER)
-        memory = SharedMemory(0, arena, [peer], timedelta(seconds=60 if fate == "dies" else 0.3))
-        buffer = memory.empty(2 * LARGE, torch.float32)
-        work = memory.transports[0].gather(buffer[:LARGE], buffer, [0, LARGE, 2 * LARGE])
+        peer = Peer(1, process.pid, *map(int, process.stdout.readline().split()))
+        peers = Peers(0, Board(direct_module._BOARD), [peer], timedelta(seconds=60 if fate == "dies" else 0.3))
+        buffer = torch.zeros(2 * LARGE)
+        work = peers.transports[0].gather(buffer[:LARGE], buffer, [0, LARGE, 2 * LARGE])
         if fate == "dies":
             process.send_signal(signal.SIGKILL)
             with pytest.raises(LostRankError, match=rf"rank 1 \(process {process.pid}\) ended"):
                 work.wait()
-            memory.close()
+            peers.close()
             return
         with pytest.raises(LostRankError, match=r"waited 0\.3 s for rank 1, which runs but does not come"):
             work.wait()
-        memory.settle(patience=0.1)  # nothing was carried out
+        peers.settle(patience=0.1)  # nothing was carried out
     finally:
         process.kill()
         process.communicate()
@@ -302,7 +302,7 @@ engine = shardline.initialize(model=model, config={
     "train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
     "zero_optimization": {"stage": 3, "unit_min_numel": 1, "stage3_param_persistence_threshold": 0},
 })[0]
-assert type(engine.comm._transports[0]).__name__ == "SharedTransport"
+assert type(engine.comm._transports[0]).__name__ == "DirectTransport"
 print("ready", flush=True)
 for step in range(10**6):
     engine.backward(engine(torch.randn(4, 256)).square().mean())
@@ -332,7 +332,7 @@ def test_a_rank_that_is_killed_in_training_takes_the_others_along_and_leaves_not
 def pool_lends_again():
     """Rank 0 is through with a reduction whose buffer rank 1 has not read; then it takes a buffer again."""
     comm = Comm(dist.group.WORLD, CPU)
-    pool, out = Pool(CPU, comm), torch.zeros(LARGE)
+    pool, out = Pool(CPU, comm.settle), torch.zeros(LARGE)
     source = pool.take(2 * LARGE, torch.float32).fill_(comm.rank + 1.0)
     address = source.data_ptr()
     if not comm.rank:
@@ -357,8 +357,8 @@ def test_the_pool_lends_nothing_that_a_peer_reads_and_then_the_same_again(ranks)
 
 def written_after(what):
     comm = Comm(dist.group.WORLD, CPU)
-    buffer = comm.empty(2 * LARGE, torch.float32).fill_(comm.rank)
-    own = comm.empty(LARGE, torch.float32).fill_(comm.rank)
+    buffer = torch.full((2 * LARGE,), float(comm.rank))
+    own = torch.full((LARGE,), float(comm.rank))
     if not comm.rank:
         time.sleep(0.2)
     work = comm.gather(0, buffer, [0, LARGE, 2 * LARGE], own=None if what == "in place" else own)
@@ -385,28 +385,56 @@ def test_what_was_announced_is_whole_until_all_have_read_it(ranks, what) -> None
     assert ranks(written_after, 2, what) == [([0.0, 1.0], float(LARGE))] * 2
 
 
-def small_memory():
-    """More is asked for than there is: buffers come from elsewhere and travel as copies."""
-    memory = memory_here()
-    kept = []
+def leaves_early(patience):
+    """Rank 1 announces a buffer, closes, and is busy with other things; rank 0 reads it later."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", no_space)
-        kept.append(memory.empty(LARGE, torch.float32))
-        lost = memory.arena.place(kept[0]) is None
-        try:
-            memory.transports[0].gather(kept[0], torch.zeros(2 * LARGE), [0, LARGE, 2 * LARGE])
-            said = None
-        except MemoryError as error:
-            said = str(error)
-    buffer = torch.zeros(2 * LARGE)
-    memory.transports[0].gather(kept[0].fill_(memory.rank), buffer, [0, LARGE, 2 * LARGE]).wait()
-    leave(memory)
-    return lost, said, buffer[::LARGE].tolist()
+        patch.setattr(direct_module, "_LEAVING", patience)
+        peers = peers_here()
+        buffer = torch.full((2 * LARGE,), float(peers.rank))
+        work = peers.transports[0].gather(buffer[peers.rank * LARGE :][:LARGE], buffer, [0, LARGE, 2 * LARGE])
+        if peers.rank:
+            peers.close()
+            del work, buffer
+            others = [torch.full((2 * LARGE,), -1.0) for _ in range(4)]
+            dist.barrier()
+            return [0.0, len(others) - 3.0]
+        if not patience:
+            dist.barrier()
+        time.sleep(0.3)
+        peers.finish_started(lambda: False)
+        if patience:
+            dist.barrier()
+        peers.close()
+        return buffer[::LARGE].tolist()
 
 
-def test_no_room_in_the_arena(ranks) -> None:
-    for lost, said, found in ranks(small_memory, 2):
-        assert lost and "communication_transport" in said and found == [0.0, 1.0]
+@pytest.mark.parametrize("patience", [0.0, 30.0])
+def test_who_leaves_keeps_what_others_have_yet_to_read(ranks, patience) -> None:
+    assert ranks(leaves_early, 2, patience) == [[0.0, 1.0]] * 2
+
+
+EARLY = """
+import os, time
+import torch, torch.distributed as dist
+from shardline.comm import Comm
+dist.init_process_group("gloo")
+comm, buffer = Comm(dist.group.WORLD, torch.device("cpu")), torch.full((1 << 20,), float(os.environ["RANK"]))
+if comm.rank == 0:
+    time.sleep(1.5)
+work = comm.gather(0, buffer, [0, 1 << 19, 1 << 20])
+if comm.rank == 0:
+    work.wait()
+    print("read", buffer[-1].item(), flush=True)
+    dist.destroy_process_group()
+"""
+
+
+def test_a_process_ends_when_what_it_announced_was_read(tmp_path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(EARLY)
+    command = [sys.executable, "-m", "shardline.cli", "run", "--nproc", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert "read 1.0" in done.stdout and not done.returncode, done.stderr
 
 
 # --- nothing is left --------------------------------------------------------------------------------------------------
@@ -415,13 +443,13 @@ def test_no_room_in_the_arena(ranks) -> None:
 def many(count):
     found = []
     for _ in range(count):
-        memory = memory_here()
-        buffer = memory.empty(2 * LARGE, torch.float32)
-        own = buffer[memory.rank * LARGE :][:LARGE]
-        memory.transports[0].gather(own, buffer, [0, LARGE, 2 * LARGE]).wait()
-        leave(memory)
-        del memory, buffer, own
-        found.append(shared_memory_here())
+        peers = peers_here()
+        buffer = torch.zeros(2 * LARGE)
+        own = buffer[peers.rank * LARGE :][:LARGE]
+        peers.transports[0].gather(own, buffer, [0, LARGE, 2 * LARGE]).wait()
+        leave(peers)
+        del peers, buffer, own
+        found.append(boards_here())
     return found
 
 
@@ -444,12 +472,12 @@ def engines(count):
                 "zero_optimization": {"stage": turn % 4, "stage3_param_persistence_threshold": 0},
             },
         )[0]
-        assert isinstance(engine.comm._transports[0], SharedTransport)
+        assert isinstance(engine.comm._transports[0], DirectTransport)
         engine.backward(engine(torch.ones(2, 256)).square().mean())
         engine.step()
         engine.destroy()
         del engine
-        found.append(shared_memory_here())
+        found.append(boards_here())
         assert all(bool(torch.isfinite(param).all()) for param in model.parameters())
     return found
 
