@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from shardline.buffer import Pool, empty, has_memory_alone, seal, unseal, view
-from shardline.comm import DONE, Comm, Work
+from shardline.comm import DONE, Comm, Scattered, Work
 from shardline.errors import ModelError, UsageError
 from shardline.offload import Offload
 from shardline.placement import Placement, Stage, Transition, transition
@@ -33,6 +33,10 @@ from shardline.plan import Entry, Fragment, Run, SlabPlan, UnitPlan
 from shardline.precision import Precision
 
 __all__ = ["Residence", "RunTensors", "Slab", "Unit"]
+
+
+_LARGE = 1 << 17
+"""Bytes of gradient for each parameter from which it is not worth packing them."""
 
 
 class Residence(Enum):
@@ -88,7 +92,6 @@ class Slab:
         self.master: Tensor | None = None
         self.partial: Tensor | None = None
         self.grad: Tensor | None = None
-        self._lent: Tensor | None = None  # ``grad`` where that is a buffer of the pool
         self.versions: list[int] = []
 
     # -- which part of the slab a buffer in a given placement covers ------------------------------------------------
@@ -280,31 +283,28 @@ class Slab:
         if self.local:
             self.fold(factor)
             return DONE
-        source, wire = self._source(factor)
+        source, borrowed = self._source(factor)
         if self.offload is not None:
-            return self._reduce_down(self.offload, unit, source, wire)
+            return self._reduce_down(self.offload, unit, source, borrowed)
         add = self.grad is not None
         if self.grad is None:
-            if self.row.states is Placement.REPLICATED:
-                same = source.dtype == self.grad_dtype  # then the sums travel on in their own place
-                self._lent = source if same else self.pool.take(self.plan.size, self.grad_dtype, lasting=True)
-            self.grad = self._empty_grad() if self._lent is None else self._lent
-        grad = self.grad
-        work = self.comm.reduce(unit, wire, self.plan.boundaries, self.own(grad), add=add, scratch=self.pool)
+            self.grad = self._empty_grad()
+        out = self.own(self.grad)
+        work = self.comm.reduce(unit, source, self.plan.boundaries, out, add=add, scratch=self.pool)
 
         def finish() -> None:
             work.wait()
-            self._give(source, wire, keep=grad)
+            self._give(borrowed)
 
         return Work((), finish, arrived=work.has_arrived)
 
-    def _reduce_down(self, offload: Offload, unit: int, source: Tensor, wire: Tensor) -> Work:
+    def _reduce_down(self, offload: Offload, unit: int, source: Tensor | Scattered, borrowed: list[Tensor]) -> Work:
         """The same where ``grad`` is in host memory: the sum goes there when it is complete."""
-        if self.comm.world_size == 1:
-            total, work = wire, DONE
+        if isinstance(source, Tensor) and self.comm.world_size == 1:
+            total, work, borrowed = source, DONE, [each for each in borrowed if each is not source]
         else:
             total = self.pool.take(self.stop - self.start, self.grad_dtype)
-            work = self.comm.reduce(unit, wire, self.plan.boundaries, total, add=False, scratch=self.pool)
+            work = self.comm.reduce(unit, source, self.plan.boundaries, total, add=False, scratch=self.pool)
 
         def arrived(host: Tensor) -> None:
             self.pool.give(total)
@@ -315,29 +315,53 @@ class Slab:
 
         def finish() -> None:
             work.wait()
-            self._give(source, wire, keep=total)
+            self._give(borrowed)
             offload.down(unit, total, arrived)
 
         return Work((), finish, arrived=work.has_arrived)
 
-    def _give(self, *buffers: Tensor, keep: Tensor) -> None:
-        for buffer in {id(each): each for each in buffers if each is not keep}.values():
-            self.pool.give(buffer)
+    def _give(self, borrowed: list[Tensor]) -> None:
+        while borrowed:
+            self.pool.give(borrowed.pop())
 
-    def _source(self, factor: float) -> tuple[Tensor, Tensor]:
-        """This rank's gradients as collected, and as they travel: often the same buffer."""
+    def _source(self, factor: float) -> tuple[Tensor | Scattered, list[Tensor]]:
+        """This rank's gradients as they travel, and the buffers of the pool in which they lie."""
         if self.partial is None:
-            stays = self.row.states is Placement.REPLICATED and self.reduce_dtype == self.grad_dtype
-            source = self.pool.take(self.plan.size, self.reduce_dtype, lasting=stays)
-            self._pack(source, factor, add=False)
-            return source, source
+            scattered = self._scattered() if self.comm.takes_scattered and factor == 1.0 else None
+            if scattered is not None:
+                return scattered, []
+            wire = self.pool.take(self.plan.size, self.reduce_dtype)
+            self._pack(wire, factor, add=False)
+            return wire, [wire]
         self.fold(factor)
-        source, self.partial = self.partial, None
-        if source.dtype == self.reduce_dtype or self.comm.world_size == 1:
-            return source, source
+        partial, self.partial = self.partial, None
+        if partial.dtype == self.reduce_dtype or self.comm.world_size == 1:
+            return partial, [partial]
         wire = self.pool.take(self.plan.size, self.reduce_dtype)
-        wire.copy_(source)
-        return source, wire
+        wire.copy_(partial)
+        return wire, [wire, partial]
+
+    def _scattered(self) -> Scattered | None:
+        """The parameters' gradients where autograd left them, if they are large and of the dtype that travels."""
+        if self.plan.size * self.reduce_dtype.itemsize < _LARGE * len(self.params):
+            return None
+        if any(param.grad is not None and param.grad.dtype != self.reduce_dtype for param in self.params):
+            return None
+        parts = []
+        for param, entry in zip(self.params, self.plan.entries, strict=True):
+            grad, param.grad = param.grad, None
+            if grad is not None:
+                parts.append((entry.offset, self._flat(grad, entry)))
+        return Scattered(self.plan.size, self.reduce_dtype, parts) if parts else None
+
+    @staticmethod
+    def _flat(grad: Tensor, entry: Entry) -> Tensor:
+        """``grad`` as a 1-D view, or a copy if it does not lie as its parameter does, or others use its memory."""
+        shape, stride = entry.param.shape, entry.param.stride
+        if grad.layout is not torch.strided or grad.stride() != stride or not has_memory_alone(grad):
+            dense = grad.to_dense() if grad.layout is not torch.strided else grad
+            grad = torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device).copy_(dense)
+        return grad.as_strided((entry.param.numel,), (1,))
 
     def _empty_master(self) -> Tensor:
         low, high = self.state_range
@@ -361,10 +385,9 @@ class Slab:
 
     def drop_grad(self) -> None:
         """Forget what was accumulated in this window."""
-        for buffer in (self.partial, self._lent):
-            if buffer is not None:
-                self.pool.give(buffer)
-        self.partial = self.grad = self._lent = None
+        if self.partial is not None:
+            self.pool.give(self.partial)
+        self.partial = self.grad = None
         for param in self.params:
             param.grad = None
 
