@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -73,6 +74,7 @@ class Drive:
         kept: int = 0,
         alike: bool = False,  # what the other ranks say of the first forward
         sizes: Sequence[int] = (),
+        on_host: bool = False,
     ) -> None:
         self.log: list[str] = []
         self.units = [FakeUnit(i, self.log, i not in frozen) for i in range(count)]
@@ -84,6 +86,7 @@ class Drive:
             prefetch=prefetch,
             reshard_after_forward=reshard,
             max_kept=kept,
+            on_host=on_host,
         )
 
     def take(self, *words: str) -> list[str]:
@@ -243,7 +246,7 @@ def test_a_unit_whose_users_lie_apart_stays_through_the_forward() -> None:
     units = [FakeUnit(0, log, users=("head",)), FakeUnit(1, log)]
     drive = Drive(0)
     drive.log, drive.units = log, units
-    drive.schedule = Schedule(units, bool, prefetch=False, reshard_after_forward=True, max_kept=0)  # type: ignore[arg-type] # fmt: skip
+    drive.schedule = Schedule(units, bool, prefetch=False, reshard_after_forward=True, max_kept=0, on_host=True)  # type: ignore[arg-type] # fmt: skip
     drive.forward(0, 1, 0)
     assert drive.take() == ["gather 0", "gather 1", "release 0"]
 
@@ -325,6 +328,22 @@ def test_what_is_in_flight_is_no_larger_than_the_largest_unit(sizes, together) -
     assert most == together
     drive.schedule.finish_reductions()
     assert {f"finish {index}" for index in flying} == set(drive.take("finish"))
+
+
+def test_on_the_host_what_is_over_is_let_go_before_the_next_gradients_come() -> None:
+    drive = Drive(4, sizes=(1, 1, 1, 100), on_host=True)
+    drive.forward(0, 1, 2, 3)
+    over = {3, 2}
+    for unit in drive.units:
+        unit.has_reduced = partial(over.__contains__, unit.index)  # type: ignore[method-assign]
+    drive.log.clear()
+    drive.backward(3, 2, 1, 0, end=False)
+    assert drive.take("reduce", "finish") == [*("reduce 3", "finish 3", "reduce 2", "finish 2", "reduce 1", "reduce 0")]
+    drive = Drive(4, sizes=(1, 1, 1, 100), on_host=False)
+    drive.forward(0, 1, 2, 3)
+    drive.log.clear()
+    drive.backward(3, 2, 1, 0, end=False)
+    assert "finish 2" not in drive.take("finish")
 
 
 def test_while_a_reduction_takes_long_the_next_gathers_are_joined() -> None:

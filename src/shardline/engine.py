@@ -131,6 +131,7 @@ class Engine(nn.Module):
             prefetch=zero.stage3_prefetch_bucket_size > 0,
             reshard_after_forward=zero.reshard_after_forward,
             max_kept=zero.stage3_max_live_parameters,
+            on_host=self.comm.device.type == "cpu",
         )
         self._hooks = Hooks(self.module, units, self.schedule, self._begin_forward)
         self._boundary: Boundary | None = None

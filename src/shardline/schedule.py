@@ -77,10 +77,12 @@ class Schedule:
         prefetch: bool,
         reshard_after_forward: bool,
         max_kept: int,
+        on_host: bool,
     ) -> None:
         self.units = units
         self._all_alike = all_alike  # whether every rank has the same list; collective
         self._local = all(unit.local for unit in units)  # nothing is ever reduced
+        self._on_host = on_host
         self._first = True  # no backward has run yet
         self._alike = False  # all ranks have last used their units in the same order
         self._max_kept = max_kept  # elements of units that were gathered for other ranks' sake
@@ -246,6 +248,8 @@ class Schedule:
         """Backward (or what runs inside it) needs the whole weights of ``unit``."""
         if unit not in self._almost_ready:
             self._flush_almost_ready()
+        if self._on_host:  # on an accelerator the stream would wait, and not compute meanwhile
+            self._let_go()
         if not unit.sharded:
             return
         if not self.in_backward:  # torch.autograd.grad within a forward
@@ -318,6 +322,11 @@ class Schedule:
     def _flying(self) -> int:
         """Elements of the reductions that are started and not over: with the next at most those of one large unit."""
         return sum(unit.plan.numel for unit, _ in self._in_flight)
+
+    def _let_go(self) -> None:
+        """Give back what reductions that are over held, before the next gradients take memory."""
+        while self._in_flight and self._in_flight[0][0].has_reduced():
+            self._in_flight.popleft()[0].finish_reduce()
 
     def _finish(self, unit: Unit, back: _Walk) -> None:
         """Wait for a reduction. The other ranks join it once they have what they gather before: so join that first.

@@ -55,8 +55,8 @@ _NAP, _LONGEST_NAP = 20e-6, 1e-3  # seconds
 _LOOK = 0.1  # seconds of waiting between looks whether the peers still live
 _LEAVING = 10.0  # seconds to wait, at the end, for peers that have yet to read what was announced
 
-_SCRATCH = 1 << 19
-"""Bytes of a term that are summed at a time: few enough to stay in the cache."""
+_BLOCK = 1 << 17
+"""Elements of each term that are summed at a time: few enough to stay in the cache."""
 
 _OPEN: list[weakref.ref[Peers]] = []
 """Of all engines of this process: one that waits goes on with what the others started."""
@@ -83,7 +83,6 @@ class Peers:
 
     def __init__(self, rank: int, board: Board, peers: Sequence[Peer], timeout: timedelta) -> None:
         self.rank, self.board, self.peers, self.timeout = rank, board, list(peers), timeout.total_seconds()
-        self.scratch = torch.empty(len(self.peers) + 1, _SCRATCH, dtype=torch.uint8)
         self.transports = [DirectTransport(self, channel) for channel in range(_CHANNELS)]
         _OPEN.append(weakref.ref(self, _OPEN.remove))
         # Runs at the end of processes of multiprocessing, too, where atexit does not.
@@ -271,16 +270,16 @@ class DirectTransport:
         self, buffer: Tensor | Scattered, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
     ) -> Work:
         rank, low, high = self.peers.rank, boundaries[self.peers.rank], boundaries[self.peers.rank + 1]
-        rows = self.peers.scratch.view(buffer.dtype)
-        size = buffer.numel() * buffer.dtype.itemsize
+        size, step = buffer.numel() * buffer.dtype.itemsize, min(high - low, _BLOCK)
 
         def add_up() -> None:
             terms: list[_Term] = [
                 _PeersTerm(peer, *self._announced_by(peer, size), buffer.numel()) for peer in self.peers.peers
             ]
             terms.insert(rank, _OwnTerm(buffer))
-            for start in range(low, high, rows.shape[1]):
-                stop = min(start + rows.shape[1], high)
+            rows = torch.empty(len(terms), step, dtype=buffer.dtype)
+            for start in range(low, high, max(1, step)):
+                stop = min(start + step, high)
                 parts = [term.get(start, row[: stop - start]) for term, row in zip(terms, rows, strict=True)]
                 add_in_order(parts, out[start - low : stop - low], add=add)
 
