@@ -6,7 +6,7 @@ Looked at after every operation of torch: the bytes that the process has allocat
 all threads), above what it had before the model was built. Strong lines are bytes in use: weights, gradients, masters,
 optimizer state, activations, what is in flight. Thin lines add the free buffers that the engine's pool keeps for the
 next use. Dashed lines are the state that rests between steps by the formula of ``Plan.state_bytes``, less gradients.
-Ranks talk over gloo here: memory that they share otherwise is not glibc's.
+Buffers are kept out of large pages here, which are not glibc's.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import shardline
+from shardline import buffer
 from shardline.testing import run_distributed
 
 WIDTH, DEPTH, BATCH, MIB = 1024, 8, 64, 2**20
@@ -100,6 +101,7 @@ def measure(stage: int, warm_up: int = 3) -> tuple[Trace, float]:
         "communication_transport": "gloo",
     }
     model = nn.Sequential(*(Block() for _ in range(DEPTH)))
+    buffer._LARGE = sys.maxsize
     engine, *_ = shardline.initialize(model=model, config=config)
     x = torch.randn(BATCH, WIDTH)
     with Watch(engine._layout.pool, base) as watch:

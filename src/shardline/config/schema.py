@@ -181,7 +181,7 @@ class Config(Section):
     communication_data_type: Dtype | None = key(None, "Dtype of gradient reductions; null is the gradients' own.")
     communication_transport: Literal["auto", "gloo"] = key(
         "auto",
-        'How CPU tensors travel: "auto" takes memory that the ranks share where all run on one host, else gloo.',
+        'How CPU tensors travel: "auto" has ranks read each other\'s memory where all run on one host, else gloo.',
         own=True,
     )
     fp16: FP16 = key(FP16, "Training in fp16.")
