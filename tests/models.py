@@ -453,3 +453,19 @@ class Orphan(LateInit):
     def __init__(self) -> None:
         super().__init__()
         self.orphan = nn.Parameter(torch.zeros(7))
+
+
+class OddGradients(nn.Module):
+    """Gradients that do not lie as their parameters do: expanded, transposed, sparse, absent, two in one memory."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(width, width), nn.Linear(width, width)
+        self.one, self.other = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(1, width))
+        self.expanded, self.turned = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width, 3).t())
+        self.rows, self.unused = nn.Embedding(5, width, sparse=True), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) + (self.one.view(-1) + self.other.view(-1)) + self.expanded.sum() / 8
+        x = x + (self.turned * self.turned + self.turned).sum(0) + self.rows(torch.tensor([1, 3, 3])).mean(0)
+        return x + self.last(torch.tanh(x))
