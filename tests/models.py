@@ -464,6 +464,11 @@ class OddGradients(nn.Module):
         self.one, self.other = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(1, width))
         self.expanded, self.turned = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width, 3).t())
         self.rows, self.unused = nn.Embedding(5, width, sparse=True), nn.Linear(width, width)
+        self.first.weight.register_post_accumulate_grad_hook(self._turn)
+
+    @staticmethod
+    def _turn(param: Tensor) -> None:
+        param.grad = param.grad.t().contiguous().t()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x) + (self.one.view(-1) + self.other.view(-1)) + self.expanded.sum() / 8
