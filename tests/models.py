@@ -468,7 +468,8 @@ class OddGradients(nn.Module):
 
     @staticmethod
     def _turn(param: Tensor) -> None:
-        param.grad = param.grad.t().contiguous().t()
+        grad, rows = param.grad, param.shape[0]
+        param.grad = torch.empty_strided(param.shape, (1, rows), dtype=grad.dtype).copy_(grad)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x) + (self.one.view(-1) + self.other.view(-1)) + self.expanded.sum() / 8
