@@ -8,6 +8,7 @@ memory counted like that as it is at the end of the window.
 
 from __future__ import annotations
 
+import mmap
 import os
 import platform
 import sys
@@ -31,6 +32,17 @@ def peak() -> float:
 def restart_peak() -> None:
     """Begin a new peak at what is in memory now."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def touch_free_memory(size: int = 1 << 30) -> None:
+    """Write to ``size`` bytes of free memory and give them back.
+
+    The host of a virtual machine may have taken free memory back; whoever touches it first then waits for the host.
+    """
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    torch.frombuffer(memory, dtype=torch.uint8)[:: mmap.PAGESIZE].fill_(1)
+    memory.close()
 
 
 def available() -> bool:

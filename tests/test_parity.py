@@ -11,7 +11,6 @@ import itertools
 import pytest
 import torch
 
-import shardline.unit
 from tests.harness import (
     DTYPES,
     OPTIMIZERS,
@@ -97,25 +96,17 @@ def test_stages_are_one_another_bit_by_bit(ranks, world, clip, optimizer):
             assert by_stage[stage]["norms"] == by_stage[0]["norms"]
 
 
-def train_without_packing(*args):
-    """Gradients are read where autograd left them, however small they are."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shardline.unit, "_LARGE", 0)
-        return train(*args)
-
-
-@pytest.mark.parametrize("way", [train, train_without_packing])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_transports_are_one_another_bit_by_bit(ranks, dtype, world, accumulation, way):
+def test_transports_are_one_another_bit_by_bit(ranks, dtype, world, accumulation):
     """gloo, and reading each other's memory."""
     setup = Setup(dtype, "AdamW", clip=0.25, accumulation=accumulation, micro=2)
     batches = spread(tokens, 4, setup, world)
     configs = [setup.config(stage) for stage in STAGES]
     over_gloo = [{**config, "communication_transport": "gloo"} for config in configs]
     expected = ranks(train, world, TinyGpt, cross_entropy, batches, over_gloo)
-    for found, others in zip(ranks(way, world, TinyGpt, cross_entropy, batches, configs), expected, strict=True):
+    for found, others in zip(ranks(train, world, TinyGpt, cross_entropy, batches, configs), expected, strict=True):
         for result, other in zip(found, others, strict=True):
             assert_identical(result["state"], other["state"])
             assert result["losses"] == other["losses"] and result["norms"] == other["norms"]
@@ -130,9 +121,7 @@ def test_gradients_that_lie_in_odd_ways(ranks, dtype):
     expected = ranks(train, 2, OddGradients, mse, batches, over_gloo)
     by_hand = train_twin(OddGradients, mse, batches, setup)[1]["state"]
     start = seeded(OddGradients).state_dict()
-    for found, others in zip(
-        ranks(train_without_packing, 2, OddGradients, mse, batches, configs), expected, strict=True
-    ):
+    for found, others in zip(ranks(train, 2, OddGradients, mse, batches, configs), expected, strict=True):
         for result, other in zip(found, others, strict=True):
             assert_identical(result["state"], other["state"])
             assert_close(result["state"], by_hand, dtype, start)

@@ -10,7 +10,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import shardline.unit
 from shardline.comm.board import Peer
 from shardline.comm.direct import DirectTransport
 from tests.harness import Setup, start
@@ -91,18 +90,11 @@ def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.tanh(x)
 
 
-def work(config: dict[str, object], pack: bool = True) -> tuple[Counter[str], Counter[str], int] | None:
+def work(config: dict[str, object]) -> tuple[Counter[str], Counter[str], int] | None:
     """Bytes written by the third step's forward and backward, and by its step(); values that the host reads.
 
     None where ranks do not read each other: gloo's own copies are not dispatched.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        if not pack:
-            patch.setattr(shardline.unit, "_LARGE", 0)
-        return _work(config)
-
-
-def _work(config: dict[str, object]) -> tuple[Counter[str], Counter[str], int] | None:
     engine = start(Stack, config)
     if not isinstance(engine.comm._transports[0], DirectTransport):
         return engine.destroy()
@@ -143,16 +135,3 @@ def test_bytes_written_by_copies_and_sums(ranks, stage: int, dtype: str) -> None
     for found_passes, found_update, read in results:
         assert (+found_passes, +found_update) == (+Counter(passes), +Counter(update))
         assert read == 0
-
-
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_large_gradients_are_summed_from_where_autograd_left_them(ranks, stage: int) -> None:
-    """Nothing is packed. Here a shard is a weight and a bias, so this rank's term is brought together in the cache."""
-    weights = DEPTH * WIDTH * WIDTH * SIZE["fp32"]
-    gathered = 2 * 4 * PARAMS - 4 * PARAMS // DEPTH if stage == 3 else 0
-    expected = Counter({"from peers": gathered // 2 + weights, "copy_": gathered // 2 + weights, "add": 2 * PARAMS})
-    results = ranks(work, 2, Setup(dtype="fp32", micro=1).config(stage), False)
-    if None in results:
-        pytest.skip("these ranks do not read each other")
-    for passes, _, _ in results:
-        assert +passes == +expected

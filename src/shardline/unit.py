@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from shardline.buffer import Pool, empty, has_memory_alone, seal, unseal, view
-from shardline.comm import DONE, Comm, Scattered, Work
+from shardline.comm import DONE, Comm, Work
 from shardline.errors import ModelError, UsageError
 from shardline.offload import Offload
 from shardline.placement import Placement, Stage, Transition, transition
@@ -33,10 +33,6 @@ from shardline.plan import Entry, Fragment, Run, SlabPlan, UnitPlan
 from shardline.precision import Precision
 
 __all__ = ["Residence", "RunTensors", "Slab", "Unit"]
-
-
-_LARGE = 1 << 17
-"""Bytes of gradient for each parameter from which it is not worth packing them."""
 
 
 class Residence(Enum):
@@ -300,9 +296,9 @@ class Slab:
 
         return Work((), finish, arrived=work.has_arrived)
 
-    def _reduce_down(self, offload: Offload, unit: int, source: Tensor | Scattered, borrowed: list[Tensor]) -> Work:
+    def _reduce_down(self, offload: Offload, unit: int, source: Tensor, borrowed: list[Tensor]) -> Work:
         """The same where ``grad`` is in host memory: the sum goes there when it is complete."""
-        if isinstance(source, Tensor) and self.comm.world_size == 1:
+        if self.comm.world_size == 1:
             total, work, borrowed = source, DONE, [each for each in borrowed if each is not source]
         else:
             total = self.pool.take(self.stop - self.start, self.grad_dtype)
@@ -326,15 +322,12 @@ class Slab:
         while borrowed:
             self.pool.give(borrowed.pop())
 
-    def _source(self, factor: float, place: Tensor | None = None) -> tuple[Tensor | Scattered, list[Tensor]]:
+    def _source(self, factor: float, place: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """This rank's gradients as they travel, and the buffers of the pool in which they lie.
 
         They may be packed into ``place``, where their sum will be, if that is as large as the slab.
         """
         if self.partial is None:
-            scattered = self._scattered() if self.comm.takes_scattered and factor == 1.0 else None
-            if scattered is not None:
-                return scattered, []
             if place is not None and place.numel() == self.plan.size and place.dtype == self.reduce_dtype:
                 self._pack(place, factor, add=False)
                 return place, []
@@ -348,28 +341,6 @@ class Slab:
         wire = self.pool.take(self.plan.size, self.reduce_dtype)
         wire.copy_(partial)
         return wire, [wire, partial]
-
-    def _scattered(self) -> Scattered | None:
-        """The parameters' gradients where autograd left them, if they are large and of the dtype that travels."""
-        if self.plan.size * self.reduce_dtype.itemsize < _LARGE * len(self.params):
-            return None
-        if any(param.grad is not None and param.grad.dtype != self.reduce_dtype for param in self.params):
-            return None
-        parts = []
-        for param, entry in zip(self.params, self.plan.entries, strict=True):
-            grad, param.grad = param.grad, None
-            if grad is not None:
-                parts.append((entry.offset, self._flat(grad, entry)))
-        return Scattered(self.plan.size, self.reduce_dtype, parts) if parts else None
-
-    @staticmethod
-    def _flat(grad: Tensor, entry: Entry) -> Tensor:
-        """``grad`` as a 1-D view, or a copy if it does not lie as its parameter does, or others use its memory."""
-        shape, stride = entry.param.shape, entry.param.stride
-        if grad.layout is not torch.strided or grad.stride() != stride or not has_memory_alone(grad):
-            dense = grad.to_dense() if grad.layout is not torch.strided else grad
-            grad = torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device).copy_(dense)
-        return grad.as_strided((entry.param.numel,), (1,))
 
     def _empty_master(self) -> Tensor:
         low, high = self.state_range

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from shardline.buffer import Pool
-from shardline.comm import Comm, Scattered
+from shardline.comm import Comm
 from shardline.comm import board as board_module
 from shardline.comm import direct as direct_module
 from shardline.comm.board import Board, Peer
@@ -145,43 +144,6 @@ def test_the_bits_are_those_of_gloo(ranks, dtype, out_dtype, add) -> None:
     for world, numel in ((2, 2 * LARGE), (3, 7 * LARGE + 64)):
         results = ranks(both_transports, world, numel, dtype, out_dtype, add)
         assert all(same and torch.equal(whole, results[0][1]) for same, whole in results)
-
-
-def scattered_and_flat(cuts, numel, dtype):
-    """Rank 0 has its term in several places, with holes; rank 1 in others; rank 2 in one."""
-    peers = peers_here()
-    rank, size = peers.rank, dist.get_world_size()
-    whole = torch.randn(numel, generator=torch.Generator().manual_seed(rank)).to(dtype)
-    source, expected = whole, []
-    for other in range(size):
-        term = torch.randn(numel, generator=torch.Generator().manual_seed(other)).to(dtype)
-        for start, stop in cuts[other][1:] if other < len(cuts) else ():
-            term[start:stop] = 0
-        expected.append(term)
-    if rank < len(cuts):
-        edges, *holes = cuts[rank]
-        parts = [(a, whole[a:b].clone()) for a, b in pairwise(edges) if (a, b) not in holes]
-        source = Scattered(numel, dtype, parts)
-    boundaries = [numel * part // size // 64 * 64 for part in range(size)] + [numel]
-    low, high = boundaries[rank], boundaries[rank + 1]
-    out = torch.empty(high - low)
-    peers.transports[1].reduce(source, boundaries, out, add=False, scratch=Pool(CPU)).wait()
-    leave(peers)
-    total = expected[0][low:high].float()
-    for term in expected[1:]:
-        total = total + term[low:high].float()
-    return torch.equal(out, total)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("world", [2, 3])
-def test_what_lies_in_several_places_is_summed_there(ranks, world, dtype) -> None:
-    numel = 3 * (1 << 17) + 64
-    cuts = [
-        ([0, 7, 1 << 17, 200_000, 200_001, numel - 5, numel], (7, 1 << 17), (numel - 5, numel)),
-        ([0, 65, 300_000, 300_100, numel], (300_000, 300_100)),
-    ]
-    assert ranks(scattered_and_flat, world, cuts, numel, dtype) == [True] * world
 
 
 # --- nobody waits for ever --------------------------------------------------------------------------------------------
@@ -454,7 +416,7 @@ def test_who_leaves_keeps_what_others_have_yet_to_read(ranks, patience) -> None:
 EARLY = """
 import os, time
 import torch, torch.distributed as dist
-from shardline.comm import Comm, Scattered
+from shardline.comm import Comm
 dist.init_process_group("gloo")
 comm, buffer = Comm(dist.group.WORLD, torch.device("cpu")), torch.full((1 << 20,), float(os.environ["RANK"]))
 if comm.rank == 0:

@@ -21,10 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardline.comm.direct import Peers, attach
-from shardline.comm.transport import DONE, Scattered, Scratch, Transport, Work, choose
+from shardline.comm.transport import DONE, Scratch, Transport, Work, choose
 from shardline.errors import DisagreementError, UsageError
 
-__all__ = ["DONE", "Comm", "Scattered", "Work", "check_alike"]
+__all__ = ["DONE", "Comm", "Work", "check_alike"]
 
 _OPERATIONS = ("gather", "reduce")
 
@@ -121,32 +121,13 @@ class Comm:
             own = buffer[boundaries[self.rank] : boundaries[self.rank + 1]]
         return self._transports[0].gather(own, buffer, boundaries)
 
-    @property
-    def takes_scattered(self) -> bool:
-        """Whether :meth:`reduce` takes what lies in several places."""
-        return self._peers is not None
-
     def reduce(
-        self,
-        unit: int,
-        buffer: Tensor | Scattered,
-        boundaries: Sequence[int],
-        out: Tensor,
-        *,
-        add: bool,
-        scratch: Scratch,
+        self, unit: int, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
     ) -> Work:
-        """Write (``add``: add) the sum over ranks of this rank's range of ``buffer`` (1-D) to ``out`` (1-D).
-
-        Until the pool lends ``buffer`` again, or :meth:`settle`, the others may read it.
-        """
+        """Write (``add``: add) the sum over ranks of this rank's range of ``buffer`` (1-D) to ``out`` (1-D)."""
         if self._transports is None:
             raise AssertionError("a world of one has nothing to reduce: its buffers are aliases")
         self._note("reduce", unit, buffer.numel())
-        if self._peers is not None:
-            return self._peers.transports[1].reduce(buffer, boundaries, out, add=add, scratch=scratch)
-        if isinstance(buffer, Scattered):
-            raise AssertionError("this transport takes flat buffers only; see takes_scattered")
         return self._transports[1].reduce(buffer, boundaries, out, add=add, scratch=scratch)
 
     def _note(self, operation: str, unit: int, elements: int) -> None:

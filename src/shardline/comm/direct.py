@@ -2,8 +2,7 @@
 
 To start a transition is to announce where this rank's part lies. To carry it out is to take what this rank needs
 straight from where the others announced theirs, and to say that it was read. What was announced is kept, and not
-written, until all have read it. What lies in several places is announced by a table of them, so that gradients are
-summed from where autograd left them.
+written, until all have read it.
 
 No thread does that: whatever is due is done whenever this rank starts or waits for anything, so a rank that waits for
 one transition never keeps the others from theirs.
@@ -20,15 +19,11 @@ import platform
 import sys
 import time
 import weakref
-from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import islice
 from multiprocessing.util import Finalize
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +31,7 @@ import torch
 from torch import Tensor
 
 from shardline.comm.board import Board, Peer
-from shardline.comm.transport import Scattered, Scratch, Work, add_in_order, put
+from shardline.comm.transport import Scratch, Work, add_in_order, put
 from shardline.errors import DisagreementError, LostRankError, UsageError
 
 __all__ = ["DirectTransport", "Peers", "attach"]
@@ -46,8 +41,7 @@ _RING = 1024
 """Announcements of a channel that can be unread; the next one waits."""
 
 _LINE = 8  # words of a cache line: what one rank writes and another reads at once lie apart
-_ENTRY = 3
-_CHANNEL = 2 * _LINE + _ENTRY * _RING  # words: started | carried out | ring of (address, bytes, rows)
+_CHANNEL = 2 * _LINE + 2 * _RING  # words: started | carried out | ring of (address, bytes)
 _BOARD = 8 * (_LINE + _CHANNELS * _CHANNEL)  # bytes
 
 _YIELDS = 50  # rounds of waiting that only let another process run, before the first sleep
@@ -61,7 +55,7 @@ _BLOCK = 1 << 17
 _OPEN: list[weakref.ref[Peers]] = []
 """Of all engines of this process: one that waits goes on with what the others started."""
 
-_UNREAD: list[object] = []
+_UNREAD: list[Tensor] = []
 """What an engine announced that was destroyed before all had read it: it stays, for the latecomers."""
 
 
@@ -155,7 +149,7 @@ class Peers:
         """Leave: the others find this rank gone."""
         self._at_exit.cancel()
         self.leave()
-        _UNREAD.extend(announced for each in self.transports for announced in each.kept)
+        _UNREAD.extend(announced.part for each in self.transports for announced in each.kept)
         self.board.close()
         self.transports, self.peers = [], []
         _OPEN[:] = [other for other in _OPEN if other() is not self]
@@ -173,73 +167,7 @@ class _Announced:
     """What the others read for a transition that this rank started."""
 
     number: int
-    part: Tensor | Scattered
-    table: Tensor  # where ``part`` lies; itself, if that is one place
-
-
-class _Term(ABC):
-    """A rank's flat buffer, in one place or several, as a term of a sum.
-
-    Attributes:
-        places: (first element, end, where) of each range, in order.
-    """
-
-    places: Sequence[tuple[int, int, Any]]
-
-    @abstractmethod
-    def copy(self, where: Any, skip: int, out: Tensor) -> None:
-        """Fill ``out`` with what lies ``skip`` elements behind the beginning of a place."""
-
-    def get(self, start: int, out: Tensor) -> Tensor:
-        """As many elements as ``out`` has, from element ``start``: copied there."""
-        stop, found = start + out.numel(), []
-        for begin, end, where in islice(self.places, bisect_right(self.places, start, key=itemgetter(1)), None):
-            if begin >= stop:
-                break
-            low, high = max(begin, start), min(end, stop)
-            found.append((where, low - begin, out[low - start : high - start]))
-        if sum(part.numel() for _, _, part in found) < out.numel():
-            out.zero_()
-        for where, skip, part in found:
-            self.copy(where, skip, part)
-        return out
-
-
-class _OwnTerm(_Term):
-    def __init__(self, buffer: Tensor | Scattered) -> None:
-        parts = buffer.parts if isinstance(buffer, Scattered) else [(0, buffer)]
-        self.places = [(start, start + part.numel(), part) for start, part in parts]
-
-    def copy(self, where: Tensor, skip: int, out: Tensor) -> None:
-        out.copy_(where[skip : skip + out.numel()])
-
-    def get(self, start: int, out: Tensor) -> Tensor:
-        """The elements where they lie, if that is one place."""
-        place = bisect_right(self.places, start, key=itemgetter(1))
-        if place < len(self.places):
-            begin, end, part = self.places[place]
-            if begin <= start and start + out.numel() <= end:
-                whole: Tensor = part
-                return whole[start - begin : start - begin + out.numel()]
-        return super().get(start, out)
-
-
-class _PeersTerm(_Term):
-    def __init__(self, peer: Peer, address: int, rows: int, size: int) -> None:
-        self._peer, self.places = peer, [(0, size, address)]
-        if rows:
-            table = torch.empty(rows, 3, dtype=torch.int64)
-            peer.read(address, table.view(-1))
-            self.places = table.tolist()
-
-    def copy(self, where: int, skip: int, out: Tensor) -> None:
-        self._peer.read(where + skip * out.element_size(), out)
-
-
-def _table(buffer: Scattered) -> Tensor:
-    """Its ranges as the peers read them: first element, end, address."""
-    rows = [(start, start + part.numel(), part.data_ptr()) for start, part in buffer.parts]
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
+    part: Tensor
 
 
 class DirectTransport:
@@ -261,45 +189,39 @@ class DirectTransport:
             put(own, buffer, boundaries, self.peers.rank)
             for peer in self.peers.peers:
                 part = buffer[boundaries[peer.rank] : boundaries[peer.rank + 1]]
-                address, _ = self._announced_by(peer, part.nbytes)
-                peer.read(address, part)
+                peer.read(self._address(peer, part), part)
 
         return self._start(own, take, hold=(own, buffer), to_the_end=in_place)
 
-    def reduce(
-        self, buffer: Tensor | Scattered, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
-    ) -> Work:
-        rank, low, high = self.peers.rank, boundaries[self.peers.rank], boundaries[self.peers.rank + 1]
-        size, step = buffer.numel() * buffer.dtype.itemsize, min(high - low, _BLOCK)
+    def reduce(self, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch) -> Work:
+        rank, whole = self.peers.rank, buffer[: boundaries[-1]]
+        low, high, width = boundaries[rank], boundaries[rank + 1], whole.element_size()
+        step = min(high - low, _BLOCK)
 
         def add_up() -> None:
-            terms: list[_Term] = [
-                _PeersTerm(peer, *self._announced_by(peer, size), buffer.numel()) for peer in self.peers.peers
-            ]
-            terms.insert(rank, _OwnTerm(buffer))
-            rows = torch.empty(len(terms), step, dtype=buffer.dtype)
+            places = [(peer, self._address(peer, whole)) for peer in self.peers.peers]
+            rows = torch.empty(len(places), step, dtype=whole.dtype)
             for start in range(low, high, max(1, step)):
                 stop = min(start + step, high)
-                parts = [term.get(start, row[: stop - start]) for term, row in zip(terms, rows, strict=True)]
+                parts = [row[: stop - start] for row in rows]
+                for (peer, address), part in zip(places, parts, strict=True):
+                    peer.read(address + start * width, part)
+                parts.insert(rank, whole[start:stop])
                 add_in_order(parts, out[start - low : stop - low], add=add)
 
-        return self._start(buffer, add_up, hold=(buffer, out), to_the_end=False)
+        return self._start(whole, add_up, hold=(buffer, out), to_the_end=False)
 
-    def _start(
-        self, part: Tensor | Scattered, carry_out: Callable[[], None], hold: object, *, to_the_end: bool
-    ) -> Work:
+    def _start(self, part: Tensor, carry_out: Callable[[], None], hold: object, *, to_the_end: bool) -> Work:
         """Announce ``part``; ``to_the_end`` makes a wait one for all that read it: its owner may write it then."""
         peers, mine = self.peers, self._mine
         number = mine[self.count] + 1
         if number - self._read_by_all() > _RING:
             peers.wait(lambda: number - self._read_by_all() <= _RING)
-        table = _table(part) if isinstance(part, Scattered) else part
-        entry = self._ring + _ENTRY * (number % _RING)
-        mine[entry], mine[entry + 1] = table.data_ptr(), part.numel() * part.dtype.itemsize
-        mine[entry + 2] = 0 if table is part else len(table)
+        entry = self._ring + 2 * (number % _RING)
+        mine[entry], mine[entry + 1] = part.data_ptr(), part.nbytes
         mine[self.count] = number
         self.started.append((number, carry_out))
-        self.kept.append(_Announced(number, part, table))
+        self.kept.append(_Announced(number, part))
         progress()
 
         def over() -> bool:
@@ -311,17 +233,17 @@ class DirectTransport:
 
         return Work((), lambda: peers.wait(over), hold=hold, arrived=arrived)
 
-    def _announced_by(self, peer: Peer, expected: int) -> tuple[int, int]:
-        """Address and rows that ``peer`` announced for the transition that is carried out now."""
+    def _address(self, peer: Peer, part: Tensor) -> int:
+        """Where in its memory ``peer`` has what is as large as ``part``, for the transition that is carried out now."""
         number, _ = self.started[0]
-        entry = self._ring + _ENTRY * (number % _RING)
-        address, size, rows = peer.words[entry : entry + _ENTRY]
-        if size != expected:
+        entry = self._ring + 2 * (number % _RING)
+        address, size = peer.words[entry], peer.words[entry + 1]
+        if size != part.nbytes:
             raise DisagreementError(
-                f"rank {peer.rank} sends {size} bytes where rank {self.peers.rank} expects {expected}: "
+                f"rank {peer.rank} sends {size} bytes where rank {self.peers.rank} expects {part.nbytes}: "
                 f"they gather or reduce different units. Every rank must run the same model on the same path."
             )
-        return address, rows
+        return address
 
     def progress(self) -> None:
         """Carry out, in order, what all peers have started too, and forget what all have read."""

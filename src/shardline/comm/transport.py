@@ -7,7 +7,6 @@ Every transport answers the same two questions about a flat buffer cut into one 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
@@ -20,7 +19,6 @@ __all__ = [
     "ExchangeTransport",
     "HostStagedTransport",
     "NcclTransport",
-    "Scattered",
     "Scratch",
     "Transport",
     "Work",
@@ -81,23 +79,6 @@ class Transport(Protocol):
         adds shards of one size in its own order, in the dtype of ``buffer``.
         """
         ...
-
-
-@dataclass(frozen=True)
-class Scattered:
-    """A flat buffer whose ranges lie in several tensors; zero where none lies.
-
-    Attributes:
-        size: elements of the whole.
-        parts: (first element, 1-D tensor) of each range, in order and without overlap.
-    """
-
-    size: int
-    dtype: torch.dtype
-    parts: Sequence[tuple[int, Tensor]]
-
-    def numel(self) -> int:
-        return self.size
 
 
 class Scratch(Protocol):
