@@ -1,4 +1,4 @@
-"""What a gather, a reduction and the row of a step cost over shared memory and over gloo, beside a plain copy.
+"""What a gather, a reduction and the row of a step cost by direct reading and over gloo, beside a plain copy.
 
     python benchmarks/transport.py [--ranks 2] [--megabytes 16] [--rounds 50]
 
@@ -70,13 +70,13 @@ def main() -> None:
     found = run_distributed(measure, args.ranks, args.megabytes, args.rounds, timeout=600)
     slowest = {key: [max(each) for each in zip(*(times[key] for times in found), strict=True)] for key in found[0]}
     print(f"{args.ranks} ranks, {args.megabytes} MB: ms, median (minimum) of {args.rounds}\n")
-    print("|        |          | copy | shared memory | gloo | gloo / shared |\n|---|---|---|---|---|---|")
+    print("|        |          | copy | direct | gloo | gloo / direct |\n|---|---|---|---|---|---|")
     for dtype in ("float32", "bfloat16"):
         for what in ("gather", "reduce", "row"):
-            shared, gloo = slowest["auto", what, dtype], slowest["gloo", what, dtype]
+            direct, gloo = slowest["auto", what, dtype], slowest["gloo", what, dtype]
             copy = shown(slowest["auto", "copy", dtype]) if what != "row" else ""
-            ratio = statistics.median(other / one for one, other in zip(shared, gloo, strict=True))
-            print(f"| {what} | {dtype} | {copy} | {shown(shared)} | {shown(gloo)} | {ratio:.1f} |")
+            ratio = statistics.median(other / one for one, other in zip(direct, gloo, strict=True))
+            print(f"| {what} | {dtype} | {copy} | {shown(direct)} | {shown(gloo)} | {ratio:.1f} |")
 
 
 def shown(seconds: list[float]) -> str:

@@ -283,11 +283,10 @@ class Slab:
             return DONE
         if self.offload is not None:
             return self._reduce_down(self.offload, unit, *self._source(factor))
-        add, place = self.grad is not None, None
-        if self.grad is None:
-            self.grad = place = self._empty_grad()
-        source, borrowed = self._source(factor, place)
-        out = self.own(self.grad)
+        add = self.grad is not None
+        grad = self._empty_grad() if self.grad is None else self.grad
+        source, borrowed = self._source(factor, None if add else grad)
+        self.grad, out = grad, self.own(grad)
         work = self.comm.reduce(unit, source, self.plan.boundaries, out, add=add, scratch=self.pool)
 
         def finish() -> None:

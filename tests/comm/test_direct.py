@@ -413,6 +413,83 @@ def test_who_leaves_keeps_what_others_have_yet_to_read(ranks, patience) -> None:
     assert ranks(leaves_early, 2, patience) == [[0.0, 1.0]] * 2
 
 
+def forgotten():
+    """Rank 1's engine is collected, not closed, before rank 0 has read what it announced; its memory is used again."""
+    peers = peers_here()
+    rank = peers.rank
+    buffer = torch.full((2 * LARGE,), float(rank))
+    boundaries = [0, LARGE, 2 * LARGE]
+    if rank:
+        peers.transports[0].gather(buffer[LARGE:], buffer, boundaries)
+        dist.barrier()
+        del peers, buffer
+        gc.collect()
+        others = [torch.full((2 * LARGE,), -1.0) for _ in range(8)]
+        dist.barrier()
+        dist.barrier()
+        return len(others), 1.0
+    dist.barrier()
+    dist.barrier()
+    peers.transports[0].gather(buffer[:LARGE], buffer, boundaries)
+    found = len(direct_module._UNREAD), buffer[LARGE:].mean().item()
+    dist.barrier()
+    direct_module._UNREAD.clear()
+    return 8, found[1]
+
+
+def test_an_engine_that_is_only_forgotten_keeps_what_others_have_yet_to_read(ranks) -> None:
+    assert ranks(forgotten, 2) == [(8, 1.0)] * 2
+
+
+def interrupted():
+    """Something ends rank 0's sum in its second block."""
+    peers = peers_here()
+    out, work, blocks, read = torch.zeros(2 * LARGE), None, [], Peer.read
+
+    def interrupt(peer, address, part):
+        blocks.append(part)
+        if peers.rank == 0 and len(blocks) == 2:
+            raise KeyboardInterrupt
+        read(peer, address, part)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Peer, "read", interrupt)
+        with contextlib.suppress(KeyboardInterrupt):
+            peers.transports[1].reduce(torch.ones(4 * LARGE), [0, 2 * LARGE, 4 * LARGE], out, add=True, scratch=None)
+        dist.barrier()
+        with contextlib.suppress(KeyboardInterrupt):
+            peers.transports[1].progress()
+    said = ""
+    try:
+        work = peers.transports[1].reduce(out, [0, LARGE, 2 * LARGE], out[:LARGE], add=False, scratch=None)
+    except UsageError as error:
+        said = str(error)
+    dist.barrier()
+    peers.close()
+    return work is None, said, out[0].item()
+
+
+def test_what_was_interrupted_is_not_begun_anew(ranks) -> None:
+    first, second = ranks(interrupted, 2)
+    assert first[0] and "half-way by KeyboardInterrupt" in first[1] and first[2] == 2.0
+    assert not second[0] and second[2] == 2.0
+
+
+def elsewhere():
+    """Tensors are made on another device unless somebody says where."""
+    with torch.device("meta"):
+        comm = Comm(dist.group.WORLD, CPU)
+        source, out = torch.ones(2 * LARGE, device="cpu"), torch.zeros(LARGE, device="cpu")
+        comm.reduce(0, source, [0, LARGE, 2 * LARGE], out, add=False, scratch=Pool(CPU)).wait()
+        kind = type(comm._transports[0]).__name__
+        comm.close()
+    return kind, out.sum().item()
+
+
+def test_the_default_device_does_not_matter(ranks) -> None:
+    assert ranks(elsewhere, 2) == [("DirectTransport", 2.0 * LARGE)] * 2
+
+
 EARLY = """
 import os, time
 import torch, torch.distributed as dist

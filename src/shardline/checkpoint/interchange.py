@@ -201,7 +201,8 @@ class Writer(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """All of the save: every rank is here, and the commit has its own order among them."""
         group = dist.group.WORLD if self._group is None else self._group
-        channel = Alone() if plan.storage_data["ranks"] == 1 else Comm(group, torch.device("cpu"), backend="gloo")
+        alone = plan.storage_data["ranks"] == 1
+        channel = Alone() if alone else Comm(group, torch.device("cpu"), backend="gloo", transport="gloo")
         found = Captured()
         try:
             together(channel, "collecting the checkpoint", lambda: _collect(plan, planner, found))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 import secrets
@@ -21,6 +22,8 @@ from shardline.errors import LostRankError
 __all__ = ["Board", "Peer"]
 
 _libc = ctypes.CDLL(None, use_errno=True)
+if hasattr(_libc, "process_vm_readv"):
+    _libc.process_vm_readv.restype = ctypes.c_ssize_t
 
 _PR_SET_PTRACER, _ANY = 0x59616D61, ctypes.c_ulong(-1)
 
@@ -46,10 +49,11 @@ class Board:
         self.size = size
         self.fd = os.memfd_create("shardline")
         self.close = weakref.finalize(self, os.close, self.fd)
+        self.close.atexit = False  # a process that ends waits for its peers, and is there until it is gone
         os.posix_fallocate(self.fd, 0, size)  # a page that is missing later would be SIGBUS
         self.words = memoryview(mmap.mmap(self.fd, size)).cast("q")
         self.words[0] = token = secrets.randbits(62)
-        self.probe = torch.tensor([token])
+        self.probe = torch.tensor([token], device="cpu")
         # Where Yama keeps processes of one user from reading each other, it asks the one that is read.
         _libc.prctl(_PR_SET_PTRACER, _ANY, 0, 0, 0)
 
@@ -74,7 +78,7 @@ class Peer:
             self.words = memoryview(mmap.mmap(opened, size, prot=mmap.PROT_READ)).cast("q")
         finally:
             os.close(opened)
-        found = torch.zeros(1, dtype=torch.int64)
+        found = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.read(probe, found)
         if not self.words[0] == found.item() == token:
             raise ValueError(f"{self._path} is not the board of rank {rank}")
@@ -96,7 +100,7 @@ class Peer:
 
     def _refused(self, address: int) -> None:
         error = ctypes.get_errno()
-        if not self.is_there():
+        if error == errno.ESRCH or not self.is_there():  # a process that dies has its files for longer than its memory
             raise LostRankError(
                 f"rank {self.rank} (process {self.pid}) ended, or closed its engine, before what it sent was read. "
                 f"What that rank printed last says why."

@@ -56,13 +56,13 @@ _OPEN: list[weakref.ref[Peers]] = []
 """Of all engines of this process: one that waits goes on with what the others started."""
 
 _UNREAD: list[Tensor] = []
-"""What an engine announced that was destroyed before all had read it: it stays, for the latecomers."""
+"""What an engine announced that is gone before all have read it: it stays, for the latecomers."""
 
 
 def _transports() -> Iterator[DirectTransport]:
     for reference in tuple(_OPEN):
         peers = reference()
-        if peers is not None:
+        if peers is not None and peers.pid == os.getpid():  # not those of the process that this one was forked from
             yield from peers.transports
 
 
@@ -77,7 +77,10 @@ class Peers:
 
     def __init__(self, rank: int, board: Board, peers: Sequence[Peer], timeout: timedelta) -> None:
         self.rank, self.board, self.peers, self.timeout = rank, board, list(peers), timeout.total_seconds()
+        self.pid = os.getpid()
         self.transports = [DirectTransport(self, channel) for channel in range(_CHANNELS)]
+        for each in self.transports:
+            weakref.finalize(self, _outlive, each.kept, each.done, list(peers))
         _OPEN.append(weakref.ref(self, _OPEN.remove))
         # Runs at the end of processes of multiprocessing, too, where atexit does not.
         self._at_exit = Finalize(None, _leave, (weakref.ref(self),), exitpriority=10)
@@ -142,17 +145,19 @@ class Peers:
 
     def leave(self) -> None:
         """Return when nobody will read this rank's memory any more: all have read what was announced, or are gone."""
-        with contextlib.suppress(LostRankError, DisagreementError):
-            self.wait(lambda: not any(each.kept for each in self.transports), patience=_LEAVING)
+        with contextlib.suppress(LostRankError, DisagreementError, UsageError, OSError):
+            whole = [each for each in self.transports if not each.broken]
+            self.wait(lambda: not any(each.kept or each.started for each in whole), patience=_LEAVING)
 
     def close(self) -> None:
         """Leave: the others find this rank gone."""
         self._at_exit.cancel()
-        self.leave()
-        _UNREAD.extend(announced.part for each in self.transports for announced in each.kept)
-        self.board.close()
-        self.transports, self.peers = [], []
-        _OPEN[:] = [other for other in _OPEN if other() is not self]
+        try:
+            self.leave()
+        finally:
+            self.board.close()
+            self.transports, self.peers = [], []
+            _OPEN[:] = [other for other in _OPEN if other() is not self]
 
 
 def _leave(reference: weakref.ref[Peers]) -> None:
@@ -160,6 +165,12 @@ def _leave(reference: weakref.ref[Peers]) -> None:
     peers = reference()
     if peers is not None and getattr(sys, "last_value", None) is None:
         peers.leave()
+
+
+def _outlive(kept: deque[_Announced], done: int, peers: Sequence[Peer]) -> None:
+    """The engine is gone, by ``destroy`` or because nobody held it any more."""
+    read = min(peer.words[done] for peer in peers)
+    _UNREAD.extend(announced.part for announced in kept if announced.number > read)
 
 
 @dataclass(frozen=True)
@@ -178,9 +189,10 @@ class DirectTransport:
         # Numbers of what was started and not carried out, for which others may wait, and what there is to do.
         self.started: deque[tuple[int, Callable[[], None]]] = deque()
         self.kept: deque[_Announced] = deque()  # perhaps not read by all
+        self.broken = ""  # what ended a transition half-way
         # Where on the board: how many were started, how many carried out, and where the parts are.
         self.count = _LINE + channel * _CHANNEL
-        self._done, self._ring = self.count + _LINE, self.count + 2 * _LINE
+        self.done, self._ring = self.count + _LINE, self.count + 2 * _LINE
 
     def gather(self, own: Tensor, buffer: Tensor, boundaries: Sequence[int]) -> Work:
         in_place = own.data_ptr() == buffer[boundaries[self.peers.rank] :].data_ptr()
@@ -200,7 +212,8 @@ class DirectTransport:
 
         def add_up() -> None:
             places = [(peer, self._address(peer, whole)) for peer in self.peers.peers]
-            rows = torch.empty(len(places), step, dtype=whole.dtype)
+            # Not of the scratch: this may run while the pool that lends it looks for a piece.
+            rows = torch.empty(len(places), step, dtype=whole.dtype, device="cpu")
             for start in range(low, high, max(1, step)):
                 stop = min(start + step, high)
                 parts = [row[: stop - start] for row in rows]
@@ -213,6 +226,7 @@ class DirectTransport:
 
     def _start(self, part: Tensor, carry_out: Callable[[], None], hold: object, *, to_the_end: bool) -> Work:
         """Announce ``part``; ``to_the_end`` makes a wait one for all that read it: its owner may write it then."""
+        self._check_whole()
         peers, mine = self.peers, self._mine
         number = mine[self.count] + 1
         if number - self._read_by_all() > _RING:
@@ -225,7 +239,8 @@ class DirectTransport:
         progress()
 
         def over() -> bool:
-            return mine[self._done] >= number and (not to_the_end or self._read_by_all() >= number)
+            self._check_whole()
+            return mine[self.done] >= number and (not to_the_end or self._read_by_all() >= number)
 
         def arrived() -> bool:
             progress()
@@ -249,25 +264,37 @@ class DirectTransport:
         """Carry out, in order, what all peers have started too, and forget what all have read."""
         while self.started and all(peer.words[self.count] >= self.started[0][0] for peer in self.peers.peers):
             number, carry_out = self.started[0]
-            carry_out()
-            self._mine[self._done] = number
+            try:
+                carry_out()
+            except BaseException as error:  # to begin anew would add what was added
+                self.broken = repr(error)
+                self.started.clear()
+                raise
+            self._mine[self.done] = number
             self.started.popleft()
         if self.kept:
             read = self._read_by_all()
             while self.kept and self.kept[0].number <= read:
                 self.kept.popleft()
 
+    def _check_whole(self) -> None:
+        if self.broken:
+            raise UsageError(
+                f"a transition of this engine was ended half-way by {self.broken}, so its buffers are not whole. End "
+                f"the job, and resume it from a checkpoint."
+            )
+
     def _read_by_all(self) -> int:
         """The newest transition that all peers have carried out."""
-        return min(peer.words[self._done] for peer in self.peers.peers)
+        return min(peer.words[self.done] for peer in self.peers.peers)
 
     def is_read(self) -> bool:
         """Whether what this rank carried out was carried out by all."""
-        return self._read_by_all() >= self._mine[self._done]
+        return self._read_by_all() >= self._mine[self.done]
 
     def lacks(self, peer: Peer) -> bool:
         """Whether ``peer`` is behind this rank."""
-        return any(peer.words[word] < self._mine[word] for word in (self.count, self._done))
+        return any(peer.words[word] < self._mine[word] for word in (self.count, self.done))
 
 
 def attach(
