@@ -49,7 +49,7 @@ COLLECTIVES = {"reduce": reduce_scatter, "gather": all_gather}
 def test_a_transition_gives_every_rank_what_its_target_holds(source: Placement, target: Placement) -> None:
     """Played through on sets of (element, whose contribution): no collective missing, none too many."""
     held = holdings(source, 3)
-    for operation in transition(source, target).value:
+    for operation in transition(source, target).collectives:
         before, held = held, COLLECTIVES[operation](held)
         assert held != before, f"{operation} moved nothing"
     assert all(wanted <= have for wanted, have in zip(holdings(target, 3), held, strict=True))
@@ -63,4 +63,4 @@ def test_nothing_becomes_a_partial_sum(source: Placement) -> None:
 
 def test_an_all_reduce_is_a_reduction_and_then_a_gather() -> None:
     assert transition(P, R) is Transition.REDUCE_GATHER
-    assert transition(P, R).value == transition(P, S).value + transition(S, R).value
+    assert transition(P, R).collectives == transition(P, S).collectives + transition(S, R).collectives

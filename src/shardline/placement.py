@@ -24,10 +24,15 @@ class Placement(Enum):
 class Transition(Enum):
     """The collectives that a change of placement needs, in the order they run."""
 
-    NONE = ()
-    GATHER = ("gather",)  # all-gather
-    REDUCE = ("reduce",)  # reduce-scatter
-    REDUCE_GATHER = ("reduce", "gather")  # together an all-reduce
+    NONE = ""  # not an empty tuple, of which Python 3.11.2 makes another value
+    GATHER = "gather"  # all-gather
+    REDUCE = "reduce"  # reduce-scatter
+    REDUCE_GATHER = "reduce gather"  # together an all-reduce
+
+    @property
+    def collectives(self) -> list[str]:
+        """Their names, in order."""
+        return self.value.split()
 
 
 _R, _S, _P = Placement.REPLICATED, Placement.SHARDED, Placement.PARTIAL
