@@ -126,9 +126,9 @@ class Rank:
         self._accumulation, self._taken = accumulation, 0
         _warm_up(work.dtype)
         self._base = measure.resident()
-        if measure.available():
-            measure.touch_free_memory()
-            measure.restart_peak()
+        measure.touch_free_memory()
+        measure.restart_peak()
+
         net = spec.fresh()
         self._parameters = sum(param.numel() for param in net.parameters())
         dist.barrier()

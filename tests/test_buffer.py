@@ -242,7 +242,6 @@ import torch
 from torch import nn
 from shardline.buffer import seal, is_sealed
 from shardline.errors import SealedError
-from shardline.memory import resident_bytes
 
 faulthandler.enable()
 warnings.simplefilter("ignore")

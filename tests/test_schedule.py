@@ -338,7 +338,9 @@ def test_on_the_host_what_is_over_is_let_go_before_the_next_gradients_come() -> 
         unit.has_reduced = partial(over.__contains__, unit.index)  # type: ignore[method-assign]
     drive.log.clear()
     drive.backward(3, 2, 1, 0, end=False)
-    assert drive.take("reduce", "finish") == [*("reduce 3", "finish 3", "reduce 2", "finish 2", "reduce 1", "reduce 0")]
+    assert drive.take("reduce", "finish") == [
+        "reduce 3", "finish 3", "reduce 2", "finish 2", "reduce 1", "reduce 0"
+    ]  # fmt: skip
     drive = Drive(4, sizes=(1, 1, 1, 100), on_host=False)
     drive.forward(0, 1, 2, 3)
     drive.log.clear()

@@ -117,10 +117,8 @@ def test_bytes_written_by_copies_and_sums(ranks, stage: int, dtype: str) -> None
     whole, shard = SIZE[dtype] * PARAMS, SIZE[dtype] * PARAMS // 2
     fp32_shard = 2 * PARAMS
     gathered = 2 * whole - whole // DEPTH if stage == 3 else 0  # the last block stays for the backward
-    packed = {
-        "_foreach_copy_": whole,
-        "from peers": gathered // 2 + shard,
-    }  # weights into place, gradients to be summed
+    read = gathered // 2 + shard  # weights into place, gradients to be summed
+    packed = {"_foreach_copy_": whole, "from peers": read}
     if dtype == "fp32":  # two terms of one dtype are summed into the shard in one pass
         passes = packed | {"copy_": gathered // 2, "add": fp32_shard}
     else:

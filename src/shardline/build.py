@@ -216,7 +216,7 @@ def load_model(
         unit, slab, entry = layout.where(name)
         param = layout.params[name]
         comm.broadcast([param])
-        comm.settle()  # all have read what was sent, so no copy of it is kept beside the next
+        comm.settle()  # all have read what was sent, so it is not kept beside the next
         slab.store(entry, param.detach())
         unit.rest(slab, param, entry)
 

@@ -16,20 +16,20 @@ def peak_bytes(device: torch.device) -> int:
     if device.type != "cpu":
         return torch.accelerator.memory.max_memory_allocated(device)
     if sys.platform == "linux":
-        return _field("status", "VmHWM")
+        return _field("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def resident_bytes() -> int:
     """Bytes of this process that are in memory now (where the system does not tell: the peak)."""
     if sys.platform == "linux":
-        return _field("status", "VmRSS")
+        return _field("VmRSS")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _field(file: str, name: str) -> int:
+def _field(name: str) -> int:
     # not getrusage: its peak is inherited through fork and exec, so a launcher's would count as the rank's own
-    for line in Path("/proc/self", file).read_text().splitlines():
+    for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
-    raise LookupError(f"/proc/self/{file} has no {name}")
+    raise LookupError(f"/proc/self/status has no {name}")

@@ -349,8 +349,6 @@ class Slab:
 
     def _empty_grad(self) -> Tensor:
         low, high = self.state_range
-        if self.offload is not None:
-            return self.offload.empty(high - low, self.grad_dtype)
         if self._borrows_grad:
             return self.pool.take(high - low, self.grad_dtype, lasting=True)
         # Not from the pool: a shard lives until the step, and between steps its memory serves activations.

@@ -21,7 +21,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 
 from shardline.comm.board import Board, Peer
-from shardline.comm.transport import Scratch, Work, add_in_order, put
+from shardline.comm.transport import BLOCK, Scratch, Work, add_in_order, put
 from shardline.errors import DisagreementError, LostRankError, UsageError
 
 __all__ = ["DirectTransport", "Peers", "attach"]
@@ -48,9 +47,6 @@ _YIELDS = 50  # rounds of waiting that only let another process run, before the 
 _NAP, _LONGEST_NAP = 20e-6, 1e-3  # seconds
 _LOOK = 0.1  # seconds of waiting between looks whether the peers still live
 _LEAVING = 10.0  # seconds to wait, at the end, for peers that have yet to read what was announced
-
-_BLOCK = 1 << 17
-"""Elements of each term that are summed at a time: few enough to stay in the cache."""
 
 _OPEN: list[weakref.ref[Peers]] = []
 """Of all engines of this process: one that waits goes on with what the others started."""
@@ -167,18 +163,10 @@ def _leave(reference: weakref.ref[Peers]) -> None:
         peers.leave()
 
 
-def _outlive(kept: deque[_Announced], done: int, peers: Sequence[Peer]) -> None:
+def _outlive(kept: deque[tuple[int, Tensor]], done: int, peers: Sequence[Peer]) -> None:
     """The engine is gone, by ``destroy`` or because nobody held it any more."""
     read = min(peer.words[done] for peer in peers)
-    _UNREAD.extend(announced.part for announced in kept if announced.number > read)
-
-
-@dataclass(frozen=True)
-class _Announced:
-    """What the others read for a transition that this rank started."""
-
-    number: int
-    part: Tensor
+    _UNREAD.extend(part for number, part in kept if number > read)
 
 
 class DirectTransport:
@@ -188,7 +176,7 @@ class DirectTransport:
         self.peers, self._mine = peers, peers.board.words
         # Numbers of what was started and not carried out, for which others may wait, and what there is to do.
         self.started: deque[tuple[int, Callable[[], None]]] = deque()
-        self.kept: deque[_Announced] = deque()  # perhaps not read by all
+        self.kept: deque[tuple[int, Tensor]] = deque()  # numbers and parts that perhaps not all have read
         self.broken = ""  # what ended a transition half-way
         # Where on the board: how many were started, how many carried out, and where the parts are.
         self.count = _LINE + channel * _CHANNEL
@@ -208,7 +196,7 @@ class DirectTransport:
     def reduce(self, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch) -> Work:
         rank, whole = self.peers.rank, buffer[: boundaries[-1]]
         low, high, width = boundaries[rank], boundaries[rank + 1], whole.element_size()
-        step = min(high - low, _BLOCK)
+        step = min(high - low, BLOCK)
 
         def add_up() -> None:
             places = [(peer, self._address(peer, whole)) for peer in self.peers.peers]
@@ -235,7 +223,7 @@ class DirectTransport:
         mine[entry], mine[entry + 1] = part.data_ptr(), part.nbytes
         mine[self.count] = number
         self.started.append((number, carry_out))
-        self.kept.append(_Announced(number, part))
+        self.kept.append((number, part))
         progress()
 
         def over() -> bool:
@@ -274,7 +262,7 @@ class DirectTransport:
             self.started.popleft()
         if self.kept:
             read = self._read_by_all()
-            while self.kept and self.kept[0].number <= read:
+            while self.kept and self.kept[0][0] <= read:
                 self.kept.popleft()
 
     def _check_whole(self) -> None:

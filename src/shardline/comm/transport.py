@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
+    "BLOCK",
     "DONE",
     "ExchangeTransport",
     "HostStagedTransport",
@@ -89,13 +90,13 @@ class Scratch(Protocol):
     def give(self, buffer: Tensor) -> None: ...
 
 
-_BLOCK = 1 << 17
+BLOCK = 1 << 17
 """Elements that are summed at a time on CPU: few enough to stay in the cache from one term to the next."""
 
 
 def add_in_order(parts: Sequence[Tensor], out: Tensor, *, add: bool) -> None:
     """``out (+)= parts[0] + parts[1] + ...``, each sum rounded to ``out``'s dtype. ``out`` may be one of ``parts``."""
-    step = _BLOCK if out.device.type == "cpu" else max(1, out.numel())
+    step = BLOCK if out.device.type == "cpu" else max(1, out.numel())
     for start in range(0, out.numel(), step):
         block, *terms = (each[start : start + step] for each in (out, *parts))
         if not add:
