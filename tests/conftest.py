@@ -71,7 +71,7 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
 
 @pytest.fixture(autouse=True)
 def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fails a test that leaves a process, a thread, an environment variable or a process group behind."""
+    """Fails a test that leaves behind a process, thread, environment variable, process group or hook on autograd."""
     before = _state()
     yield
     warm = request.getfixturevalue("ranks").pids if "ranks" in request.fixturenames else set()
@@ -81,6 +81,9 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
         for what, was, now in zip(("processes", "threads", "environment"), before, after, strict=True)
         if (now - warm) - was or (what == "environment" and now != was)
     ]
+    while torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        left.append("saved_tensors_hooks")
     if dist.is_initialized():
         dist.destroy_process_group()
         left.append("the default process group")

@@ -58,6 +58,8 @@ def leave(what):
         threading.Thread(target=time.sleep, args=(600,), daemon=True, name="forgotten").start()
     if what == "group":
         dist.destroy_process_group()
+    if what == "hooks":
+        torch.autograd.graph.saved_tensors_hooks(abs, abs).__enter__()
 
 
 def start_sleeper():
@@ -154,7 +156,12 @@ def test_a_hang_ends_at_the_limit_and_says_where(pool):
 
 @pytest.mark.parametrize(
     ("what", "words"),
-    [("collective", "out of step"), ("thread", "threads running: forgotten"), ("group", "destroyed the process group")],
+    [
+        ("collective", "out of step"),
+        ("thread", "threads running: forgotten"),
+        ("group", "destroyed the process group"),
+        ("hooks", "left saved_tensors_hooks"),
+    ],
 )
 def test_a_case_that_leaves_something_fails(pool, what, words):
     with pytest.raises(RankFailed, match=words):

@@ -167,19 +167,20 @@ class Engine(nn.Module):
         dtype = self.precision.autocast
         return nullcontext() if dtype is None else torch.autocast(self.comm.device.type, dtype=dtype)
 
-    def _begin_forward(self) -> None:
-        """The model's forward begins outside of any backward: the moment to notice what changed since the last one."""
+    def _begin_forward(self) -> Hooks:
+        """The model's forward begins outside of any backward: the moment to notice what changed since the last one.
+
+        Returns the hooks of the layout that serves this forward.
+        """
         if torch.is_grad_enabled() and not self._window.begun:
             self._window.begun = True
             if self.window_start.random is None:
                 self.window_start.mark(self._loader_position)
-        if self._window.backwards:
-            return
-        self._check_held()
-        if self.optimizer is None:
-            return
-        if self._trained != self._requires_grad():
-            self._regroup()
+        if not self._window.backwards:
+            self._check_held()
+            if self.optimizer is not None and self._trained != self._requires_grad():
+                self._regroup()
+        return self._hooks
 
     def _requires_grad(self) -> dict[str, bool]:
         """Which parameters their owner wants trained now."""

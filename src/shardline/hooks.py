@@ -78,10 +78,14 @@ def _left_behind() -> Callable[..., None]:
 
 
 class Hooks:
-    """The hooks of one engine on one model. ``remove`` takes them off again."""
+    """The hooks of one engine on one model. ``remove`` takes them off again.
+
+    ``on_forward`` is called when a forward of the model begins, and returns the hooks that serve it: others than these
+    where the model was planned anew at that moment.
+    """
 
     def __init__(
-        self, model: nn.Module, units: Sequence[Unit], schedule: Schedule, on_forward: Callable[[], None]
+        self, model: nn.Module, units: Sequence[Unit], schedule: Schedule, on_forward: Callable[[], Hooks]
     ) -> None:
         self.schedule, self._on_forward = schedule, on_forward
         self._stack: list[tuple[list[Unit], bool]] = []
@@ -98,6 +102,7 @@ class Hooks:
                 inside = {root for root in unit.plan.roots if path != root and is_below(path, root)}
                 if path in unit.plan.roots or not inside or (unit.sharded and not inside & compiled):
                     used.setdefault(path, []).append(unit)
+        self._root = used[""]
         enter, leave = self._before, self._after
         if any(
             compiled_call(modules[path]) or any(path != root and is_below(path, root) for root in compiled)
@@ -132,7 +137,9 @@ class Hooks:
             schedule.abort_backward()  # an error ended it, and nobody told
         with_grad = torch.is_grad_enabled()
         if is_model and not schedule.in_backward and not self._stack:
-            self._on_forward()
+            current = self._on_forward()
+            if current is not self:  # the hook that will end this forward is one of theirs
+                return current._before(current._root, is_model, module, args, kwargs)
             schedule.begin_forward(with_grad=with_grad)
         pushed = self._saves and not self._stack and with_grad and not schedule.in_backward and self._push()
         fresh = [unit for unit in units if not unit.holds]

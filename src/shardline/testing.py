@@ -125,10 +125,10 @@ class _Case:
 class Pool:
     """Warm processes: ``world_size`` ranks that serve one case after the other.
 
-    After each case the ranks make sure that the process group is still in step and that the case left no thread and
-    no process behind. A case that fails or hangs costs the pool its processes; the next one starts new ones. Before
-    each case Python and torch are seeded with 0, after it the environment, the working directory and torch's default
-    dtype are put back.
+    After each case the ranks make sure that the process group is still in step and that the case left no thread, no
+    process and no ``saved_tensors_hooks`` behind. A case that fails or hangs costs the pool its processes; the next one
+    starts new ones. Before each case Python and torch are seeded with 0, after it the environment, the working
+    directory and torch's default dtype are put back.
     """
 
     world_size: int
@@ -456,6 +456,8 @@ def _check_nothing_left(threads: set[threading.Thread]) -> None:
     children = multiprocessing.active_children()
     if children:
         raise RuntimeError(f"The case returned but left processes running: {', '.join(c.name for c in children)}.")
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        raise RuntimeError("The case returned but left saved_tensors_hooks on the thread: autograd notices no edits.")
     if not dist.is_initialized():
         raise RuntimeError("The case returned but destroyed the process group it was given; use run_distributed().")
     total = torch.ones(1)
