@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections import Counter
+import re
+import threading
+from collections import Counter, OrderedDict, UserDict, defaultdict, deque
+from dataclasses import dataclass
+from enum import Enum
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,7 +22,7 @@ from torch import nn
 import shardline
 import shardline.recompute
 from shardline.errors import ModelError
-from shardline.recompute import compiled_call, recompute_blocks, recomputed_blocks
+from shardline.recompute import compiled_call, copy_structure, recompute_blocks, recomputed_blocks
 from tests.harness import STAGES, Setup, assert_identical, seeded, spread, start
 from tests.models import WIDTH, Block, ConvNet, GptBlock, Mlp, TinyGpt, cross_entropy, mse, regression, tokens
 
@@ -60,7 +66,68 @@ class NormMlp(Mlp):
         self.blocks = nn.ModuleList(NormBlock() for _ in range(2))
 
 
-CASES = {"gpt": (DropGpt, cross_entropy, tokens), "norms": (NormMlp, mse, regression)}
+class CacheLayer:
+    """What one block keeps; the empty lists and the counter are made by the first write."""
+
+    def __init__(self) -> None:
+        self.keys = None
+
+    def update(self, keys):
+        first = self.keys is None
+        self.keys = keys if first else torch.cat([self.keys, keys], 1)
+        self.seen = 1 if first else self.seen + 1
+        return self.keys
+
+
+class Cache:
+    """Grows by a layer at the first use of each block, as the key/value caches of decoders do."""
+
+    def __init__(self) -> None:
+        self.layers: list[CacheLayer] = []
+        self.updated: dict[int, bool] = {}
+
+    def update(self, index, keys):
+        while len(self.layers) <= index:
+            self.layers.append(CacheLayer())
+        self.updated[index] = True
+        return self.layers[index].update(keys)
+
+
+class CacheBlock(Block):
+    """Reads what the cache has for it, as many times as it is told it was called, and writes into all that it gets."""
+
+    def forward(self, x, seen, cache=None, notes=None):
+        first = not cache.updated.get(self.index)
+        keys = cache.update(self.index, self.up(x)[:, None])
+        if not first:
+            keys = keys * 2
+        seen.append(len(seen))
+        notes["count"] = notes.get("count", 0) + 1
+        return x + self.down(F.gelu(keys.cumsum(1)[:, -1])) * notes["count"] / len(seen)
+
+
+class CacheMlp(Mlp):
+    """Blocks that share a cache, a list and a dict."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=0)
+        self.blocks = nn.ModuleList(CacheBlock() for _ in range(3))
+        for index, block in enumerate(self.blocks):
+            block.index = index
+
+    def forward(self, x):
+        cache, seen, notes = Cache(), [], {}
+        for block in (*self.blocks, self.blocks[1]):
+            x = block(x, seen, cache=cache, notes=notes)
+        assert [layer.seen for layer in cache.layers] == [1, 2, 1] and seen == [0, 1, 2, 3] and notes == {"count": 4}
+        return self.head(x)
+
+
+CASES = {
+    "gpt": (DropGpt, cross_entropy, tokens),
+    "norms": (NormMlp, mse, regression),
+    "cache": (CacheMlp, mse, regression),
+}
 
 
 def _section(every=1, offload=False):
@@ -128,6 +195,98 @@ def test_running_statistics_count_a_batch_once(ranks) -> None:
             for losses, state, _ in others:
                 assert losses == plain[0]
                 assert_identical(state, plain[1])
+
+
+def test_what_a_block_writes_into_its_arguments_counts_once(ranks) -> None:
+    """Also for what later calls of other blocks write, and at a second backward."""
+    for result in ranks(_compare, 2, "cache", "fp32", (0, 3)):
+        for plain, *others in result:
+            for losses, state, _ in others:
+                assert losses == plain[0]
+                assert_identical(state, plain[1])
+
+
+def test_each_run_gets_the_arguments_as_they_were() -> None:
+    model, (x, y) = seeded(CacheMlp), regression(4)
+    expected = torch.autograd.grad(F.mse_loss(model(x), y), list(model.parameters()))
+    recompute_blocks(recomputed_blocks(model, 1), offload=False)
+    loss = F.mse_loss(model(x), y)
+    for _ in range(2):
+        found = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted:
+    items: list
+    count: int
+
+
+class Pair(NamedTuple):
+    items: list
+    tensor: torch.Tensor
+
+
+class Named(OrderedDict):
+    """Its own methods are not the built-in type's, and it has attributes."""
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key.lower(), value)
+
+    def items(self):
+        raise AssertionError("not to be called")
+
+
+class Kind(Enum):
+    ONE = [1]
+
+
+class Owner:
+    def __init__(self) -> None:
+        self.items = [1]
+
+    def __del__(self) -> None:
+        pass
+
+
+def test_structure_is_copied_and_what_it_holds_is_shared() -> None:
+    named = Named(a=[1])
+    named.extra = [2]
+    default = defaultdict(list, a=[1])
+    for value, inner in [
+        ([[1]], lambda v: v[0]),
+        (([1], 2), lambda v: v[0]),
+        ({"a": [1]}, lambda v: v["a"]),
+        (deque([[1], [2]], maxlen=2), lambda v: v[0]),
+        (UserDict(a=[1]), lambda v: v["a"]),
+        (SimpleNamespace(a=[1]), lambda v: v.a),
+        (Slotted([1], 2), lambda v: v.items),
+        (Pair([1], torch.ones(1)), lambda v: v.items),
+        (named, lambda v: v["a"]),
+        (named, lambda v: v.extra),
+        (default, lambda v: v["b"]),
+        ({1, 2}, lambda v: v),
+    ]:
+        made = copy_structure(value)
+        assert type(made) is type(value) and made is not value
+        assert inner(made) == inner(value) and inner(made) is not inner(value)
+    assert copy_structure(deque([1], maxlen=1)).maxlen == 1
+    shared = [torch.ones(2), nn.Linear(2, 2), threading.Lock(), re.compile("a"), Kind.ONE, Owner(), len, Owner, "a"]
+    shared += [iter([1]), torch.Generator(), None]
+    assert all(new is old for new, old in zip(copy_structure(shared), shared, strict=True))
+
+
+def test_a_copy_has_the_aliases_and_cycles_of_the_original() -> None:
+    items: list = []
+    both = copy_structure((items, {"again": items}))
+    assert both[0] is both[1]["again"] and both[0] is not items
+    loop: tuple = ([],)
+    loop[0].append(loop)
+    made = copy_structure(loop)
+    assert made is not loop and made[0][0] is made
+    thing = SimpleNamespace()
+    thing.itself = [thing]
+    assert copy_structure(thing).itself[0] is not thing
 
 
 def _forwards():
