@@ -13,19 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from shardline.hooks import _Place, tensors_in
+from shardline.hooks import _Place
 from shardline.unit import Residence
 from tests.harness import Setup, assert_close, check_against_twin, seeded, start
-from tests.models import WIDTH, Block, Mlp, Opaque, mse, regression
-
-# --- tensors in values ------------------------------------------------------------------------------------------------
-
-
-def test_tensors_are_found_in_nested_values() -> None:
-    a, b, c, d, e = (torch.tensor(float(i)) for i in range(5))
-    value = {"x": [a, (b, {"y": c})], "set": {d}, "opaque": Opaque(e, a), "rest": [1, None, "text", Opaque]}
-    assert [float(t) for t in tensors_in(value)] == [0, 1, 2, 3, 4, 0]
-
+from tests.models import WIDTH, Block, Mlp, mse, regression
 
 # --- what autograd saves ----------------------------------------------------------------------------------------------
 

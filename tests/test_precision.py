@@ -137,11 +137,12 @@ def test_cast_keeps_gradients_and_complex_numbers() -> None:
 
 
 def test_objects_of_other_classes_are_handed_through() -> None:
-    class Batch(dict):
-        pass
+    class Batch:
+        def __init__(self, x):
+            self.x = x
 
-    batch = Batch(x=torch.ones(1))
-    assert Precision(compute=BF16).cast(batch) is batch
+    batch = Batch(torch.ones(1))
+    assert Precision(compute=BF16).cast(batch) is batch and batch.x.dtype is FP32
 
 
 # --- loss scale -------------------------------------------------------------------------------------------------------

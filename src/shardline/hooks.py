@@ -11,7 +11,7 @@ Around a module that uses a unit: gather before, release after. In backward, thr
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.utils import _pytree as pytree
 
 from shardline.compiling import is_compiled
+from shardline.containers import leaves_in, replace_tensors, tensors_in
 from shardline.describe import is_below
 from shardline.recompute import compiled_call
 from shardline.schedule import Schedule
 from shardline.unit import Slab, Unit
 
-__all__ = ["Hooks", "alias_outputs", "tensors_in", "watch_outputs"]
+__all__ = ["Hooks", "alias_outputs", "watch_outputs"]
 
 
 @dataclass(frozen=True)
@@ -228,30 +228,14 @@ class Hooks:
         )  # fmt: skip
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in ``value``: in nested lists, tuples, dicts, dataclasses and the like."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (list, tuple, set)):
-        for item in value:
-            yield from tensors_in(item)
-    elif hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
-        for name in value.__dataclass_fields__:
-            yield from tensors_in(getattr(value, name))
-
-
 def alias_outputs(output: Any) -> tuple[Any, bool]:
     """``output`` with an alias for each of its tensors, and whether these are all that it can hold.
 
     Only what enters an alias comes from outside: an output may also be what another output was made of.
     """
-    leaves, structure = pytree.tree_flatten(output)
     plain = (Tensor, int, float, str, bytes, type(None))
-    aliases = [leaf.view_as(leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in leaves]
-    return pytree.tree_unflatten(aliases, structure), all(isinstance(leaf, plain) for leaf in leaves)
+    aliased = replace_tensors(output, lambda tensor: tensor.view_as(tensor) if tensor.requires_grad else tensor)
+    return aliased, all(isinstance(leaf, plain) for leaf in leaves_in(output))
 
 
 def watch_outputs(
@@ -277,7 +261,7 @@ def watch_outputs(
         return None if factor == 1.0 else grad * factor
 
     watched = 0
-    for tensor in tensors_in(output):
+    for tensor in dict.fromkeys(tensors_in(output)):
         if tensor.requires_grad and tensor.grad_fn is not None:
             tensor.register_hook(entered)
             watched += 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shardline.config import Config
+from shardline.containers import replace_tensors
 
 __all__ = ["DTYPES", "LossScaler", "Precision"]
 
@@ -89,19 +90,17 @@ class Precision:
         return self.reduce or weights
 
     def cast(self, value: Any) -> Any:
-        """``value`` with its floating tensors in the compute dtype: tensors, lists, tuples and dicts of them.
+        """``value`` with the floating tensors in it (:mod:`shardline.containers`) in the compute dtype.
 
-        Complex and fp64 tensors keep their dtype only where the compute dtype is fp32.
+        What is cast lies in copies of the containers, of their types; complex tensors keep their dtype.
+
+        Raises:
+            UsageError: for a container of which no copy can be made.
         """
-        if isinstance(value, Tensor):
-            return value.to(self.compute) if value.is_floating_point() else value
-        if isinstance(value, dict):
-            return type(value)((key, self.cast(item)) for key, item in value.items()) if type(value) is dict else value
-        if type(value) in (list, tuple):
-            return type(value)(self.cast(item) for item in value)
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*(self.cast(item) for item in value))
-        return value
+        return replace_tensors(value, self._cast)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.compute) if tensor.is_floating_point() else tensor
 
 
 @dataclass
