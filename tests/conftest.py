@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,70 @@ MAX_PROCESSES = 12
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--transport", choices=["auto", "gloo"], default="auto", help="how the ranks of all tests talk")
+    parser.addoption("--late-verdict", action="store_true", help="steps are judged one step later, as on a device")
+    parser.addoption("--arrived", action="store_true", help="what travels is said to have arrived, as on a stream")
 
 
-def over_gloo(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call ``fn`` on a rank that finds no memory to share."""
+def over_gloo(patch: pytest.MonkeyPatch) -> None:
+    """The ranks find no memory to share."""
     import shardline.comm
 
+    patch.setattr(shardline.comm, "attach", lambda *args, **kwargs: None)
+
+
+def late_verdict(patch: pytest.MonkeyPatch) -> None:
+    """The host reads a verdict when the next step ends, as where reading it would wait for a device."""
+    from shardline.boundary import Boundary
+
+    made = Boundary.__init__
+
+    def make(self: Boundary, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        self._reads_at_once = self.scaler.dynamic
+
+    patch.setattr(Boundary, "__init__", make)
+
+
+def arrived(patch: pytest.MonkeyPatch) -> None:
+    """A stream waits, so that the host never knows whether what travels has arrived."""
+    from shardline.comm.transport import ExchangeTransport
+    from shardline.schedule import Schedule
+
+    def wrap(name: str) -> None:
+        start = getattr(ExchangeTransport, name)
+
+        def call(self: ExchangeTransport, *args: Any, **kwargs: Any) -> Any:
+            work = start(self, *args, **kwargs)
+            work._arrived = lambda: True
+            return work
+
+        patch.setattr(ExchangeTransport, name, call)
+
+    wrap("gather")
+    wrap("reduce")
+    made = Schedule.__init__
+    patch.setattr(Schedule, "__init__", lambda *args, **kwargs: made(*args, **{**kwargs, "on_host": False}))
+
+
+WAYS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "gloo": over_gloo, "late": late_verdict, "arrived": arrived
+}  # fmt: skip
+
+
+def run_as(ways: Sequence[str], fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call ``fn`` on a rank, with other ways to run than a CPU's own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shardline.comm, "attach", lambda *args, **kwargs: None)
+        for way in ways:
+            WAYS[way](patch)
         return fn(*args, **kwargs)
 
 
 class Ranks:
     """Calls a module-level function on every rank of a world, on warm processes that the whole session shares."""
 
-    def __init__(self, transport: str = "auto") -> None:
+    def __init__(self, *ways: str) -> None:
         self._pools: dict[int, Pool] = {}  # least recently used first
-        self._transport = transport
+        self.ways = ways
 
     def __call__(
         self, fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout: float = 60.0, **kwargs: Any
@@ -48,8 +95,8 @@ class Ranks:
         while self._pools and sum(self._pools) + world_size > MAX_PROCESSES:
             self._pools.pop(next(iter(self._pools))).close()
         self._pools[world_size] = pool
-        if self._transport == "gloo":
-            return pool.run(over_gloo, fn, args, kwargs, timeout=timeout)
+        if self.ways:
+            return pool.run(run_as, self.ways, fn, args, kwargs, timeout=timeout)
         return pool.run(fn, *args, timeout=timeout, **kwargs)
 
     @property
@@ -64,7 +111,13 @@ class Ranks:
 @pytest.fixture(scope="session")
 def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     """``ranks(fn, world_size, *args, timeout=60, **kwargs)`` -> what ``fn`` returned on each rank."""
-    shared = Ranks(request.config.getoption("--transport"))
+    option = request.config.getoption
+    chosen = {
+        "gloo": option("--transport") == "gloo" or option("--arrived"),
+        "late": option("--late-verdict"),
+        "arrived": option("--arrived"),
+    }
+    shared = Ranks(*(way for way, wanted in chosen.items() if wanted))
     yield shared
     shared.close()
 

@@ -12,7 +12,7 @@ from shardline.comm import digest
 from shardline.config import Config
 from shardline.errors import DisagreementError, UsageError
 from shardline.precision import LossScaler
-from shardline.schedule import Schedule
+from shardline.schedule import Record, Schedule
 from shardline.step import HostVerdict, Row, Update, Verdict
 
 __all__ = ["Boundary", "Progress", "Window", "no_backward"]
@@ -85,7 +85,8 @@ class Boundary:
         self._check = config.bf16.check_grad_overflow or not config.bf16.enabled
         # Reading a verdict waits for the device: done at once where that is free (CPU) or needed (the loss scale).
         self._reads_at_once = update.device.type == "cpu" or scaler.dynamic
-        self._pending: Verdict | None = None
+        self._pending: tuple[Verdict, Record] | None = None  # of the step before, with what it is about
+        self._known: HostVerdict | None = None  # the same verdict, once somebody has read it
         self._log: dict[str, array[int]] = {}
 
     def end(
@@ -104,7 +105,7 @@ class Boundary:
             before, after: called around the optimizer's step; see :meth:`Update.apply`.
 
         Returns:
-            The verdict, or None where the host does not know it yet; then :meth:`resolve` brings it.
+            The verdict, or None where the host does not know it yet; then :meth:`read` brings it.
 
         Raises:
             UsageError: if no rank had a backward.
@@ -114,26 +115,30 @@ class Boundary:
             unit.adopt()
         if window.unreduced:
             self.schedule.reduce_now(reversed(self.units))
-        verdict, host = self._judge(window, leaving, hooked=before is not None)
+        record = self.schedule.record()
+        verdict, host = self._judge(window, record, leaving, hooked=before is not None)
         if host is not None and host.late:
             self._reduce_late()
-            verdict, host = self._judge(window, leaving, hooked=before is not None)
+            verdict, host = self._judge(window, record, leaving, hooked=before is not None)
         if host is not None:
             if host.diverged:
                 raise self._refusal()
             if not host.backwards:
                 raise no_backward()
             self.scaler.update(overflow=host.skipped)
-            self._settle(host)
+            self._count(host)
+            self._adopt(host, record)
         for work in [work for unit in self.units for work in unit.share_grads()]:
             work.wait()
         self.update.apply(verdict, host, self._clip, before, after)
-        self._pending = verdict if host is None else None
+        self._pending = (verdict, record) if host is None else None
         self.progress.norm = verdict.norm if host is None else host.norm
         self.progress.applied = host is None or not host.skipped
         return host
 
-    def _judge(self, window: Window, leaving: bool, *, hooked: bool) -> tuple[Verdict, HostVerdict | None]:
+    def _judge(
+        self, window: Window, record: Record, leaving: bool, *, hooked: bool
+    ) -> tuple[Verdict, HostVerdict | None]:
         """One small collective: what the ranks' gradients, weights and doings say together."""
         self.schedule.finish_reductions()
         for unit in self.units:
@@ -143,7 +148,7 @@ class Boundary:
             squares=self.update.squares(),
             weight=window.weight,
             transitions=digest(*self._log.values()),
-            orders=self.schedule.record(),
+            orders=record.digest(),
             late=sum(unit.has_partial() for unit in self.units),
             samples=window.samples,
             backwards=window.backwards,
@@ -158,37 +163,57 @@ class Boundary:
         )
         return verdict, verdict.read() if self._reads_at_once or self.update.needs_host(hooked) else None
 
-    def resolve(self) -> HostVerdict | None:
-        """Read the verdict of the step before, if nobody has waited for it yet.
+    def read(self) -> HostVerdict | None:
+        """Learn what became of the step before, if nobody has yet. A rank may do this alone: it moves nothing that
+        ranks share.
+
+        Returns:
+            The verdict, the first time that it is read.
+        """
+        if self._pending is None or self._known is not None:
+            return None
+        self._known = host = self._pending[0].read()
+        if host.diverged:
+            self.progress.applied = False  # and settle says why
+        else:
+            self._count(host)
+        return host
+
+    def settle(self) -> None:
+        """Take the consequences of the step before. Collective: every rank does this before the same step or save.
 
         Raises:
             DisagreementError: if ranks did not issue the same collectives; that step was not applied.
         """
         if self._pending is None:
-            return None
-        host, self._pending = self._pending.read(), None
-        if host.diverged:
+            return
+        self.read()
+        host, (_, record) = self._known, self._pending
+        self._pending = self._known = None
+        if host is None or host.diverged:
             raise DisagreementError(
                 "ranks did not issue the same collectives in the step before, which was therefore not applied. Give "
                 "every rank the same sequence of forwards; run forwards that differ inside gathered_parameters()."
             )
-        self.progress.applied = not host.skipped
-        self._settle(host)
-        return host
+        self._adopt(host, record)
 
     def forget(self) -> None:
         """The step before does not count any more: other states were loaded."""
-        self._pending = None
+        self._pending = self._known = None
         self.progress.norm, self.progress.applied = None, False
 
-    def _settle(self, host: HostVerdict) -> None:
+    def _count(self, host: HostVerdict) -> None:
+        self.progress.applied = not host.skipped
         self.progress.skipped_steps += host.skipped
         self.progress.global_samples += host.samples
+
+    def _adopt(self, host: HostVerdict, record: Record) -> None:
+        """What ranks decide together."""
         self.progress.leaving = self.progress.leaving or host.leaving
         if host.same_orders:
-            self.schedule.adopt_record()
+            self.schedule.adopt(record)
         else:
-            self.schedule.distrust_record()
+            self.schedule.distrust()
 
     def _reduce_late(self) -> None:
         """A second round for gradients that came after their unit was reduced, on every rank alike."""

@@ -349,7 +349,7 @@ class Engine(nn.Module):
         self.checkpoints.after_step(leave=self.progress.leaving)
 
     def _end_window(self, boundary: Boundary, lr_kwargs: dict[str, Any]) -> None:
-        self._resolve()
+        self._settle()
         self.checkpoints.before_step()
         window, rates, scale = self._window, self.get_lr(), self.scaler.scale
         before = (lambda: self._call(self._before)) if self._before else None
@@ -383,10 +383,16 @@ class Engine(nn.Module):
         )
 
     def _resolve(self) -> None:
-        """Learn what became of the step before, where nobody waited for it."""
-        host = None if self._boundary is None else self._boundary.resolve()
-        if host is not None and host.skipped:
+        """Learn what became of the step before, where nobody waited for it. A rank may do this alone."""
+        host = None if self._boundary is None else self._boundary.read()
+        if host is not None and host.skipped and not host.diverged:
             self._reporter.skipped(self.global_steps, late=host.late)
+
+    def _settle(self) -> None:
+        """The same, and its consequences, on every rank at the same place."""
+        self._resolve()
+        if self._boundary is not None:
+            self._boundary.settle()
 
     def _drop_gradients(self) -> None:
         self.schedule.finish_reductions()
@@ -503,7 +509,7 @@ class Engine(nn.Module):
         """Parameters were frozen, unfrozen, or added to the optimizer: plan anew, keeping all state."""
         if self.optimizer is None:
             return
-        self._resolve()
+        self._settle()
         for unit in self._layout.units:
             unit.adopt()
         self.schedule.release_all()
@@ -661,13 +667,14 @@ class Engine(nn.Module):
 
     def checkpoint_parts(self) -> Parts:
         """This rank's tensors as a checkpoint sees them."""
-        self._resolve()
+        self._settle()
         for unit in self._layout.units:
             unit.adopt()
         return Parts(self.module, self._layout.units, self._layout.runs, self.optimizer, self._parked, self.comm)
 
     def checkpoint_counters(self) -> dict[str, int]:
         """Counts at the start of the current window."""
+        self._resolve()
         progress = self.progress
         return {
             "global_steps": progress.global_steps,
@@ -720,6 +727,7 @@ class Engine(nn.Module):
     @property
     def global_samples(self) -> int:
         """Samples of all ranks together that the steps have seen."""
+        self._resolve()
         return self.progress.global_samples
 
     @property

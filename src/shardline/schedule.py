@@ -18,15 +18,28 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 from shardline.comm import digest
 from shardline.unit import Residence, Unit
 
-__all__ = ["Schedule"]
+__all__ = ["Record", "Schedule"]
 
 _SHORT, _LONG, _NAP = 0.02, 2.0, 5e-5
 """Seconds to wait for a reduction before it looks as if another rank waited for a gather: where orders are known to be
 alike it is much more likely just slow."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """The orders of one step on this rank, as unit indices."""
+
+    uses: tuple[int, ...] = ()  # of the last forward with gradients
+    needs: tuple[int, ...] = ()  # of the last backward
+    ready: tuple[int, ...] = ()
+
+    def digest(self) -> int:
+        return digest(self.uses, self.needs, self.ready)
 
 
 class _Walk:
@@ -396,8 +409,7 @@ class Schedule:
         """Before the first backward: its orders are the reverse of the forward just seen, if all ranks saw the same."""
         self._alike = bool(self._uses) and self._all_alike(self._uses)
         if self._alike:
-            self._ready, self._needs = {}, {}
-            self.adopt_record()
+            self.adopt(Record(tuple(self._uses)))
             behind = list(dict.fromkeys(reversed(self._uses)))
             self._backward_order = self._forward_order[::-1]
             self._reduce_order = list(dict.fromkeys([*behind, *self._reduce_order]))
@@ -405,32 +417,32 @@ class Schedule:
 
     # -- agreement --------------------------------------------------------------------------------------------------
 
-    def record(self) -> int:
-        """A digest of the orders seen since the last step, to compare with the other ranks'."""
-        return digest(self._uses, list(self._needs), list(self._ready))
+    def record(self) -> Record:
+        """The orders seen since the last step, to compare with the other ranks'."""
+        return Record(tuple(self._uses), tuple(self._needs), tuple(self._ready))
 
-    def distrust_record(self) -> None:
+    def distrust(self) -> None:
         """Ranks recorded different orders: the agreed ones stay, and somebody may not follow them."""
         self._alike = False
 
-    def adopt_record(self) -> None:
-        """Every rank recorded the same: follow it from now on.
+    def adopt(self, record: Record) -> None:
+        """Every rank recorded the same: follow it from now on. Every rank calls this at the same place.
 
         An order always holds every sharded unit, so that a rank which suddenly uses one that all had skipped does not
         gather alone. Only a backward leaves out what its forward used and it did not need (an embedding).
         """
         self._alike = True
         sharded = self._sharded
-        if self._uses:
-            used = [index for index in self._uses if self.units[index].sharded]
+        if record.uses:
+            used = [index for index in record.uses if self.units[index].sharded]
             self._forward_order = list(dict.fromkeys([*used, *sharded]))
             self._last_used = used[-1:]
-            self._use_counts = Counter(self._uses)
-        if self._needs:
-            unused = [index for index in reversed(sharded) if index not in self._uses]
-            self._backward_order = list(dict.fromkeys([*self._needs, *unused]))
-        if self._ready:
-            self._reduce_order = [index for index in self._ready if self.units[index].trainable]
+            self._use_counts = Counter(record.uses)
+        if record.needs:
+            unused = [index for index in reversed(sharded) if index not in record.uses]
+            self._backward_order = list(dict.fromkeys([*record.needs, *unused]))
+        if record.ready:
+            self._reduce_order = [index for index in record.ready if self.units[index].trainable]
 
 
 def _compact(unit: Unit) -> bool:

@@ -25,12 +25,17 @@ ORDERS = {
 }
 
 
-def branch(plan, argument, batches, config):
-    """Train; per rank the state and, where the engine refused, what it said."""
+def branch(plan, argument, batches, config, late=None):
+    """Train; per rank the state and, where the engine refused, what it said.
+
+    ``late``: verdicts are read one step late, as on an accelerator; if "and by one rank", rank 1 asks before.
+    """
     from shardline.errors import DisagreementError
 
     rank = dist.get_rank()
     engine = start(Mlp, config)
+    if late:
+        engine._boundary._reads_at_once = False
     error = None
     try:
         for choice, window in zip(plan, batches, strict=True):
@@ -39,6 +44,8 @@ def branch(plan, argument, batches, config):
                 kwargs = {argument: choice[rank]} if rank in choice else {}
                 engine.backward(F.mse_loss(engine(x, **kwargs), y))
                 engine.step()
+                if late == "and by one rank" and rank == 1:
+                    assert engine.was_step_applied() and not engine.skipped_steps
     except DisagreementError as raised:
         error = str(raised)
     state = engine.full_state_dict()
@@ -57,9 +64,9 @@ def expected_state(plan, argument, batches, setup):
     return twin.state()
 
 
-def check(ranks, plan, argument, stage, setup, world=2):
+def check(ranks, plan, argument, stage, setup, world=2, late=None):
     batches = spread(regression, len(plan), setup, world)
-    results = ranks(branch, world, plan, argument, batches, setup.config(stage), timeout=20)
+    results = ranks(branch, world, plan, argument, batches, setup.config(stage), late, timeout=20)
     assert_ranks_agree([state for state, _ in results])
     if results[0][1] is None:
         assert_close(results[0][0], expected_state(plan, argument, batches, setup))
@@ -102,3 +109,11 @@ def test_another_order(ranks, plan):
 
 def test_order_after_it_was_agreed(ranks):
     check(ranks, [{}, {}, {}, ORDERS["swapped"][0], {}], "order", 3, Setup())
+
+
+@pytest.mark.parametrize("late", ["by all", "and by one rank"])
+def test_orders_are_adopted_with_their_own_verdict(ranks, late):
+    """Ranks first differ in a step that ends before the step before it is settled."""
+    swapped = ORDERS["swapped"][0]
+    for plan in ([{}, {}, swapped, swapped, {}, {}], [ORDERS["reversed"][1], {}, {}, swapped, {}]):
+        check(ranks, plan, "order", 3, Setup(), late=late)
