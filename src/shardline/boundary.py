@@ -26,18 +26,50 @@ def no_backward() -> UsageError:
 
 @dataclass
 class Window:
-    """What one accumulation window has seen so far on this rank."""
+    """What one accumulation window has seen so far on this rank.
+
+    Gradients are sums. What they are divided by is known at the end: ``weight``, over the configured accumulation by
+    which each backward was divided already, summed over the ranks.
+    """
 
     steps: int = 0  # micro-steps
-    weight: float = 0.0
+    weight: float = 0.0  # of the micro-steps, or as the caller gave it
+    weighted: bool = False  # the caller gave one
+    shares: float = 0.0  # what the batches of all backwards hold, in full ones
+    batches: int = 0  # backwards that followed a forward
     samples: int = 0
     loss: Tensor | None = None
     backwards: int = 0
     unreduced: bool = False  # gradients of the last backward are on this rank only
     handed: bool = False  # the engine's loader has handed out a batch for it
     begun: bool = False  # a forward with gradients has drawn random numbers and updated buffers
-    plain: bool = False  # a backward was not the engine's
-    unwatched: bool = False  # an output is not seen when a backward enters it
+    fresh: bool = False  # ...and no backward has followed yet
+
+    def add_backward(self, share: float) -> None:
+        """A backward begins, of a batch that holds ``share`` of a full one."""
+        self.backwards += 1
+        self.shares += share
+        self.batches += self.fresh
+        self.fresh = False
+
+    def add_step(self, share: float, weight: float | None, samples: int) -> None:
+        """A micro-step is over: its batch holds ``share`` of a full one, or counts as the caller's ``weight`` says."""
+        self.steps += 1
+        self.weight += share if weight is None else weight
+        self.weighted = self.weighted or weight is not None
+        self.samples += samples
+
+    def sum_up(self, accumulation: int) -> int:
+        """The caller says that the window ends: its gradient is the sum of what its backwards gave, over the ranks.
+
+        Returns:
+            How many micro-steps it seems to hold that no call of ``step`` has counted.
+        """
+        if not self.weighted:
+            self.weight = accumulation * (self.shares / self.backwards if self.backwards else 1.0)
+        uncounted = max(min(self.batches, accumulation) - self.steps, 0)
+        self.steps += uncounted
+        return uncounted
 
     def add_loss(self, loss: Tensor) -> None:
         self.loss = loss if self.loss is None else self.loss + loss

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,12 @@ from shardline.data.split import Position
 from shardline.errors import UsageError
 from shardline.events import Events, Notice
 from shardline.fragments import ParamState, StateFragment, local_fragments
-from shardline.hooks import Hooks, alias_outputs, watch_outputs
+from shardline.hooks import Hooks, watch_outputs
 from shardline.optimizer.guard import guard, unguard
 from shardline.placement import STAGES, Placement
 from shardline.precision import LossScaler, Precision
 from shardline.report import Reporter
+from shardline.scaling import PLAIN, multiplied, multiplied_by
 from shardline.schedule import Schedule
 from shardline.step import Update
 from shardline.topology import Topology
@@ -39,6 +41,9 @@ from shardline.weights import full_state_dict, gathered, units_of
 __all__ = ["Engine", "StepHook"]
 
 StepHook = Callable[[list[StateFragment]], None]
+
+_ENGINES: WeakValueDictionary[int, Engine] = WeakValueDictionary()
+"""Those of this process that are in use, in the order in which all ranks made them."""
 
 
 @dataclass
@@ -102,11 +107,12 @@ class Engine(nn.Module):
         self.client_state: dict[str, Any] = {}
         self._said: bool | None = None  # what the user says of the boundary
         self._no_sync = False
-        self._in_engine_backward = False
         self._loader_position: Position | None = None
         self._share = 1.0
+        self._handed: int | None = None  # samples that the engine's loader has handed out since the last micro-step
         self._before: list[StepHook] = []
         self._after: list[StepHook] = []
+        self._told: set[str] = set()
         self._destroyed = False
         self._compiled = False
         self._undo: list[Callable[[], None]] = []  # what was done to the model's modules beside the hooks
@@ -120,6 +126,7 @@ class Engine(nn.Module):
         self._arrange()
         if optimizer is not None:
             guard(optimizer, stepping=self._is_stepping, zero_grad=self.zero_grad, add_group=self._add_group)
+        _ENGINES[id(self)] = self
 
     def _arrange(self) -> None:
         """Schedule, hooks and update for the current layout."""
@@ -154,13 +161,7 @@ class Engine(nn.Module):
             self._hooks.unwind()
             raise
         if torch.is_grad_enabled() and self._trainable:
-            if self.scaler.scale != 1.0:
-                output, complete = alias_outputs(output)
-                self._window.unwatched |= not complete
-            watched = watch_outputs(
-                output, self._plain_backward, self._end_backward, self._entry_scale, self._trainable
-            )
-            self._window.unwatched |= not watched
+            watch_outputs(output, self._foreign_backward, self._end_backward, self._trainable)
         return output
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -172,6 +173,8 @@ class Engine(nn.Module):
 
         Returns the hooks of the layout that serves this forward.
         """
+        if torch.is_grad_enabled():
+            self._window.fresh = True
         if torch.is_grad_enabled() and not self._window.begun:
             self._window.begun = True
             if self.window_start.random is None:
@@ -188,6 +191,8 @@ class Engine(nn.Module):
 
     def _batch_comes(self, position: Position) -> None:
         """The engine's loader hands out a batch. If it is the first of a window, this is where a resume begins."""
+        if self.training_dataloader is not None:
+            self._handed = (self._handed or 0) + self.training_dataloader.samples
         if not self._window.begun and not self._window.backwards and not self._window.steps:
             self._window.handed = True
             self.window_start.mark(position)
@@ -210,8 +215,8 @@ class Engine(nn.Module):
         ``loss`` is divided by the accumulation steps (unless ``scale_wrt_gas`` is false: it is already) and multiplied
         by the loss scale; a batch of the engine's own loader that is smaller than the others counts for its samples.
 
-        Plain ``loss.backward()`` means the same, except in fp16: there the engine scales what enters the model's
-        outputs, and a loss term beside them (a penalty on the weights) would stay unscaled. Use this method for it.
+        Plain ``loss.backward()`` means the same, but in fp16 its loss is not multiplied: the gradients are those of
+        this method, as far as they are not lost below 6e-8 on their way. Use this method there; a notice says so.
 
         Returns:
             ``loss`` over the accumulation steps, detached.
@@ -229,18 +234,23 @@ class Engine(nn.Module):
                 f"computed with gradients enabled."
             )
         divisor = self._accumulation if scale_wrt_gas else 1
-        factor = self._micro_share() / divisor
+        factor = self._micro_share() / divisor * self.scaler.scale
+        engines = list(_ENGINES.values())  # a backward reaches every engine in its graph
+        if factor != 1.0:  # what lies there already would be taken for a part of this backward
+            for engine in engines:
+                engine._collect_unseen()
         self._start_backward(factor=1.0)
-        self._in_engine_backward = True
-        try:
-            with self._reporter.phase("backward"):
-                scaled = loss.float() if loss.dtype is torch.float16 else loss
-                scaled.backward(torch.full_like(scaled, factor * self.scaler.scale), retain_graph=retain_graph)
-        except BaseException:
-            self.schedule.abort_backward()
-            raise
-        finally:
-            self._in_engine_backward = False
+        with multiplied(factor, by_accumulation=scale_wrt_gas):
+            try:
+                with self._reporter.phase("backward"):
+                    scaled = loss.float() if loss.dtype is torch.float16 else loss
+                    scaled.backward(torch.full_like(scaled, factor), retain_graph=retain_graph)
+            except BaseException:
+                self.schedule.abort_backward()
+                raise
+            for engine in engines:
+                if engine is not self:
+                    engine._collect_unseen()
         self._end_backward()
         reported = loss.detach() / divisor
         self._window.add_loss(reported)
@@ -248,29 +258,42 @@ class Engine(nn.Module):
 
     def _start_backward(self, *, factor: float) -> None:
         window = self._window
-        row = STAGES[self.config.zero_optimization.stage]
-        every_time = row.gradients is not Placement.PARTIAL
-        reducing = not self._no_sync and (every_time or self.is_gradient_accumulation_boundary())
-        window.backwards += 1
+        window.add_backward(self._micro_share())
+        reducing = self._reduces_now()
         window.unreduced = not reducing
         self.schedule.begin_backward(reducing=reducing, factor=factor)
+
+    def _reduces_now(self) -> bool:
+        every_time = STAGES[self.config.zero_optimization.stage].gradients is not Placement.PARTIAL
+        return not self._no_sync and (every_time or self.is_gradient_accumulation_boundary())
 
     def _end_backward(self) -> None:
         with self._reporter.phase("reduce"):
             self.schedule.end_backward()
 
-    def _plain_backward(self) -> bool:
-        """``loss.backward()`` was called by the user; whether this is the first to be heard of it."""
+    def _foreign_backward(self) -> bool:
+        """A backward that this engine did not begin enters its outputs; whether this is the first to be heard of it."""
         if self.schedule.in_backward:
             return False
         self._check_trains("loss.backward()")
-        self._window.plain = True
-        self._start_backward(factor=self._micro_share() / self._accumulation)
+        self._start_backward(factor=self._foreign_factor())
         return True
 
-    def _entry_scale(self) -> float:
-        """What the gradient that enters a plain backward is multiplied by; the rest is done when it is collected."""
-        return 1.0 if self._in_engine_backward else self.scaler.scale
+    def _foreign_factor(self) -> float:
+        """What gradients of a backward that this engine did not begin are multiplied by when they are collected.
+
+        They become what :meth:`backward` would have given: ``own factor / factor that was applied``, where the second
+        is that of the engine which began it, and 1.0 for a plain ``loss.backward()``. A quotient of loss scales is a
+        power of two, hence exact.
+        """
+        applied, by_accumulation = multiplied_by()
+        if self.scaler.scale != 1.0 and (applied, by_accumulation) == PLAIN:
+            self._tell_once(
+                "gradients of fp16 came without the loss scale, by a plain loss.backward() or set by hand: they count, "
+                "but what is below 6e-8 on its way is lost. engine.backward(loss) multiplies the loss by the scale."
+            )
+        own = self._micro_share() / (self._accumulation if by_accumulation else 1) * self.scaler.scale
+        return own / applied if applied else 0.0
 
     def _micro_share(self) -> float:
         """How much this micro-step counts, 1.0 unless the engine's own loader has just handed out a smaller batch."""
@@ -279,20 +302,19 @@ class Engine(nn.Module):
             self._share = loader.weight if self.config.data_loader.weighting == "samples" else 1.0
         return self._share
 
-    def _collect_unseen(self) -> None:
-        """Gradients of a backward that nothing announced, such as one through ``model.encode()``."""
-        unseen = any(unit.has_grad() for unit in self._layout.units)
-        if (unseen or self._window.plain) and self.scaler.scale != 1.0 and self._window.unwatched:
-            self._drop_gradients()
-            raise UsageError(
-                "a plain loss.backward() ran in fp16 through outputs that the engine cannot see, so the loss was not "
-                "scaled. Call engine.backward(loss) instead."
-            )
-        if not unseen and (self._window.backwards or self.comm.world_size == 1):
-            return
-        # A rank without a backward still joins the reductions of those that had one.
-        self._start_backward(factor=self._micro_share() / self._accumulation)
-        self._window.backwards -= not unseen
+    def _collect_unseen(self) -> bool:
+        """Collect gradients that nothing announced: of a backward through ``model.encode()``, or written by hand."""
+        if self._boundary is None or not any(unit.has_grad() for unit in self._layout.units):
+            return False
+        self._start_backward(factor=self._foreign_factor())
+        self._end_backward()
+        return True
+
+    def _join_reductions(self) -> None:
+        """A rank without a backward still takes part in the reductions of those that had one."""
+        reducing = self._reduces_now()
+        self._window.unreduced = not reducing
+        self.schedule.begin_backward(reducing=reducing, factor=1.0)
         self._end_backward()
 
     # -- step -------------------------------------------------------------------------------------------------------
@@ -300,14 +322,16 @@ class Engine(nn.Module):
     def step(self, weight: float | None = None, *, boundary: bool | None = None, lr_kwargs: Any = None) -> None:
         """End a micro-step; at the accumulation boundary, update the weights.
 
-        Gradients are averaged over the micro-steps of the window on all ranks, each counting as much as it holds
-        samples. Averaged, clipped, applied; then gradients are zero and the scheduler has stepped.
+        Gradients are averaged over the ranks, each counting as much as it holds samples, clipped and applied; then they
+        are zero and the scheduler has stepped. A backward was divided by the configured accumulation, and several of
+        them in one micro-step are a sum. A window that ends by counting is averaged over the micro-steps that it holds.
+        Where the caller says that it ends, by ``boundary`` or :meth:`set_gradient_accumulation_boundary`, its gradient
+        is the sum of what its backwards gave, however many calls of this method lay between.
 
         Args:
             weight: of this micro-step, where the losses given to ``backward`` were **sums** over ``weight`` samples or
                 tokens: the gradient is then divided by the sum of all weights. Not for losses that are means.
-            boundary: whether the window ends here, whatever was counted; ``True`` applies an incomplete window, which
-                is averaged over what it holds.
+            boundary: whether the window ends here, whatever was counted.
             lr_kwargs: keyword arguments for the scheduler's ``step``.
 
         Raises:
@@ -326,15 +350,16 @@ class Engine(nn.Module):
             )
         if any(unit.holds for unit in self._layout.units):
             raise UsageError("step() was called inside a forward or inside gathered_parameters(). Call it after them.")
-        self._collect_unseen()
         window = self._window
+        if not self._collect_unseen() and not window.backwards and self.comm.world_size > 1:
+            self._join_reductions()
         if ends and not window.backwards and self.comm.world_size == 1:
             raise no_backward()
-        window.steps += 1
-        window.weight += share if weight is None else float(weight)
-        window.samples += self._samples_seen()
+        window.add_step(share, None if weight is None else float(weight), self._samples_seen())
         self.progress.micro_steps += 1
         self._note_loader()
+        if ends and (boundary is not None or self._said is not None):
+            self._end_by_word()
         if not ends:
             self.progress.applied = False
             return
@@ -347,6 +372,13 @@ class Engine(nn.Module):
             self._end_window(end_of_window, lr_kwargs or {})
         self.window_start.mark(self._loader_position)
         self.checkpoints.after_step(leave=self.progress.leaving)
+
+    def _end_by_word(self) -> None:
+        """The caller said that the window ends: its gradient is a sum, and calls of ``step`` count for nothing."""
+        uncounted = self._window.sum_up(self._accumulation)
+        self.progress.micro_steps += uncounted
+        if self.training_dataloader is None:
+            self._window.samples += uncounted * self.config.train_micro_batch_size_per_gpu
 
     def _end_window(self, boundary: Boundary, lr_kwargs: dict[str, Any]) -> None:
         self._settle()
@@ -401,15 +433,15 @@ class Engine(nn.Module):
         self._window = Window()
 
     def _samples_seen(self) -> int:
-        loader = self.training_dataloader
-        if loader is not None and loader.position != self._loader_position:
-            return loader.samples
+        """Samples of this micro-step: what the engine's own loader has handed out for it, or a full micro-batch."""
+        if self._handed is not None:
+            return self._handed
         return self.config.train_micro_batch_size_per_gpu
 
     def _note_loader(self) -> None:
         if self.training_dataloader is not None:
             self._loader_position = self.training_dataloader.position
-        self._share = 1.0
+        self._share, self._handed = 1.0, None
 
     def _call(self, hooks: list[StepHook]) -> None:
         if self.optimizer is not None:
@@ -831,9 +863,15 @@ class Engine(nn.Module):
         if self.optimizer is not None:
             unguard(self.optimizer)
         self._destroyed = True
+        _ENGINES.pop(id(self), None)
         self.comm.close()
         if self.training_dataloader is not None:
             self.training_dataloader.close()
+
+    def _tell_once(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            self.events.emit(Notice(message))
 
     def _check_alive(self, what: str) -> None:
         if self._destroyed:

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from shardline.compiling import is_compiled
-from shardline.containers import leaves_in, replace_tensors, tensors_in
+from shardline.containers import tensors_in
 from shardline.describe import is_below
 from shardline.recompute import compiled_call
 from shardline.schedule import Schedule
 from shardline.unit import Slab, Unit
 
-__all__ = ["Hooks", "alias_outputs", "watch_outputs"]
+__all__ = ["Hooks", "watch_outputs"]
 
 
 @dataclass(frozen=True)
@@ -228,44 +228,23 @@ class Hooks:
         )  # fmt: skip
 
 
-def alias_outputs(output: Any) -> tuple[Any, bool]:
-    """``output`` with an alias for each of its tensors, and whether these are all that it can hold.
-
-    Only what enters an alias comes from outside: an output may also be what another output was made of.
-    """
-    plain = (Tensor, int, float, str, bytes, type(None))
-    aliased = replace_tensors(output, lambda tensor: tensor.view_as(tensor) if tensor.requires_grad else tensor)
-    return aliased, all(isinstance(leaf, plain) for leaf in leaves_in(output))
-
-
 def watch_outputs(
-    output: Any,
-    begin: Callable[[], bool],
-    end: Callable[[], None],
-    scale: Callable[[], float],
-    params: Sequence[nn.Parameter],
-) -> int:
-    """Notice a backward through ``output`` that the engine did not start; return on how many tensors it can be seen.
+    output: Any, begin: Callable[[], bool], end: Callable[[], None], params: Sequence[nn.Parameter]
+) -> None:
+    """Notice a backward through ``output`` that the engine did not start.
 
-    ``begin`` is called as such a backward starts and says whether it is news; ``end`` when all of it, reentrant inner
-    backwards included, is over. The gradient that enters is multiplied by ``scale()``. ``params`` are the
-    trainable parameters: where the backward fills no ``.grad`` of theirs (``torch.autograd.grad``), nothing happens.
+    ``begin`` is called as such a backward enters and says whether it is news; ``end`` when all of it, reentrant inner
+    backwards included, is over. ``params`` are the trainable parameters: where the backward fills no ``.grad`` of
+    theirs (``torch.autograd.grad``), nothing happens.
     """
 
-    def entered(grad: Tensor) -> Tensor | None:
-        if not any(_accumulates(param) for param in params):
-            return None
-        if begin():
+    def entered(grad: Tensor) -> None:
+        if any(_accumulates(param) for param in params) and begin():
             Variable._execution_engine.queue_callback(end)
-        factor = scale()
-        return None if factor == 1.0 else grad * factor
 
-    watched = 0
     for tensor in dict.fromkeys(tensors_in(output)):
         if tensor.requires_grad and tensor.grad_fn is not None:
             tensor.register_hook(entered)
-            watched += 1
-    return watched
 
 
 def _accumulates(param: nn.Parameter) -> bool:

@@ -77,7 +77,7 @@ class Loader:
     Attributes:
         samples: real samples in the micro-batch handed out last.
         weight: the same over ``micro_batch``: 1.0 for a full one, 0.0 for padding; 1.0 before the first.
-        on_batch: called with the position of each micro-batch right before it is handed out.
+        on_batch: called with the position of each micro-batch right before it is handed out, its ``samples`` known.
 
     Raises:
         DataError: a dataset, a sampler or numbers that cannot be split.
@@ -301,8 +301,6 @@ class Loader:
 
     def _hand_out(self, item: Drawn) -> None:
         here = self._position
-        if self.on_batch is not None:
-            self.on_batch(here)
         if self._sharded and here.batch >= (self._batches(here.epoch) or 0):
             raise DataError(
                 f"The dataset {type(self.dataset).__name__} yields more than the {len(self.dataset)} samples of its "
@@ -313,6 +311,8 @@ class Loader:
         self._handed = here
         self.samples = item.samples
         self.weight = item.samples / self.batch_size
+        if self.on_batch is not None:
+            self.on_batch(here)
 
     def _check_end(self, start: Position, total: int) -> None:
         """Look at the number of samples of a whole epoch when it ended."""
