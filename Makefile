@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo demo-resume cifar10 test test-full test-faults test-gpu bench bench-quick check format clean
+.PHONY: help .venv demo demo-resume cifar10 test test-full test-faults test-device test-gpu bench bench-quick check format clean
 
 help:  ## this list
 	@grep -hE '^[a-z.][a-z0-9.-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ test-full: .venv  ## the test suite with the whole parity matrix, and what ranks
 
 test-faults: .venv  ## checkpoints with the full matrices: layouts, kills, damage
 	$(PYTEST) tests/checkpoint $(ARGS)
+
+test-device: .venv  ## the path that a GPU takes, on a simulated device; needs a C++ compiler
+	$(PYTEST) tests/device $(ARGS)
 
 test-gpu: .venv  ## the tests that need an accelerator
 	$(BIN)/python -m pytest -m gpu $(ARGS)

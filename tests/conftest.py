@@ -91,13 +91,16 @@ class Ranks:
     def __call__(
         self, fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout: float = 60.0, **kwargs: Any
     ) -> list[Any]:
-        pool = self._pools.pop(world_size, None) or Pool(world_size)
+        pool = self._pools.pop(world_size, None) or self.make_pool(world_size)
         while self._pools and sum(self._pools) + world_size > MAX_PROCESSES:
             self._pools.pop(next(iter(self._pools))).close()
         self._pools[world_size] = pool
         if self.ways:
             return pool.run(run_as, self.ways, fn, args, kwargs, timeout=timeout)
         return pool.run(fn, *args, timeout=timeout, **kwargs)
+
+    def make_pool(self, world_size: int) -> Pool:
+        return Pool(world_size)
 
     @property
     def pids(self) -> set[int]:
@@ -127,7 +130,8 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails a test that leaves behind a process, thread, environment variable, process group or hook on autograd."""
     before = _state()
     yield
-    warm = request.getfixturevalue("ranks").pids if "ranks" in request.fixturenames else set()
+    pools = [request.getfixturevalue(name) for name in ("ranks", "cpu_ranks") if name in request.fixturenames]
+    warm = {pid for shared in pools for pid in shared.pids}
     after = _state()
     left = [
         f"{what}: {sorted(map(str, now ^ was))}"

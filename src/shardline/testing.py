@@ -29,7 +29,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, Pipe, wait
@@ -129,11 +129,15 @@ class Pool:
     process and no ``saved_tensors_hooks`` behind. A case that fails or hangs costs the pool its processes; the next one
     starts new ones. Before each case Python and torch are seeded with 0, after it the environment, the working
     directory and torch's default dtype are put back.
+
+    ``preload`` names modules that each process imports before it makes its process group, such as one that registers a
+    backend.
     """
 
     world_size: int
     env: Mapping[str, str] | None = None
     start_timeout: float = _STARTUP_SECONDS
+    preload: Sequence[str] = ()
     _ranks: list[_Rank] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -166,7 +170,7 @@ class Pool:
         self.close()
         try:
             for number in range(self.world_size):
-                self._ranks.append(_spawn(number, self.world_size, self.env or {}))
+                self._ranks.append(_spawn(number, self.world_size, self.env or {}, self.preload))
             deadline = time.monotonic() + self.start_timeout
             port = self._collect(deadline, self.start_timeout, "the start-up", only=0)[0]
             self._send(port)
@@ -293,11 +297,11 @@ import os, sys
 os.environ.update({env!r})
 sys.path[:] = {path!r}
 from shardline.testing import _serve
-_serve({number}, {world_size}, {pipe}, {stacks})
+_serve({number}, {world_size}, {pipe}, {stacks}, {preload})
 """
 
 
-def _spawn(number: int, world_size: int, env: Mapping[str, str]) -> _Rank:
+def _spawn(number: int, world_size: int, env: Mapping[str, str], preload: Sequence[str]) -> _Rank:
     ours, theirs = Pipe()
     stacks = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the pool)
     variables = {
@@ -318,6 +322,7 @@ def _spawn(number: int, world_size: int, env: Mapping[str, str]) -> _Rank:
         world_size=world_size,
         pipe=theirs.fileno(),
         stacks=stacks.fileno(),
+        preload=list(preload),
     )
     # A session of its own: killing its process group also ends what the rank started, such as loader workers.
     process = subprocess.Popen(
@@ -333,13 +338,15 @@ def _spawn(number: int, world_size: int, env: Mapping[str, str]) -> _Rank:
 # ---------------------------------------------------------------------------------------- inside the ranks' processes
 
 
-def _serve(number: int, world_size: int, pipe_fd: int, stacks_fd: int) -> None:
+def _serve(number: int, world_size: int, pipe_fd: int, stacks_fd: int, preload: Sequence[str]) -> None:
     """Main loop of a rank: join the group, then run cases until the parent closes the pipe."""
     pipe = Connection(pipe_fd)
     os.set_inheritable(pipe_fd, False)
     faulthandler.register(signal.SIGUSR1, file=stacks_fd, all_threads=True)
     torch.set_num_threads(1)
     try:
+        for module in preload:
+            importlib.import_module(module)
         _join_group(number, world_size, pipe)
     except BaseException as error:
         pipe.send_bytes(pickle.dumps(_failure(error)))
