@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from shardline.buffer import view
 from shardline.errors import OptimizerError
+from shardline.optimizer import placed
 from shardline.placement import Placement
 from shardline.plan import Entry
 from shardline.unit import RunTensors, Slab, Unit
@@ -188,6 +189,7 @@ def put_states(runs: Iterable[RunTensors], states: Mapping[str, ParamState], opt
     Raises:
         OptimizerError: if parameters that share a run have seen different numbers of steps.
     """
+    groups = {param: group for group in optimizer.param_groups for param in group["params"]}
     for run in runs:
         pieces = [(piece, states[piece.name]) for piece in run.fragments if piece.name in states]
         if not any(state.tensors or state.scalars for _, state in pieces):
@@ -206,5 +208,5 @@ def put_states(runs: Iterable[RunTensors], states: Mapping[str, ParamState], opt
                     flat(whole)[low : low + part.numel()].copy_(part)
             target[key] = whole
         optimizer.state[run.param] = {
-            key: value.clone() if isinstance(value, Tensor) else value for key, value in target.items()
+            key: placed(key, value, run.param, groups[run.param], optimizer) for key, value in target.items()
         }

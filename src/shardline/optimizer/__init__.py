@@ -9,11 +9,11 @@ How a step is skipped when a gradient is not finite, and how gradients are unsca
   and calls ``step()`` only after it has read on the host that they are finite.
 """
 
-from shardline.optimizer.amp import prepare, takes_grad_scale
+from shardline.optimizer.amp import placed, prepare, takes_grad_scale
 from shardline.optimizer.kinds import Kind, kind
 from shardline.optimizer.lamb import Lamb
 from shardline.optimizer.lion import Lion
 from shardline.optimizer.registry import build
 from shardline.optimizer.takeover import replace_params
 
-__all__ = ["Kind", "Lamb", "Lion", "build", "kind", "prepare", "replace_params", "takes_grad_scale"]
+__all__ = ["Kind", "Lamb", "Lion", "build", "kind", "placed", "prepare", "replace_params", "takes_grad_scale"]

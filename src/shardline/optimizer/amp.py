@@ -6,13 +6,14 @@ place and ``optimizer.found_inf`` equal to 1 leaves everything as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-__all__ = ["FUSED", "ScaledOptimizer", "kept", "prepare", "takes_grad_scale"]
+__all__ = ["FUSED", "ScaledOptimizer", "kept", "placed", "prepare", "takes_grad_scale"]
 
 FUSED: dict[type[Optimizer], frozenset[str]] = {
     Adam: frozenset({"cpu", "cuda", "mps", "xpu"}),
@@ -85,3 +86,17 @@ def prepare(optimizer: Optimizer) -> None:
                 device = param.device if group["fused"] else torch.device("cpu")
                 optimizer.state[param]["step"] = torch.zeros((), dtype=torch.float32, device=device)
                 optimizer.state[param]["sum"] = torch.full_like(param, optimizer.defaults["initial_accumulator_value"])
+
+
+def placed(key: str, value: Any, param: Tensor, group: Mapping[str, Any], optimizer: Optimizer) -> Any:
+    """A copy of ``value``, the state ``key`` of ``param``, on the device where the step of ``optimizer`` expects it.
+
+    Fused and capturable steps count on the device of the parameter, all others of torch on the host; torch moves
+    ``step`` alike when it loads a state dict.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    if key != "step":
+        return value.clone()
+    counts_on_device = group.get("fused") or group.get("capturable") or isinstance(optimizer, ScaledOptimizer)
+    return value.to(param.device if counts_on_device else "cpu", copy=True)

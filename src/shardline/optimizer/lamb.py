@@ -90,7 +90,8 @@ class Lamb(ScaledOptimizer):
             beta1, beta2 = group["betas"]
 
             skip = self.unscale(grads)
-            torch._foreach_add_(steps, 1 if skip is None else (~skip).float())
+            # A list: with one tensor torch takes the overload for numbers, which waits for the device to read it.
+            torch._foreach_add_(steps, 1.0 if skip is None else [(~skip).float()] * len(steps))
             torch._foreach_lerp_(exp_avgs, kept(skip, exp_avgs, grads), 1 - beta1)
             torch._foreach_lerp_(exp_avg_sqs, kept(skip, exp_avg_sqs, torch._foreach_mul(grads, grads)), 1 - beta2)
 
