@@ -238,14 +238,15 @@ def load_model(
     for unit in layout.units:
         unit.settle()
     layout.pool.clear()
-    moved: list[Tensor] = []
+    moved: dict[Tensor, Tensor] = {}  # a buffer that two modules share stays one
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                dtype = precision.buffers if precision.buffers and buffer.is_floating_point() else buffer.dtype
-                moved.append(buffer.to(comm.device, dtype).contiguous())
-                module._buffers[name] = moved[-1]
-    comm.broadcast(moved)
+                if buffer not in moved:
+                    dtype = precision.buffers if precision.buffers and buffer.is_floating_point() else buffer.dtype
+                    moved[buffer] = buffer.to(comm.device, dtype).contiguous()
+                module._buffers[name] = moved[buffer]
+    comm.broadcast(list(moved.values()))
 
 
 def needs_whole(optimizer: Optimizer, stage: int, world_size: int) -> bool:

@@ -36,7 +36,7 @@ from shardline.observe import Console
 from shardline.offload import Offload
 from shardline.precision import Precision
 from shardline.recompute import recompute_blocks, recomputed_blocks
-from shardline.topology import discover, init_distributed
+from shardline.topology import discover, init_distributed, make_current
 from shardline.unit import Unit
 
 __all__ = ["initialize"]
@@ -96,6 +96,7 @@ def initialize(
     source = _one_config(args, config, config_params)
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     topology = discover(getattr(args, "local_rank", None))
+    make_current(topology.device)  # a script that makes its own process group need not have done it
     group = _group(mesh)
     settings = load_config(source, 1 if group is None else dist.get_world_size(group))
     comm = Comm(group, topology.device, transport=settings.communication_transport)

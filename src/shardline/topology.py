@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from shardline.errors import LaunchError, UsageError
 
-__all__ = ["Topology", "default_backend", "discover", "fault", "init_distributed"]
+__all__ = ["Topology", "default_backend", "discover", "fault", "init_distributed", "make_current"]
 
 logger = logging.getLogger("shardline")
 
@@ -250,12 +250,16 @@ def init_distributed(
         timeout=timeout or DEFAULT_TIMEOUT,
         **rendezvous,
     )
-    device = discover().device
-    if device.type != "cpu":
-        torch.accelerator.set_device_index(device)
+    make_current(discover().device)
     if verbose and rank == 0:
         how = place.launcher or "no launcher"
         logger.debug("process group of %d (%s, %s)", world_size, dist_backend or default_backend(), how)
+
+
+def make_current(device: torch.device) -> None:
+    """Make ``device`` the one that "cuda" without an index means in this process; nothing on CPU."""
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)
 
 
 @cache
