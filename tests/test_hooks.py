@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from shardline.hooks import _Place
+from shardline.parameter import is_sealed
 from shardline.unit import Residence
 from tests.harness import Setup, assert_close, check_against_twin, seeded, start
 from tests.models import WIDTH, Block, Mlp, mse, regression
@@ -35,7 +36,7 @@ def saved_by_a_forward(stage):
 
     hooks._pack = pack
     loss = mse(engine, engine.module, regression(4))
-    here = [name for name, p in engine.module.named_parameters() if type(p).__name__ == "_Sealed"]
+    here = [name for name, p in engine.module.named_parameters() if is_sealed(p)]
     engine.backward(loss)
     engine.step()
     engine.destroy()

@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardline.buffer import Pool, is_sealed, view
+from shardline.buffer import Pool, view
 from shardline.comm import Comm
 from shardline.describe import describe_modules, describe_params
 from shardline.errors import ModelError, SealedError, UsageError
+from shardline.parameter import is_sealed
 from shardline.placement import STAGES
 from shardline.plan import make_plan
 from shardline.precision import Precision
@@ -149,17 +150,83 @@ def test_edits_at_rest_are_adopted() -> None:
 @pytest.mark.parametrize(
     "replace",
     [
-        lambda p: p.data.clone(),
         lambda p: p.data.double(),
         lambda p: p.data.t(),
         lambda p: p.data[:-1],
+        lambda p: p.data.to("meta"),
     ],
 )
-def test_a_replaced_tensor_is_named(replace) -> None:
+def test_a_replaced_tensor_is_named_before_anything_changes(replace) -> None:
+    unit, model, before = make(1)
+    with pytest.raises(ModelError, match=r"'matrix' was replaced"):
+        model.matrix.data = replace(model.matrix)
+    unit.adopt()
+    assert same(values(model), before)
+
+
+def test_a_swapped_tensor_is_named() -> None:
+    """What torch does inside, past the class of a parameter, is seen at the next step."""
     unit, model, _ = make(1)
-    model.matrix.data = replace(model.matrix)
+    torch.utils.swap_tensors(model.matrix, nn.Parameter(torch.ones(9, 11)))
     with pytest.raises(ModelError, match=r"'matrix' was replaced"):
         unit.adopt()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_data_edits_are_adopted_as_long_as_somebody_holds_it(stage) -> None:
+    unit, model, _ = make(stage, Precision(compute=BF16))
+    (slab,) = unit.trainable
+    low, high = slab.plan.entries[2].offset, slab.plan.entries[2].stop
+    kept, version = slab.master.clone(), model.columns._version
+    held = model.columns.data[1:]  # a view of what .data gave: it is enough to write
+    unit.adopt()
+    assert torch.equal(slab.master, kept), "nothing was written"
+    for value in (2.0, 3.0):
+        held.fill_(value)
+        unit.adopt()
+        shown = slab.master[low:high].as_strided((5, 7), (1, 5))
+        assert bool((shown[1:] == value).all()) and torch.equal(shown[0], kept[low:high].as_strided((5, 7), (1, 5))[0])
+    assert torch.equal(slab.master[:low], kept[:low]) and model.columns._version == version
+    del held
+    unit.adopt()
+    assert not slab.changed(), "nobody can write to it any more: it is not looked at again"
+
+
+def test_assigned_data_is_copied_in() -> None:
+    unit, model, _ = make(1, Precision(compute=BF16))
+    (slab,) = unit.trainable
+    memory = model.columns.data_ptr()
+    model.columns.data = torch.arange(35.0, dtype=BF16).reshape(7, 5).t()
+    model.matrix.data = model.matrix.data
+    unit.adopt()
+    assert model.columns.data_ptr() == memory and model.columns.stride() == (1, 5)
+    entry = slab.plan.entries[2]
+    assert slab.master[entry.offset : entry.stop].tolist() == list(range(35))
+
+
+def test_masters_come_back_with_the_weights() -> None:
+    """Swapped out, taken over (a save does that), and swapped in again, before training goes on."""
+    unit, model, _ = make(1, Precision(compute=BF16))
+    (slab,) = unit.trainable
+    masters, stored = slab.master.clone(), values(model)
+
+    def put(weights):
+        for name, p in model.named_parameters():
+            p.data.copy_(weights[name])
+        unit.adopt()
+
+    zeros = {name: torch.zeros_like(value) for name, value in stored.items()}
+    put(zeros)
+    assert not slab.master.any()
+    put({**stored, "scalar": torch.tensor(4.0)})
+    entry = slab.plan.entries[1]
+    expected = masters.clone()
+    expected[entry.offset] = 4.0
+    assert torch.equal(slab.master, expected)
+    put(zeros)
+    unit.forget_before()  # training goes on from zeros
+    put(stored)
+    assert torch.equal(slab.master, masters.to(BF16).float()), "nothing but the rounded weights is left"
 
 
 def test_letting_go_gives_ordinary_parameters() -> None:
@@ -238,11 +305,11 @@ def life(stage, compute):
         total = {"matrix": world * (world + 1) / 4, "columns": 0.5, "scalar": 0.0}[entry.param.name]
         expected[entry.offset : entry.stop] = total
     seen["reduced"] = torch.equal(grad, expected[low:high])
-    generation = unit.generation
+    generation = slab.generation
     slab.master.add_(grad)
     for work in unit.refresh():
         work.wait()
-    seen["generation"] = unit.generation - generation
+    seen["generation"] = slab.generation - generation
     unit.wait()
     totals = {"matrix": world * (world + 1) / 4, "columns": 0.5, "scalar": 0.0, "frozen": 0.0}
     seen["updated"] = same(values(model), {name: value + totals[name] for name, value in before.items()}, compute)
@@ -317,11 +384,13 @@ def edits():
     unit.release()
     unit.wait()
     scalar = float(model.scalar)
-    generation = unit.generation
+    generations = [slab.generation for slab in unit.slabs]
+    versions = model.frozen._version
     with torch.no_grad():
         model.frozen.fill_(5.0)
     unit.release()
-    raised = unit.generation - generation
+    # What was saved of this parameter is stale by its version, and what was saved of others is not.
+    raised = model.frozen._version - versions, [slab.generation for slab in unit.slabs] == generations
     unit.wait()
     frozen = model.frozen.detach().clone()
     (slab,) = unit.trainable
@@ -337,7 +406,7 @@ def test_edits_of_gathered_weights(ranks) -> None:
     assert sorted(m for r in results for m in r[4]) == [2.0]
     for said, scalar, raised, frozen, _, rest in results:
         assert len(said) == 1 and "'matrix'" in said[0]
-        assert scalar == 2.0 and raised == 1 and bool((frozen == 5).all()) and rest
+        assert scalar == 2.0 and raised == (1, True) and bool((frozen == 5).all()) and rest
 
 
 def early_release():

@@ -144,7 +144,7 @@ class Boundary:
             DisagreementError: if ranks did not issue the same collectives. No weight was changed in either case.
         """
         for unit in self.units:
-            unit.adopt()
+            unit.adopt(keep=False)
         if window.unreduced:
             self.schedule.reduce_now(reversed(self.units))
         record = self.schedule.record()

@@ -1,14 +1,9 @@
-"""Flat storage: buffers that are borrowed and given back, parameters as views of them, and the seal on what is away.
-
-The only file with torch's private storage tricks.
+"""Flat storage: buffers that are borrowed and given back, and views of them in the shapes of parameters.
 
 * :class:`Pool` lends flat buffers. One that is given back is lent again only when nobody else holds its storage any
   more, so a view that a user (or autograd) still keeps never changes under their hands. On an accelerator the caching
   allocator already is such a pool.
-* :func:`view` shows a parameter's range of a flat buffer in the parameter's own shape and strides.
-* :func:`seal` takes a parameter's data away. Shape, dtype and device stay true; reading or writing it either gathers
-  its unit (during a forward) or raises :class:`SealedError` with its name. It can never crash the process, as reading a
-  view of a freed storage would.
+* :func:`view` gives a parameter's range of a flat buffer in the parameter's own shape and strides.
 """
 
 from __future__ import annotations
@@ -16,16 +11,15 @@ from __future__ import annotations
 import contextlib
 import mmap
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from shardline.errors import SealedError
 from shardline.plan import Entry
 
-__all__ = ["Pool", "empty", "has_memory_alone", "is_sealed", "seal", "unseal", "view"]
+__all__ = ["Pool", "empty", "has_memory_alone", "view"]
 
 _SMALL = 1 << 16
 """Bytes below which a buffer is not worth keeping: malloc serves these from memory that is already mapped."""
@@ -158,124 +152,3 @@ def has_memory_alone(tensor: Tensor) -> bool:
 def view(flat: Tensor, entry: Entry) -> Tensor:
     """The range of ``flat`` (1-D) that belongs to ``entry``, in the parameter's own shape and strides."""
     return flat.as_strided(entry.param.shape, entry.param.stride, flat.storage_offset() + entry.offset)
-
-
-# -- the seal ---------------------------------------------------------------------------------------------------------
-
-_Gatherer = Callable[[], bool]
-"""Brings a sealed parameter's unit here if this is a moment at which all ranks do; says whether it did."""
-
-_DESCRIPTORS = ("shape", "dtype", "device", "requires_grad", "grad", "is_leaf", "layout", "ndim", "names", "_version",
-                "is_meta", "is_sparse", "is_quantized", "is_cuda", "is_cpu", "grad_fn", "nbytes", "itemsize",
-                "_backward_hooks", "_post_accumulate_grad_hooks", "retains_grad", "output_nr", "is_nested", "is_mps",
-                "is_xpu", "grad_dtype", "is_inference", "is_mkldnn", "is_sparse_csr", "name")  # fmt: skip
-_METHODS = ("size", "numel", "nelement", "dim", "ndimension", "element_size", "get_device", "is_floating_point",
-            "is_complex", "__len__", "__hash__", "requires_grad_", "register_hook", "is_signed",
-            "register_post_accumulate_grad_hook", "is_inference")  # fmt: skip
-
-
-def _harmless() -> frozenset[Any]:
-    """Everything one may ask of a sealed parameter: what does not look at its elements."""
-    found: set[Any] = set()
-    for name in _DESCRIPTORS:
-        descriptor = getattr(Tensor, name, None)
-        for access in ("__get__", "__set__", "__delete__"):
-            if descriptor is not None and hasattr(descriptor, access):
-                found.add(getattr(descriptor, access))
-    found.update(getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name))
-    found.update((torch.numel, torch.is_floating_point, torch.is_complex))
-    return frozenset(found)
-
-
-_HARMLESS = _harmless()
-
-
-class _Sealed(nn.Parameter):
-    """The class of a parameter while its data is away: its name, who gathers it, and the class that it had."""
-
-    _shardline_name: str
-    _shardline_gather: _Gatherer
-    _shardline_class: type[nn.Parameter]
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func not in _HARMLESS:
-            for tensor in _sealed_among((*args, *kwargs.values())):
-                # Gathering unseals a whole unit, so a later one of the arguments may be here already.
-                if is_sealed(tensor) and not tensor._shardline_gather():
-                    raise sealed_error(tensor._shardline_name, getattr(func, "__name__", str(func)))
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return (
-            f"Parameter {self._shardline_name!r}, sharded: not gathered here "
-            f"(shape={tuple(self.shape)}, dtype={self.dtype}, requires_grad={self.requires_grad})"
-        )
-
-    def __format__(self, spec: str) -> str:
-        return repr(self)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise sealed_error(self._shardline_name, "copying")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise sealed_error(self._shardline_name, "pickling")
-
-
-def sealed_error(name: str, operation: str) -> SealedError:
-    return SealedError(
-        f"{operation}: parameter {name!r} is sharded and not gathered here. Read or change it inside "
-        f"`with engine.gathered_parameters():` (write=True to change it), or take the whole weights from "
-        f"engine.full_state_dict() instead of state_dict()."
-    )
-
-
-def _sealed_among(values: Sequence[Any]) -> list[Any]:
-    found = []
-    for value in values:
-        if isinstance(value, _Sealed):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found.extend(_sealed_among(value))
-    return found
-
-
-def seal(param: nn.Parameter, name: str, gather: _Gatherer, like: Tensor) -> None:
-    """Take ``param``'s data away, leaving its metadata true: its shape, and dtype and device of the buffer ``like``.
-
-    ``gather`` may bring the data back when it is touched.
-    """
-    if is_sealed(param):
-        return
-    filler = _FILLERS.get((like.dtype, like.device))
-    if filler is None:
-        value = float("nan") if like.is_floating_point() else 0
-        with torch.inference_mode(False):
-            filler = _FILLERS[like.dtype, like.device] = torch.full((), value, dtype=like.dtype, device=like.device)
-    with torch.inference_mode(False):
-        param.data = filler.expand(param.shape)
-    sealed: Any = param
-    sealed._shardline_name, sealed._shardline_gather, sealed._shardline_class = name, gather, type(param)
-    sealed.__class__ = _Sealed
-
-
-_FILLERS: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-
-def unseal(param: nn.Parameter, data: Tensor) -> None:
-    """Give ``param`` its data (a view of a gathered buffer) back."""
-    sealed: Any = param
-    if is_sealed(param):
-        sealed.__class__ = sealed._shardline_class
-        del sealed._shardline_name, sealed._shardline_gather, sealed._shardline_class
-    with torch.inference_mode(False):
-        param.data = data
-
-
-def is_sealed(param: Tensor) -> bool:
-    """Whether ``param``'s data is away."""
-    return type(param) is _Sealed

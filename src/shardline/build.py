@@ -218,7 +218,7 @@ def load_model(
         comm.broadcast([param])
         comm.settle()  # all have read what was sent, so it is not kept beside the next
         slab.store(entry, param.detach())
-        unit.rest(slab, param, entry)
+        unit.rest(slab, entry)
 
     before = DONE  # rank 0 packs the next slab while the others still copy this one
     for unit in layout.units:
@@ -228,8 +228,8 @@ def load_model(
                 param.grad = None
             if not any(param.is_meta for param in slab.params):
                 work = slab.load()
-                for param, entry in zip(slab.params, slab.plan.entries, strict=True):
-                    unit.rest(slab, param, entry)
+                for entry in slab.plan.entries:
+                    unit.rest(slab, entry)
                 before.wait()
                 before = work
     before.wait()

@@ -181,6 +181,9 @@ class Engine(nn.Module):
                 self.window_start.mark(self._loader_position)
         if not self._window.backwards:
             self._check_held()
+            if torch.is_grad_enabled():
+                for unit in self._layout.units:
+                    unit.forget_before()
             if self.optimizer is not None and self._trained != self._requires_grad():
                 self._regroup()
         return self._hooks

@@ -200,7 +200,7 @@ class Hooks:
         if not isinstance(saved, _Place):
             return saved  # type: ignore[no-any-return]
         unit, slab = saved.unit, saved.slab
-        if saved.generation != unit.generation or saved.version != saved.param._version:
+        if saved.generation != slab.generation or saved.version != saved.param._version:
             raise RuntimeError(
                 f"one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"parameter {saved.name!r} was changed (by step(), or in place) between this forward and its backward."
@@ -223,7 +223,7 @@ class Hooks:
         index = bisect_right(slab.plan.entries, offset, key=lambda entry: entry.offset) - 1
         param, entry = slab.params[index], slab.plan.entries[index]
         return _Place(
-            unit, slab, unit.generation, param, param._version, entry.param.name,
+            unit, slab, slab.generation, param, param._version, entry.param.name,
             tensor.size(), tensor.stride(), offset,
         )  # fmt: skip
 

@@ -126,6 +126,9 @@ class Schedule:
         self._turn = 0
         self._in_flight: deque[tuple[Unit, _Walk]] = deque()
         self._holding = 0
+        self._converted: list[Unit] = []
+        for unit in units:
+            unit.on_convert = self._convert
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
@@ -145,6 +148,7 @@ class Schedule:
         walk = self._walk
         self._catch_up(walk, len(walk.order), keep=False)
         self._walk = None
+        self._end_conversions()
         self.release_all(but=walk.stays)
         if self._reshard:
             for index in walk.stays:
@@ -169,6 +173,8 @@ class Schedule:
         """The forward that began with :meth:`use` is over."""
         unit.holds -= 1
         self._holding -= 1
+        if self._converted and self._walk is None and not self._holding and not self.in_backward:
+            self._end_conversions()
         if not unit.sharded or unit.holds or self.in_backward:
             return
         if self._walk is None:
@@ -194,6 +200,17 @@ class Schedule:
         self._record_use(unit)
         self._bring(unit, self._walk)
         return True
+
+    def _convert(self, unit: Unit) -> bool:
+        """A parameter of ``unit`` is about to be converted. It may, where a forward or backward ends that."""
+        if not self.in_backward and self._walk is None and not self._holding:
+            return False
+        self._converted.append(unit)
+        return True
+
+    def _end_conversions(self) -> None:
+        while self._converted:
+            self._converted.pop().take_back()
 
     def _record_use(self, unit: Unit) -> None:
         if self._walk is not None and self._walk.strict:
@@ -388,6 +405,7 @@ class Schedule:
     def _leave_backward(self) -> None:
         """Nothing of this backward's graph is expected any more."""
         self.in_backward = False
+        self._end_conversions()
         self._almost_ready.clear()
         while self._at_end:
             self._at_end.pop()()

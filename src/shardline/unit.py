@@ -16,18 +16,20 @@ up there, and a refresh brings masters up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import reduce
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from shardline.buffer import Pool, empty, has_memory_alone, seal, unseal, view
+from shardline.buffer import Pool, empty, has_memory_alone, view
 from shardline.comm import DONE, Comm, Work
 from shardline.errors import ModelError, UsageError
 from shardline.offload import Offload
+from shardline.parameter import Record, assign, let_go, seal, show
 from shardline.placement import Placement, Stage, Transition, transition
 from shardline.plan import Entry, Fragment, Run, SlabPlan, UnitPlan
 from shardline.precision import Precision
@@ -63,7 +65,14 @@ class RunTensors:
 
 
 class Slab:
-    """The buffers of one slab on this rank. ``params`` are the model's own parameters, in order of the entries."""
+    """The buffers of one slab on this rank, and the owner of its parameters' data.
+
+    Attributes:
+        params: the model's own parameters, in order of the entries.
+        generation: raised whenever the weights change other than by an edit, which a parameter's version tells; what
+            was saved under an older one is stale.
+        before: the masters before an edit, until training goes on: where a weight comes back, its master does.
+    """
 
     def __init__(
         self,
@@ -74,6 +83,9 @@ class Slab:
         pool: Pool,
         precision: Precision,
         offload: Offload | None = None,
+        *,
+        touched: Callable[[], bool] = lambda: False,
+        converted: Callable[[], bool] = lambda: False,
     ) -> None:
         self.plan, self.params, self.row = plan, list(params), row
         self.comm, self.pool, self.offload = comm, pool, offload
@@ -90,7 +102,13 @@ class Slab:
         self.master: Tensor | None = None
         self.partial: Tensor | None = None
         self.grad: Tensor | None = None
-        self.versions: list[int] = []
+        self.generation = 0
+        self.touched, self._may_convert = touched, converted
+        self._records = {entry.param.name: Record(entry.param.name, i, self) for i, entry in enumerate(plan.entries)}
+        self._versions: list[int] = []
+        self._handed: dict[int, list[ref[Tensor]]] = {}  # by index: what was read as .data and may be written to
+        self._converted: set[int] = set()  # indices of those whose data is not a view for now
+        self.before: Tensor | None = None
 
     # -- which part of the slab a buffer in a given placement covers ------------------------------------------------
 
@@ -172,27 +190,71 @@ class Slab:
 
     def show(self, whole: Tensor) -> None:
         """Make the parameters views of ``whole``."""
-        for param, entry in zip(self.params, self.plan.entries, strict=True):
-            unseal(param, view(whole, entry))
+        for param, record, entry in zip(self.params, self._records.values(), self.plan.entries, strict=True):
+            show(param, view(whole, entry), record)
 
-    def take(self, whole: Tensor) -> None:
-        """Take ``whole`` (in the dtype of the weights) over into this rank's weights at rest and masters."""
+    def seal(self) -> None:
+        """Take the parameters' data away."""
+        self._handed.clear()  # what was read of a gather that is over changes nothing
+        for param, record in zip(self.params, self._records.values(), strict=True):
+            seal(param, record, self.weights)
+
+    def rest(self, entry: Entry, *, sealed: bool) -> None:
+        """The same for one parameter, whose values are stored."""
+        record = self._records[entry.param.name]
+        if sealed:
+            seal(self.params[record.index], record, self.weights)
+        else:
+            show(self.params[record.index], view(self.weights, entry), record)
+
+    def take(self, whole: Tensor, changed: Collection[int] | None = None, *, keep: bool = False) -> None:
+        """Take ``whole`` (in the dtype of the weights) over into this rank's weights at rest and masters.
+
+        Args:
+            changed: indices of the parameters that may have changed; all if left out.
+            keep: whether masters come back if the weights do; see :meth:`adopt`.
+        """
         self.comm.settle()
-        low, high = self._range(self.row.weights)
+        spans = self._spans(changed)
         if self.weights.data_ptr() != whole.data_ptr():
-            self.weights.copy_(whole[low:high])
-        low, high = self.state_range
-        self._raise_masters(whole[low:high])
+            for start, stop in _within(spans, self._range(self.row.weights)):
+                first = self._range(self.row.weights)[0]
+                self.weights[start - first : stop - first].copy_(whole[start:stop])
+        self._raise_masters(whole, spans, keep=keep)
 
-    def _raise_masters(self, part: Tensor) -> None:
+    def _spans(self, changed: Collection[int] | None) -> list[tuple[int, int]]:
+        """The ranges of the slab in which parameters of these indices lie; neighbours make one."""
+        if changed is None:
+            return [(0, self.plan.size)]
+        spans: list[tuple[int, int]] = []
+        last = -2
+        for index in sorted(changed):
+            entry = self.plan.entries[index]
+            start = spans.pop()[0] if index == last + 1 else entry.offset
+            spans.append((start, entry.stop))
+            last = index
+        return spans
+
+    def _raise_masters(self, whole: Tensor, spans: Sequence[tuple[int, int]], *, keep: bool) -> None:
         """Bring masters up to weights that somebody edited; where a weight is still its rounded master, that stays."""
-        if self.master is not None and not self.masters_are_weights:
-            part = part.to(self.master.device)
-            same = self.master.to(part.dtype) == part
-            torch.where(same, self.master, part.to(self.master_dtype), out=self.master)
+        if self.master is None or self.masters_are_weights:
+            return
+        low = self.state_range[0]
+        for start, stop in _within(spans, self.state_range):
+            part = whole[start:stop].to(self.master.device)
+            master = self.master[start - low : stop - low]
+            same = master.to(part.dtype) == part
+            if keep and self.before is None and not bool(same.all()):
+                self.before = self.master.clone()
+            raised = torch.where(same, master, part.to(self.master_dtype))
+            if self.before is not None:
+                before = self.before[start - low : stop - low]
+                raised = torch.where(before.to(part.dtype) == part, before, raised)
+            master.copy_(raised)
 
     def refresh(self, unit: int) -> None:
         """Bring this rank's updated masters into the weights at rest."""
+        self.before = None
         if self.master is not None and not self.masters_are_weights:
             self.comm.settle()
             low, _ = self._range(self.row.weights)
@@ -205,15 +267,79 @@ class Slab:
 
     def note_versions(self) -> None:
         """Remember the parameters as they are now, so that later edits are noticed."""
-        self.versions = [param._version for param in self.params]
+        self._versions = [param._version for param in self.params]
 
-    def edited(self) -> list[str]:
-        """Names of the parameters that were edited in place since :meth:`note_versions`."""
+    def edited(self) -> list[int]:
+        """Indices of the parameters that were edited in place since :meth:`note_versions`."""
         return [
-            entry.param.name
-            for param, entry, before in zip(self.params, self.plan.entries, self.versions, strict=True)
+            index
+            for index, (param, before) in enumerate(zip(self.params, self._versions, strict=True))
             if param._version != before
         ]
+
+    def changed(self) -> set[int]:
+        """Indices of the parameters that may have changed: edited, or handed out as ``.data``, which has no version."""
+        return {*self.edited(), *self._handed}
+
+    def edited_names(self) -> list[str]:
+        """Names of the parameters that were changed since they were last shown."""
+        found = set(self.edited())
+        if self.gathered is not None and self.gathered.data_ptr() != self.weights.data_ptr():
+            low = self._range(self.row.weights)[0]
+            for index in self._handed:
+                for start, stop in _within(self._spans([index]), self._range(self.row.weights)):
+                    if not torch.equal(self.gathered[start:stop], self.weights[start - low : stop - low]):
+                        found.add(index)
+        return [self.plan.entries[index].param.name for index in sorted(found)]
+
+    # -- what users do to parameters; see parameter.Owner ------------------------------------------------------------
+
+    def handed_out(self, index: int, alias: Tensor) -> None:
+        known = self._handed.get(index, ())
+        self._handed[index] = [*(each for each in known if each() is not None), ref(alias)]
+
+    def _forget_dead(self) -> None:
+        """What was handed out and let go can change nothing any more."""
+        alive = ((index, [each for each in refs if each() is not None]) for index, refs in self._handed.items())
+        self._handed = {index: refs for index, refs in alive if refs}
+
+    def assigned(self, index: int, value: Tensor) -> None:
+        """``param.data = value``: copied in; or, in another dtype, in its place until the forward or backward ends.
+
+        Raises:
+            ModelError: for a value of another shape, device or memory format, or of another dtype at any other time.
+        """
+        param, place = self.params[index], self._place(index)
+        if value.shape == place.shape and value.device == place.device and not _is_reformatted(value, place):
+            if value.dtype == place.dtype:
+                self._copy_in(index, value, place)
+                return
+            if value.is_floating_point() and place.is_floating_point() and self._may_convert():
+                assign(param, value.detach())
+                self._converted.add(index)
+                return
+        raise replaced_error(self.plan.entries[index].param.name, value)
+
+    def _place(self, index: int) -> Tensor:
+        if self.gathered is None:
+            raise AssertionError(f"{self.plan.entries[index].param.name} is shown, and its weights are not here")
+        return view(self.gathered, self.plan.entries[index])
+
+    def _copy_in(self, index: int, value: Tensor, place: Tensor) -> None:
+        with torch.no_grad():
+            place.copy_(value)
+        self._handed.setdefault(index, [])
+        if index in self._converted:
+            self._converted.remove(index)
+            assign(self.params[index], place)
+
+    def take_back(self) -> None:
+        """Make parameters that a forward converted views again; what it changed of their values is taken over."""
+        for index in list(self._converted):
+            place = self._place(index)
+            with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+                value = self.params[index].detach()
+                self._copy_in(index, torch.where(place.to(value.dtype) == value, place, value.to(place.dtype)), place)
 
     def check_in_place(self) -> None:
         """See that every parameter shown is the one the engine knows, and a view of ``gathered``.
@@ -231,17 +357,21 @@ class Slab:
             if moved or not shaped or param.dtype != self.plan.dtype:
                 raise replaced_error(entry.param.name, param)
 
-    def adopt(self) -> None:
-        """Take in-place edits of resting weights (``clamp_``, ``load_state_dict``) over into the masters.
+    def adopt(self, *, keep: bool = False) -> None:
+        """Take edits of resting weights (``clamp_``, ``load_state_dict``, ``.data``) over into the masters.
+
+        Args:
+            keep: whether the masters of now come back if, until the next update, the weights do.
 
         Raises:
             ModelError: if a parameter's tensor was replaced instead of edited.
         """
         self.check_in_place()
-        if self.edited():
-            low, high = self.state_range
-            self._raise_masters(self.weights[low:high])
+        changed = self.changed()
+        if changed:
+            self._raise_masters(self.weights, self._spans(changed), keep=keep)
             self.note_versions()
+            self._forget_dead()
 
     # -- gradients --------------------------------------------------------------------------------------------------
 
@@ -423,6 +553,24 @@ def _cut(buffer: Tensor, run: Run, low: int) -> Tensor:
     return buffer.as_strided(param.shape, param.stride, buffer.storage_offset() + run.start - low)
 
 
+def _within(spans: Sequence[tuple[int, int]], covered: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """The parts of ``spans`` that lie in ``covered``."""
+    for start, stop in spans:
+        start, stop = max(start, covered[0]), min(stop, covered[1])
+        if start < stop:
+            yield start, stop
+
+
+def _is_reformatted(value: Tensor, place: Tensor) -> bool:
+    """Whether ``value`` is the same in another memory format, which the buffer cannot show."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(value.dim())
+    return wanted is not None and any(
+        value.is_contiguous(memory_format=each) and not place.is_contiguous(memory_format=each)
+        for each in (wanted, torch.contiguous_format)
+    )
+
+
 def replaced_error(name: str, found: Tensor) -> ModelError:
     return ModelError(
         f"parameter {name!r} was replaced after initialize: the model now holds a tensor of {tuple(found.shape)} "
@@ -440,8 +588,8 @@ class Unit:
         local: whether reductions are aliases: a world of one whose states are beside its weights.
         state_device: where masters, reduced gradients and optimizer state are.
         residence: where the whole weights are now.
-        generation: raised whenever the weights change; what was saved under an older one is stale.
         holds: uses in progress; a unit in use is not released.
+        on_convert: whether a parameter may be converted now, and who then calls :meth:`take_back`.
     """
 
     def __init__(
@@ -459,16 +607,25 @@ class Unit:
         self.state_device = comm.device if offload is None else offload.device
         self.index, self.name = plan.index, plan.name
         self.slabs = [
-            Slab(slab, [params[entry.param.name] for entry in slab.entries], row, comm, pool, precision, offload)
+            Slab(
+                slab,
+                [params[entry.param.name] for entry in slab.entries],
+                row,
+                comm,
+                pool,
+                precision,
+                offload,
+                touched=lambda: on_touch(self),
+                converted=lambda: self.on_convert(self),
+            )
             for slab in plan.slabs
         ]
         self.local = all(slab.local for slab in self.slabs)
         self.trainable = [slab for slab in self.slabs if slab.plan.trainable]
         self.sharded = transition(row.weights, Placement.REPLICATED) is Transition.GATHER and comm.world_size > 1
         self.residence = Residence.SHARDED if self.sharded else Residence.GATHERED
-        self.generation = 0
         self.holds = 0
-        self._on_touch = on_touch
+        self.on_convert: Callable[[Unit], bool] = lambda unit: False
         self._works: list[Work] = []
         self._reductions: list[Work] = []
 
@@ -480,16 +637,13 @@ class Unit:
             slab.allocate()
             slab.gathered = None if self.sharded else slab.weights
 
-    def rest(self, slab: Slab, param: nn.Parameter, entry: Entry) -> None:
+    def rest(self, slab: Slab, entry: Entry) -> None:
         """Bring one parameter, whose values are stored, into the state in which it rests."""
-        if self.sharded:
-            seal(param, entry.param.name, self._touch, slab.weights)
-        else:
-            unseal(param, view(slab.weights, entry))
+        slab.rest(entry, sealed=self.sharded)
 
     def settle(self) -> None:
         """Bring the parameters into the state in which they rest: views of whole weights, or sealed."""
-        self.generation += 1
+        self.renew()
         if self.sharded:
             self._seal()
             self._give_back()
@@ -497,6 +651,11 @@ class Unit:
         for slab in self.slabs:
             slab.show(slab.weights)
             slab.note_versions()
+
+    def renew(self) -> None:
+        """The weights are others than before."""
+        for slab in self.slabs:
+            slab.generation += 1
 
     def gather(self) -> None:
         """Start to bring the whole weights here."""
@@ -541,19 +700,24 @@ class Unit:
             self.residence = Residence.GATHERING
 
     def edited(self) -> list[str]:
-        """Names of the parameters that were edited in place since they were last shown."""
-        return [name for slab in self.slabs for name in slab.edited()]
+        """Names of the parameters that were changed since they were last shown."""
+        return [name for slab in self.slabs for name in slab.edited_names()]
+
+    def take_back(self) -> None:
+        """Make parameters that a forward or backward converted views again."""
+        for slab in self.slabs:
+            slab.take_back()
 
     def _keep_edits(self) -> None:
         for slab in self.slabs:
-            if slab.gathered is not None and slab.edited():
-                slab.take(slab.gathered)
-                self.generation += 1
+            slab.take_back()
+            changed = slab.changed()
+            if slab.gathered is not None and changed:
+                slab.take(slab.gathered, changed)
 
     def _seal(self) -> None:
         for slab in self.slabs:
-            for param, entry in zip(slab.params, slab.plan.entries, strict=True):
-                seal(param, entry.param.name, self._touch, slab.weights)
+            slab.seal()
 
     def _give_back(self) -> None:
         for slab in self.slabs:
@@ -562,25 +726,23 @@ class Unit:
                 slab.gathered = None
         self.residence = Residence.SHARDED
 
-    def _touch(self) -> bool:
-        return self._on_touch(self)
-
     def write_back(self) -> None:
         """Take edits of the gathered weights over into shards and masters: rank 0's values win on every rank."""
         if self.residence is not Residence.GATHERED:
             raise AssertionError(f"unit {self.name} is {self.residence.value}, so there is nothing to write back")
-        changed = False
+        changed = []
         for slab in self.slabs:
             whole = slab.gathered
             if whole is None:
                 raise AssertionError(f"unit {self.name} shows no weights")
             slab.check_in_place()
             self.comm.broadcast([whole])
-            changed = changed or not torch.equal(slab.own(whole), slab.own(slab.weights))
-            slab.take(whole)
+            changed.append(not torch.equal(slab.own(whole), slab.own(slab.weights)))
+            slab.take(whole, keep=True)
             slab.note_versions()
         # What autograd saved before is stale on all ranks if one shard changed, and on none if nothing did.
-        self.generation += any(self.comm.exchange(changed))
+        for slab, found in zip(self.slabs, zip(*self.comm.exchange(changed), strict=True), strict=True):
+            slab.generation += any(found)
 
     def refresh(self) -> list[Work]:
         """After an update: bring the masters into the weights, and start the gather where these rest whole.
@@ -599,7 +761,7 @@ class Unit:
             slab.refresh(self.index)
             if transition(self.row.states, self.row.weights) is Transition.GATHER:
                 works.append(self.comm.gather(self.index, slab.weights, slab.plan.boundaries))
-        self.generation += 1
+            slab.generation += 1
         self.release()
         return works
 
@@ -609,11 +771,19 @@ class Unit:
             for slab in self.slabs:
                 slab.check_in_place()
 
-    def adopt(self) -> None:
+    def adopt(self, *, keep: bool = True) -> None:
         """Notice edits that were made to resting weights; see :meth:`Slab.adopt`."""
         if not self.sharded:
             for slab in self.slabs:
-                slab.adopt()
+                slab.adopt(keep=keep)
+
+    def forget_before(self) -> None:
+        """Training goes on from the weights as they are now: no earlier masters will be asked for."""
+        for slab in self.slabs:
+            if slab.before is not None:
+                if not self.sharded:
+                    slab.adopt()
+                slab.before = None
 
     def settle_versions(self) -> None:
         """The weights as they are now are nobody's edits."""
@@ -625,8 +795,8 @@ class Unit:
         self.wait()
         for slab in self.slabs:
             if slab.gathered is not None:
-                for param in slab.params:
-                    param.data = param.data.clone()
+                for param, entry in zip(slab.params, slab.plan.entries, strict=True):
+                    let_go(param, view(slab.gathered, entry).clone())
                     param.grad = None
             slab.gathered = slab.master = slab.grad = slab.partial = None
             slab.weights = torch.empty(0)

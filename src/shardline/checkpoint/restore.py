@@ -131,8 +131,7 @@ def settle_weights(parts: Parts) -> None:
     works = []
     for unit in parts.units:
         works += unit.refresh()
-        if not unit.trainable:
-            unit.generation += 1
+        unit.renew()
     for work in works:
         work.wait()
     params = [param for unit in parts.units for slab in unit.slabs for param in slab.params]

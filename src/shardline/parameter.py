@@ -1,0 +1,322 @@
+"""The class of a parameter while an engine manages it: a parameter that knows what was done to it.
+
+A managed parameter is *shown*, its data a view of a flat buffer, or *sealed*, its data away. In either state its class
+is one made for the purpose from the class that it had, so a subclass of ``nn.Parameter`` stays what it is.
+
+* :func:`show` gives it its data. The class notes what no version tells: that ``.data`` was read, whose writes autograd
+  does not count, and that ``.data`` was assigned. All else is done by torch as before, at its own speed.
+* :func:`seal` takes its data away. Shape, dtype and device stay true; reading or writing it either gathers its unit
+  (during a forward) or raises :class:`SealedError` with its name. It can never crash the process, as reading a view of
+  a freed storage would.
+* :func:`let_go` makes it a parameter as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from shardline.errors import SealedError
+
+__all__ = ["Owner", "Record", "assign", "is_sealed", "let_go", "record_of", "seal", "show"]
+
+
+class Owner(Protocol):
+    """Who keeps the data of parameters, and is told what users do to them.
+
+    ``index`` says which of the owner's parameters it is.
+    """
+
+    def touched(self) -> bool:
+        """A sealed parameter is needed. Shows it if this is a moment at which all ranks do, and says whether it did."""
+
+    def handed_out(self, index: int, alias: Tensor) -> None:
+        """``alias``, the ``.data`` of a shown parameter, was read: what is written to it raises no version."""
+
+    def assigned(self, index: int, value: Tensor) -> None:
+        """``.data = value`` was written for a shown parameter. Raises where that cannot be."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a managed parameter knows: its name, its owner, and its index there."""
+
+    name: str
+    index: int
+    owner: Owner
+
+
+def show(param: nn.Parameter, data: Tensor, record: Record) -> None:
+    """Make ``param`` a view: ``data``, in a buffer of its owner."""
+    managed: Any = param
+    managed.__class__, managed._shardline = _classes(param)[0], record
+    assign(param, data)
+
+
+def seal(param: nn.Parameter, record: Record, like: Tensor) -> None:
+    """Take ``param``'s data away, leaving its metadata true: its shape, and dtype and device of the buffer ``like``.
+
+    Its owner may bring the data back when it is touched.
+    """
+    if is_sealed(param) and record_of(param) is record:
+        return
+    assign(param, _filler(like.dtype, like.device).expand(param.shape))
+    managed: Any = param
+    managed.__class__, managed._shardline = _classes(param)[1], record
+
+
+def let_go(param: nn.Parameter, data: Tensor) -> None:
+    """Make ``param`` a parameter of its own class again, with ``data``."""
+    managed: Any = param
+    if record_of(param) is not None:
+        managed.__class__ = type(managed)._unmanaged
+        del managed._shardline
+    assign(param, data)
+
+
+def assign(param: nn.Parameter, data: Tensor) -> None:
+    """``param.data = data``, whatever the class of ``param``."""
+    with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
+        _DATA.__set__(param, data)
+
+
+def record_of(tensor: Tensor) -> Record | None:
+    """What ``tensor`` knows, if an engine manages it."""
+    return tensor.__dict__.get("_shardline") if hasattr(type(tensor), "_unmanaged") else None
+
+
+def is_sealed(param: Tensor) -> bool:
+    """Whether ``param``'s data is away."""
+    return isinstance(param, _Sealed)
+
+
+_DATA: Any = torch._C.TensorBase.data
+
+
+@cache
+def _filler(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        value = float("nan") if dtype.is_floating_point or dtype.is_complex else 0
+        return torch.full((), value, dtype=dtype, device=device)
+
+
+def _classes(param: nn.Parameter) -> tuple[type[nn.Parameter], type[nn.Parameter]]:
+    kind = type(param)
+    return _make_classes(getattr(kind, "_unmanaged", kind))
+
+
+@cache
+def _make_classes(original: type[nn.Parameter]) -> tuple[type[nn.Parameter], type[nn.Parameter]]:
+    """The classes of a parameter of class ``original`` while it is shown, and while it is sealed."""
+    inherited: Any = original.data  # its own, where a subclass has one
+
+    def read(self: Any) -> Tensor:
+        alias: Tensor = inherited.__get__(self)
+        record: Record = self._shardline
+        record.owner.handed_out(record.index, alias)
+        return alias
+
+    def write(self: Any, value: Tensor) -> None:
+        if value is not self:  # as Module.to writes where nothing changes
+            record: Record = self._shardline
+            record.owner.assigned(record.index, value)
+
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        """Another like it is nobody's: ``type(param)(data)`` is how parameters are copied."""
+        return original(*args, **kwargs)
+
+    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+        with _plain(self):
+            return self.__deepcopy__(memo)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        with _plain(self):
+            return _apart(self.__reduce_ex__(protocol), self.__dict__)
+
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "_unmanaged": original}
+    shown = {"data": property(read, write), "__new__": new, "__deepcopy__": deepcopy, "__reduce_ex__": reduce}
+    meta: Any = type(original)
+    return meta(original.__name__, (original,), names | shown), meta(original.__name__, (_Sealed, original), names)
+
+
+@contextmanager
+def _plain(param: Any) -> Iterator[None]:
+    """Within it a shown parameter looks as if nobody managed it: what is made from it then refers to no engine."""
+    kind, record = param.__class__, param.__dict__.pop("_shardline")
+    param.__class__ = kind._unmanaged
+    try:
+        yield
+    finally:
+        param.__class__, param._shardline = kind, record
+
+
+def _apart(reduced: Any, own: dict[str, Any]) -> Any:
+    """``reduced`` with a copy in the place of ``own``, which gets its record back before it is pickled."""
+    if isinstance(reduced, tuple):
+        return tuple(_apart(each, own) for each in reduced)
+    return dict(own) if reduced is own else reduced
+
+
+# -- the seal ---------------------------------------------------------------------------------------------------------
+
+_DESCRIPTORS = ("shape", "dtype", "device", "requires_grad", "grad", "is_leaf", "layout", "ndim", "names", "_version",
+                "is_meta", "is_sparse", "is_quantized", "is_cuda", "is_cpu", "grad_fn", "nbytes", "itemsize",
+                "_backward_hooks", "_post_accumulate_grad_hooks", "retains_grad", "output_nr", "is_nested", "is_mps",
+                "is_xpu", "grad_dtype", "is_inference", "is_mkldnn", "is_sparse_csr", "name")  # fmt: skip
+_METHODS = ("size", "numel", "nelement", "dim", "ndimension", "element_size", "get_device", "is_floating_point",
+            "is_complex", "__len__", "__hash__", "requires_grad_", "register_hook", "is_signed",
+            "register_post_accumulate_grad_hook", "is_inference", "new", "new_empty", "new_zeros",
+            "new_ones")  # fmt: skip
+_FUNCTIONS = ("numel", "is_floating_point", "is_complex", "is_signed", "empty_like", "zeros_like", "ones_like",
+              "rand_like", "randn_like", "randint_like", "result_type",
+              "_has_compatible_shallow_copy_type")  # fmt: skip
+
+
+def _harmless() -> frozenset[Any]:
+    """Everything one may ask of a sealed parameter: what does not look at its elements."""
+    found: set[Any] = set()
+    for name in _DESCRIPTORS:
+        descriptor = getattr(Tensor, name, None)
+        for access in ("__get__", "__set__", "__delete__"):
+            if descriptor is not None and hasattr(descriptor, access):
+                found.add(getattr(descriptor, access))
+    found.update(getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name))
+    found.update(getattr(torch, name) for name in _FUNCTIONS)
+    return frozenset(found)
+
+
+_HARMLESS = _harmless()
+_LIKE_OTHER = frozenset({Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.expand_as, Tensor.reshape_as})
+"""They look at the elements of the first argument alone."""
+_LIKE_SELF = frozenset({Tensor.new_full, Tensor.new_tensor, torch.full_like})
+"""They look at those of all others."""
+_CASTS = {
+    Tensor.float: torch.float32,
+    Tensor.double: torch.float64,
+    Tensor.half: torch.float16,
+    Tensor.bfloat16: torch.bfloat16,
+}
+
+
+class _Sealed(Tensor):
+    """What has no elements here: a parameter whose data is away, or the ``.data`` that was read of one."""
+
+    _shardline: Record
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _HARMLESS and not (func is Tensor.type and len(args) == 1 and not kwargs):
+            if _changes_nothing(func, args, kwargs):
+                return args[0]
+            looked_at = args[:1] if func in _LIKE_OTHER else args[1:] if func in _LIKE_SELF else args
+            for tensor in _sealed_among((*looked_at, *(() if func in _LIKE_OTHER else kwargs.values()))):
+                # Gathering shows a whole unit, so a later one of the arguments may be here already.
+                if is_sealed(tensor) and not tensor._bring():
+                    raise _error(tensor, _name(func))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    def _bring(self) -> bool:
+        return self._shardline.owner.touched()
+
+    @property
+    def data(self) -> Tensor:
+        """The data, where it can be gathered now; else a tensor that is as sealed."""
+        if self._bring():
+            return self.data
+        with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
+            alias: Any = Tensor._make_subclass(_SealedData, _DATA.__get__(self))
+        alias._shardline = self._shardline
+        return alias  # type: ignore[no-any-return]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if value is self:
+            return
+        if not self._bring():
+            raise _error(self, "assigning .data")
+        self.data = value
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return (
+            f"Parameter {self._shardline.name!r}, sharded: not gathered here "
+            f"(shape={tuple(self.shape)}, dtype={self.dtype}, requires_grad={self.requires_grad})"
+        )
+
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise _error(self, "copying")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise _error(self, "pickling")
+
+
+class _SealedData(_Sealed):
+    """The ``.data`` of a sealed parameter: a gather would not bring it here, since it is none of the parameters."""
+
+    def _bring(self) -> bool:
+        return False
+
+    @property
+    def data(self) -> Tensor:
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise _error(self, "assigning .data")
+
+
+def _error(tensor: Any, operation: str) -> SealedError:
+    return SealedError(
+        f"{operation}: parameter {tensor._shardline.name!r} is sharded and not gathered here. Read or change it inside "
+        f"`with engine.gathered_parameters():` (write=True to change it), or take the whole weights from "
+        f"engine.full_state_dict() instead of state_dict()."
+    )
+
+
+def _name(func: Any) -> str:
+    """What a user wrote: an attribute's own name, not that of the method which reads it."""
+    name = str(getattr(func, "__name__", func))
+    return f".{func.__self__.__name__}" if name in ("__get__", "__set__", "__delete__") else name
+
+
+def _changes_nothing(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether ``func`` is a conversion of a sealed tensor to what it is already, which gives the tensor itself."""
+    tensor = args[0] if args else None
+    if not isinstance(tensor, _Sealed):
+        return False
+    dtype, device = _CASTS.get(func), None
+    if func is Tensor.cpu and not kwargs and len(args) == 1:
+        device = torch.device("cpu")
+    elif func is Tensor.to:
+        try:
+            device, dtype, _, memory_format = torch._C._nn._parse_to(*args[1:], **kwargs)
+        except (TypeError, RuntimeError):  # it asks for a copy, or is wrong
+            return False
+        if memory_format is not None:
+            return False
+    elif dtype is None or kwargs or len(args) > 1:
+        return False
+    same_place = device is None or (device.type == tensor.device.type and device.index in (None, tensor.device.index))
+    return same_place and dtype in (None, tensor.dtype)
+
+
+def _sealed_among(values: Iterable[Any]) -> list[Any]:
+    found = []
+    for value in values:
+        if isinstance(value, _Sealed):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend(_sealed_among(value))
+    return found
