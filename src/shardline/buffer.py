@@ -121,17 +121,17 @@ class Pool:
     def give(self, buffer: Tensor) -> None:
         """Take a lent buffer back. The caller must not use it any more."""
         memory = buffer.untyped_storage()
-        self._labels.pop(memory.data_ptr(), None)
+        self._labels.pop(memory._cdata, None)
         if self._keep and memory.nbytes() >= _SMALL:
             self._free.append(memory)
 
     def label(self, buffer: Tensor, label: object) -> None:
         """Say what a lent buffer holds, until it is given back."""
-        self._labels[buffer.untyped_storage().data_ptr()] = label
+        self._labels[buffer.untyped_storage()._cdata] = label
 
     def label_of(self, tensor: Tensor) -> Any:
         """What the lent buffer in which ``tensor`` lies holds; None if it lies in none, or nobody said."""
-        return self._labels.get(tensor.untyped_storage().data_ptr()) if self._labels else None
+        return self._labels.get(tensor.untyped_storage()._cdata) if self._labels else None
 
     def clear(self) -> None:
         """Let go of everything that is free."""

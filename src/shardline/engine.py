@@ -27,6 +27,7 @@ from shardline.errors import UsageError
 from shardline.events import Events, Notice
 from shardline.fragments import ParamState, StateFragment, local_fragments
 from shardline.hooks import Hooks, watch_outputs
+from shardline.modes import outside_modes
 from shardline.optimizer.guard import guard, unguard
 from shardline.placement import STAGES, Placement
 from shardline.precision import LossScaler, Precision
@@ -168,6 +169,7 @@ class Engine(nn.Module):
         dtype = self.precision.autocast
         return nullcontext() if dtype is None else torch.autocast(self.comm.device.type, dtype=dtype)
 
+    @outside_modes
     def _begin_forward(self) -> Hooks:
         """The model's forward begins outside of any backward: the moment to notice what changed since the last one.
 
@@ -255,10 +257,15 @@ class Engine(nn.Module):
                 if engine is not self:
                     engine._collect_unseen()
         self._end_backward()
+        return self._report(loss, divisor)
+
+    @outside_modes
+    def _report(self, loss: Tensor, divisor: float) -> Tensor:
         reported = loss.detach() / divisor
         self._window.add_loss(reported)
         return reported
 
+    @outside_modes
     def _start_backward(self, *, factor: float) -> None:
         window = self._window
         window.add_backward(self._micro_share())
@@ -270,10 +277,12 @@ class Engine(nn.Module):
         every_time = STAGES[self.config.zero_optimization.stage].gradients is not Placement.PARTIAL
         return not self._no_sync and (every_time or self.is_gradient_accumulation_boundary())
 
+    @outside_modes
     def _end_backward(self) -> None:
         with self._reporter.phase("reduce"):
             self.schedule.end_backward()
 
+    @outside_modes
     def _foreign_backward(self) -> bool:
         """A backward that this engine did not begin enters its outputs; whether this is the first to be heard of it."""
         if self.schedule.in_backward:
@@ -305,6 +314,7 @@ class Engine(nn.Module):
             self._share = loader.weight if self.config.data_loader.weighting == "samples" else 1.0
         return self._share
 
+    @outside_modes
     def _collect_unseen(self) -> bool:
         """Collect gradients that nothing announced: of a backward through ``model.encode()``, or written by hand."""
         if self._boundary is None or not any(unit.has_grad() for unit in self._layout.units):
@@ -322,6 +332,7 @@ class Engine(nn.Module):
 
     # -- step -------------------------------------------------------------------------------------------------------
 
+    @outside_modes
     def step(self, weight: float | None = None, *, boundary: bool | None = None, lr_kwargs: Any = None) -> None:
         """End a micro-step; at the accumulation boundary, update the weights.
 
@@ -454,6 +465,7 @@ class Engine(nn.Module):
 
     # -- accumulation -----------------------------------------------------------------------------------------------
 
+    @outside_modes
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discard what this window has accumulated and what is in flight. Where in the window we are stays."""
         steps = self._window.steps
@@ -487,6 +499,7 @@ class Engine(nn.Module):
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
+    @outside_modes
     def full_state_dict(self, dtype: torch.dtype | None = None, rank0_only: bool = False) -> dict[str, Tensor]:
         """The whole weights and persistent buffers under the model's own names, on CPU. Collective, at every stage.
 
@@ -567,11 +580,13 @@ class Engine(nn.Module):
     def _is_stepping(self) -> bool:
         return self._boundary is not None and self._boundary.update.applying
 
+    @outside_modes
     def _touched(self, unit: Unit) -> bool:
         return self.schedule.touch(unit)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
+    @outside_modes
     def save_checkpoint(
         self,
         save_dir: str | os.PathLike[str],
@@ -613,6 +628,7 @@ class Engine(nn.Module):
             background=background,
         )
 
+    @outside_modes
     def load_checkpoint(
         self,
         load_dir: str | os.PathLike[str],
@@ -659,6 +675,7 @@ class Engine(nn.Module):
         self.client_state = self.client_state if state is None else state
         return path, state
 
+    @outside_modes
     def export(
         self,
         save_dir: str | os.PathLike[str],
@@ -686,6 +703,7 @@ class Engine(nn.Module):
             save_dir, dtype, frozen=not exclude_frozen_parameters, shard_bytes=max_shard_bytes
         )
 
+    @outside_modes
     def save_16bit_model(
         self,
         save_dir: str | os.PathLike[str],
@@ -766,11 +784,13 @@ class Engine(nn.Module):
         return self.progress.global_samples
 
     @property
+    @outside_modes
     def skipped_steps(self) -> int:
         """Steps whose gradients were not finite, so that nothing was changed."""
         self._resolve()
         return self.progress.skipped_steps
 
+    @outside_modes
     def was_step_applied(self) -> bool:
         """Whether the last step changed the weights."""
         self._resolve()
@@ -823,6 +843,7 @@ class Engine(nn.Module):
         """The current loss scale; 1.0 without fp16."""
         return self.scaler.scale
 
+    @outside_modes
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the model block by block; the engine's hooks stay outside of what is compiled.
 
@@ -844,6 +865,7 @@ class Engine(nn.Module):
         self._hooks.remove()
         self._hooks = Hooks(self.module, units, self.schedule, self._begin_forward)
 
+    @outside_modes
     def destroy(self) -> None:
         """Take the engine off the model: hooks are gone and parameters are ordinary again, whole on every rank.
 

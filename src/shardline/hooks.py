@@ -23,6 +23,7 @@ from torch.autograd import Variable
 from shardline.compiling import is_compiled
 from shardline.containers import tensors_in
 from shardline.describe import is_below
+from shardline.modes import outside_modes
 from shardline.recompute import compiled_call
 from shardline.schedule import Schedule
 from shardline.unit import Slab, Unit
@@ -116,6 +117,7 @@ class Hooks:
             after = module.register_forward_hook(_Hook(leave, is_model), always_call=True)
             self._handles += [before, after]
 
+    @outside_modes
     def unwind(self) -> None:
         """Leave all modules that an interrupt (which skips their hooks) left half-way."""
         while self._stack:
@@ -129,6 +131,7 @@ class Hooks:
 
     # -- around a module --------------------------------------------------------------------------------------------
 
+    @outside_modes
     def _before(
         self, units: list[Unit], is_model: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -154,6 +157,7 @@ class Hooks:
                 if not schedule.in_backward or not schedule.called(unit):
                     self._expect(unit, args, kwargs)
 
+    @outside_modes
     def _after(self, is_model: bool, module: nn.Module, args: Any, output: Any) -> None:
         if not self._stack:  # the hook before it did not get as far
             return
@@ -175,6 +179,7 @@ class Hooks:
                 self.schedule.call_at_end(handle.remove)
         self.schedule.expect(unit, len(inputs))
 
+    @outside_modes
     def _input_ready(self, unit: Unit, leaf: bool, grad: Tensor) -> None:
         self.schedule.input_ready(unit, at_once=not leaf)
 
@@ -197,8 +202,10 @@ class Hooks:
     def _unpack(self, saved: Any) -> Tensor:
         if isinstance(saved, _Foreign):
             return saved.unpack(saved.packed)
-        if not isinstance(saved, _Place):
-            return saved  # type: ignore[no-any-return]
+        return self._look_up(saved) if isinstance(saved, _Place) else saved
+
+    @outside_modes
+    def _look_up(self, saved: _Place) -> Tensor:
         unit, slab = saved.unit, saved.slab
         if saved.generation != slab.generation or saved.version != saved.param._version:
             raise RuntimeError(
@@ -210,8 +217,9 @@ class Hooks:
             raise AssertionError(f"unit {unit.name} was needed and is not here")
         return slab.gathered.as_strided(saved.size, saved.stride, slab.gathered.storage_offset() + saved.offset)
 
+    @outside_modes
     def _find(self, tensor: Tensor) -> _Place | None:
-        if self._pool is None or tensor.layout is not torch.strided or not tensor.numel():
+        if self._pool is None or not torch._C._has_storage(tensor) or not tensor.numel():
             return None
         holds: tuple[Unit, Slab] | None = self._pool.label_of(tensor)
         if holds is None:
@@ -247,6 +255,7 @@ def watch_outputs(
             tensor.register_hook(entered)
 
 
+@outside_modes
 def _accumulates(param: nn.Parameter) -> bool:
     """Whether the backward that runs now fills ``.grad``, as opposed to ``torch.autograd.grad``."""
     with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():

@@ -32,6 +32,7 @@ from shardline.data import Loader
 from shardline.engine import Engine
 from shardline.errors import ConfigError, UsageError
 from shardline.events import Notice
+from shardline.modes import outside_modes
 from shardline.observe import Console
 from shardline.offload import Offload
 from shardline.precision import Precision
@@ -44,6 +45,7 @@ __all__ = ["initialize"]
 ConfigLike = str | os.PathLike[str] | Mapping[str, Any] | Config
 
 
+@outside_modes
 def initialize(
     args: Any = None,
     model: nn.Module | None = None,

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from shardline.buffer import Pool, empty, has_memory_alone, view
 from shardline.comm import DONE, Comm, Work
 from shardline.errors import ModelError, UsageError
+from shardline.modes import outside_modes
 from shardline.offload import Offload
 from shardline.parameter import Record, assign, let_go, seal, show
 from shardline.placement import Placement, Stage, Transition, transition
@@ -303,6 +304,7 @@ class Slab:
         alive = ((index, [each for each in refs if each() is not None]) for index, refs in self._handed.items())
         self._handed = {index: refs for index, refs in alive if refs}
 
+    @outside_modes
     def assigned(self, index: int, value: Tensor) -> None:
         """``param.data = value``: copied in; or, in another dtype, in its place until the forward or backward ends.
 

@@ -12,6 +12,7 @@ from shardline.build import Layout
 from shardline.comm import Comm
 from shardline.errors import UsageError
 from shardline.fragments import whole_weights
+from shardline.modes import outside_modes
 from shardline.unit import Unit
 
 __all__ = ["full_state_dict", "gathered", "units_of"]
@@ -58,26 +59,42 @@ def gathered(units: Sequence[Unit], *, write: bool) -> Iterator[None]:
     Raises:
         UsageError: for a change without ``write``.
     """
+    _show(units)
+    try:
+        yield
+        _take(units, write=write)
+    finally:
+        _let_go(units)
+
+
+@outside_modes
+def _show(units: Sequence[Unit]) -> None:
     for unit in units:
         unit.adopt()
         unit.wait()
         unit.holds += 1
-    try:
-        yield
-        if write:
-            for unit in units:
-                unit.write_back()
-        else:
-            edited = [name for unit in units for name in unit.edited()]
-            if edited:
-                raise UsageError(
-                    f"parameter {edited[0]!r} was changed inside gathered_parameters(). Pass write=True to keep "
-                    f"changes on every rank."
-                )
-    finally:
+
+
+@outside_modes
+def _take(units: Sequence[Unit], *, write: bool) -> None:
+    """Take over what was changed in ``units``."""
+    if write:
         for unit in units:
-            unit.holds -= 1
-            unit.release()
+            unit.write_back()
+        return
+    edited = [name for unit in units for name in unit.edited()]
+    if edited:
+        raise UsageError(
+            f"parameter {edited[0]!r} was changed inside gathered_parameters(). Pass write=True to keep changes on "
+            f"every rank."
+        )
+
+
+@outside_modes
+def _let_go(units: Sequence[Unit]) -> None:
+    for unit in units:
+        unit.holds -= 1
+        unit.release()
 
 
 def units_of(layout: Layout, params: Iterable[nn.Parameter | str] | nn.Module | None) -> list[Unit]:

@@ -42,6 +42,7 @@ from shardline.checkpoint.values import dtype_named, name_of
 from shardline.checkpoint.window import persistent_buffers
 from shardline.comm import Comm
 from shardline.errors import CheckpointError, UsageError
+from shardline.modes import outside_modes
 
 __all__ = ["Reader", "Writer", "state_of"]
 
@@ -108,6 +109,7 @@ class Reader(StorageReader):
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         return plans
 
+    @outside_modes
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         try:
             for item in plan.items:
@@ -198,6 +200,7 @@ class Writer(StorageWriter):
         told = {"ranks": len(plans), "apart": apart}
         return [replace(plan, items=mine, storage_data=told) for mine, plan in zip(items, plans, strict=True)]
 
+    @outside_modes
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """All of the save: every rank is here, and the commit has its own order among them."""
         group = dist.group.WORLD if self._group is None else self._group

@@ -11,13 +11,25 @@ import torch
 
 from shardline.data.seeds import derive, outer_states_kept, seed_all
 from shardline.errors import DataError
+from shardline.modes import outside_modes
 
 __all__ = ["Order", "permutation"]
 
 
+@outside_modes
 def permutation(length: int, seed: int, epoch: int) -> torch.Tensor:
     """The shuffled order of an epoch: each of 0..length-1 once, int64, decided by (seed, epoch)."""
     return torch.randperm(length, generator=torch.Generator().manual_seed(derive(seed, epoch)))
+
+
+@outside_modes
+def _in_order(length: int) -> torch.Tensor:
+    return torch.arange(length)
+
+
+@outside_modes
+def _listed(indices: list[int]) -> torch.Tensor:
+    return torch.tensor(indices, dtype=torch.int64)
 
 
 class Order:
@@ -48,7 +60,7 @@ class Order:
         if self.sampler is not None:
             return self._sampled(self.sampler, epoch)
         length = len(self.dataset)
-        return permutation(length, self.seed, epoch) if self.shuffle else torch.arange(length)
+        return permutation(length, self.seed, epoch) if self.shuffle else _in_order(length)
 
     def _sampled(self, sampler: Iterable[int], epoch: int) -> torch.Tensor:
         if hasattr(sampler, "set_epoch"):
@@ -57,7 +69,7 @@ class Order:
             seed_all(derive(self.seed, epoch))
             indices = list(sampler)
         try:
-            return torch.tensor([operator.index(index) for index in indices], dtype=torch.int64)
+            return _listed([operator.index(index) for index in indices])
         except TypeError as error:
             raise DataError(
                 f"The sampler {type(sampler).__name__} gives something that is not an index ({error}). "
