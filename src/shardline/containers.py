@@ -20,26 +20,22 @@ from torch.utils import _pytree as pytree
 
 from shardline.errors import UsageError
 
-__all__ = ["leaves_in", "replace_tensors", "tensors_in"]
+__all__ = ["replace_tensors", "tensors_in"]
 
 
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in ``value``, however deep."""
-    return [leaf for leaf in leaves_in(value) if isinstance(leaf, Tensor)]
-
-
-def leaves_in(value: Any) -> list[Any]:
-    """What ``value`` holds that is no container: tensors, numbers, and objects that the engine does not look into."""
-    found: list[Any] = []
+    found: list[Tensor] = []
     _collect(value, found, {})
     return found
 
 
-def _collect(value: Any, found: list[Any], seen: dict[int, Any]) -> None:
-    kind = None if isinstance(value, Tensor) else _kind_of(value)
-    if kind is None:
+def _collect(value: Any, found: list[Tensor], seen: dict[int, Any]) -> None:
+    if isinstance(value, Tensor):
         found.append(value)
-    elif id(value) not in seen:
+        return
+    kind = _kind_of(value)
+    if kind is not None and id(value) not in seen:
         seen[id(value)] = value  # which also keeps it alive, and its id its own
         for part in kind.open(value):
             _collect(part, found, seen)
