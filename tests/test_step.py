@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,8 +23,10 @@ CPU = torch.device("cpu")
 
 
 def rows(*values: tuple[float, ...]) -> torch.Tensor:
-    """Per rank: squares, weight, transitions, orders, late, samples; backwards (1) and whether it leaves (not)."""
-    return torch.tensor([[*row, *[1.0, 0.0][len(row) - 6 :]] for row in values], dtype=torch.float64)
+    """Per rank: squares, weight, transitions, orders, late, samples, backwards (1), leaving, alike, on_device (0)."""
+    order = (0, 1, 3, 4, 5, 6, 7, 2, 8, 9)  # of the row
+    full = [[*row, *[1.0, 0.0, 0.0, 0.0][len(row) - 6 :]] for row in values]
+    return torch.tensor([[row[place] for place in order] for row in full], dtype=torch.float64)
 
 
 def verdict(*values, unit_weight=1.0, loss_scale=1.0, clip=0.0, check=False) -> Verdict:
@@ -31,8 +34,23 @@ def verdict(*values, unit_weight=1.0, loss_scale=1.0, clip=0.0, check=False) -> 
 
 
 def test_a_row_is_what_it_says() -> None:
-    stacked = Row(torch.tensor(2.5, dtype=torch.float64), 3.0, 2**32 - 1, 7, 1, 40, 2, leaving=True).stack(CPU)
-    assert stacked.dtype is torch.float64 and stacked.tolist() == [2.5, 3.0, 2**32 - 1, 7, 1, 40, 2, 1]
+    row = Row(
+        squares=torch.tensor(2.5, dtype=torch.float64),
+        weight=3.0,
+        orders=7,
+        late=1,
+        samples=40,
+        backwards=2,
+        leaving=True,
+        transitions=2**32 - 1,
+        alike=2**32 - 2,
+        on_device=None,
+    )
+    stacked = row.stack(CPU)
+    assert stacked.dtype is torch.float64
+    assert stacked.tolist() == [2.5, 3.0, 7, 1, 40, 2, 1, 2**32 - 1, 2**32 - 2, 0]
+    known = replace(row, on_device=torch.tensor(9.0, dtype=torch.float64)).stack(CPU)
+    assert known.tolist() == [*stacked.tolist()[:-1], 9]
 
 
 def test_norm_and_average() -> None:
@@ -66,6 +84,19 @@ def test_ranks_that_did_different_things_do_not_step() -> None:
     assert not host.diverged and not host.skipped and not host.same_orders
     host = verdict((1, 1, 5, 6, 0, 1), (1, 1, 5, 6, 2, 1)).read()
     assert host.late and host.skipped and not host.diverged
+
+
+@pytest.mark.parametrize("column", [8, 9], ids=["host", "device"])
+def test_ranks_that_are_not_alike_do_not_step(column) -> None:
+    """Masked where the host does not know yet; and it learns why."""
+    side = [1, 1, 5, 6, 0, 1, 1, 0, 3, 4]
+    other = list(side)
+    other[column] += 1
+    found = verdict(tuple(side), tuple(other))
+    assert float(found.found_inf) == 1.0
+    host = found.read()
+    assert not host.alike and host.skipped and not host.diverged
+    assert verdict(tuple(side), tuple(side)).read().alike
 
 
 def test_one_rank_that_leaves_takes_all_along() -> None:

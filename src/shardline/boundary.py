@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from shardline.alike import Alike, Statement
 from shardline.comm import digest
 from shardline.config import Config
 from shardline.errors import DisagreementError, UsageError
@@ -107,9 +108,16 @@ class Boundary:
     """Ends windows for one layout of the model. Where reading a verdict would wait, it is read one step late."""
 
     def __init__(
-        self, update: Update, schedule: Schedule, scaler: LossScaler, config: Config, progress: Progress
+        self,
+        update: Update,
+        schedule: Schedule,
+        scaler: LossScaler,
+        config: Config,
+        progress: Progress,
+        alike: Alike,
     ) -> None:
         self.update, self.schedule, self.scaler = update, schedule, scaler
+        self.alike = alike
         self.units, self.comm = update.units, update.comm
         self.progress = progress
         self._clip = config.gradient_clipping
@@ -117,7 +125,7 @@ class Boundary:
         self._check = config.bf16.check_grad_overflow or not config.bf16.enabled
         # Reading a verdict waits for the device: done at once where that is free (CPU) or needed (the loss scale).
         self._reads_at_once = update.device.type == "cpu" or scaler.dynamic
-        self._pending: tuple[Verdict, Record] | None = None  # of the step before, with what it is about
+        self._pending: tuple[Verdict, Record, Statement] | None = None  # of the step before, with what it is about
         self._known: HostVerdict | None = None  # the same verdict, once somebody has read it
         self._log: dict[str, array[int]] = {}
 
@@ -141,20 +149,23 @@ class Boundary:
 
         Raises:
             UsageError: if no rank had a backward.
-            DisagreementError: if ranks did not issue the same collectives. No weight was changed in either case.
+            DisagreementError: if ranks did not issue the same collectives, or differ in what must be the same on all.
+                No weight was changed in any of these cases.
         """
         for unit in self.units:
             unit.adopt(keep=False)
         if window.unreduced:
             self.schedule.reduce_now(reversed(self.units))
-        record = self.schedule.record()
-        verdict, host = self._judge(window, record, leaving, hooked=before is not None)
+        record, statement = self.schedule.record(), self.alike.state()
+        verdict, host = self._judge(window, record, statement, leaving, hooked=before is not None)
         if host is not None and host.late:
             self._reduce_late()
-            verdict, host = self._judge(window, record, leaving, hooked=before is not None)
+            verdict, host = self._judge(window, record, statement, leaving, hooked=before is not None)
         if host is not None:
             if host.diverged:
                 raise self._refusal()
+            if not host.alike:
+                raise self.alike.refusal(statement, self.comm.exchange, "this step")
             if not host.backwards:
                 raise no_backward()
             self.scaler.update(overflow=host.skipped)
@@ -163,13 +174,13 @@ class Boundary:
         for work in [work for unit in self.units for work in unit.share_grads()]:
             work.wait()
         self.update.apply(verdict, host, self._clip, before, after)
-        self._pending = (verdict, record) if host is None else None
+        self._pending = (verdict, record, statement) if host is None else None
         self.progress.norm = verdict.norm if host is None else host.norm
         self.progress.applied = host is None or not host.skipped
         return host
 
     def _judge(
-        self, window: Window, record: Record, leaving: bool, *, hooked: bool
+        self, window: Window, record: Record, statement: Statement, leaving: bool, *, hooked: bool
     ) -> tuple[Verdict, HostVerdict | None]:
         """One small collective: what the ranks' gradients, weights and doings say together."""
         self.schedule.finish_reductions()
@@ -179,12 +190,14 @@ class Boundary:
         row = Row(
             squares=self.update.squares(),
             weight=window.weight,
-            transitions=digest(*self._log.values()),
             orders=record.digest(),
             late=sum(unit.has_partial() for unit in self.units),
             samples=window.samples,
             backwards=window.backwards,
             leaving=leaving,
+            transitions=digest(*self._log.values()),
+            alike=statement.digest,
+            on_device=statement.on_device,
         )
         verdict = Verdict.of(
             self.comm.rows(row.stack(self.update.device)),
@@ -205,28 +218,35 @@ class Boundary:
         if self._pending is None or self._known is not None:
             return None
         self._known = host = self._pending[0].read()
-        if host.diverged:
+        if host.refused:
             self.progress.applied = False  # and settle says why
         else:
             self._count(host)
         return host
 
+    @property
+    def refused(self) -> bool:
+        """Whether the step before was refused and :meth:`settle` has not said so yet."""
+        return self._known is not None and self._known.refused
+
     def settle(self) -> None:
         """Take the consequences of the step before. Collective: every rank does this before the same step or save.
 
         Raises:
-            DisagreementError: if ranks did not issue the same collectives; that step was not applied.
+            DisagreementError: as :meth:`end`; that step was not applied.
         """
         if self._pending is None:
             return
         self.read()
-        host, (_, record) = self._known, self._pending
+        host, (_, record, statement) = self._known, self._pending
         self._pending = self._known = None
         if host is None or host.diverged:
             raise DisagreementError(
                 "ranks did not issue the same collectives in the step before, which was therefore not applied. Give "
                 "every rank the same sequence of forwards; run forwards that differ inside gathered_parameters()."
             )
+        if not host.alike:
+            raise self.alike.refusal(statement, self.comm.exchange, "the step before")
         self._adopt(host, record)
 
     def forget(self) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from shardline.alike import Alike
 from shardline.boundary import Boundary, Progress, Window, no_backward
 from shardline.build import Layout, group_parameters, regroup
 from shardline.checkpoint.checkpointer import Checkpointer
@@ -22,6 +23,7 @@ from shardline.comm import Comm
 from shardline.compiling import compile_blocks
 from shardline.config import Config
 from shardline.data import Loader
+from shardline.data.place import Place
 from shardline.data.split import Position
 from shardline.errors import UsageError
 from shardline.events import Events, Notice
@@ -29,6 +31,7 @@ from shardline.fragments import ParamState, StateFragment, local_fragments
 from shardline.hooks import Hooks, watch_outputs
 from shardline.modes import outside_modes
 from shardline.optimizer.guard import guard, unguard
+from shardline.optimizer.options import Options
 from shardline.placement import STAGES, Placement
 from shardline.precision import LossScaler, Precision
 from shardline.report import Reporter
@@ -124,6 +127,7 @@ class Engine(nn.Module):
             for key, param in module._parameters.items()
             if param is not None
         ]
+        self._alike = Alike([Options(lambda: self.optimizer), Place(lambda: self.training_dataloader)])
         self._arrange()
         if optimizer is not None:
             guard(optimizer, stepping=self._is_stepping, zero_grad=self.zero_grad, add_group=self._add_group)
@@ -145,7 +149,7 @@ class Engine(nn.Module):
         self._boundary: Boundary | None = None
         if self.optimizer is not None:
             update = Update(units, self.comm, self.optimizer, self._layout.runs)
-            self._boundary = Boundary(update, self.schedule, self.scaler, self.config, self.progress)
+            self._boundary = Boundary(update, self.schedule, self.scaler, self.config, self.progress, self._alike)
         self._trainable = [param for unit in units for slab in unit.trainable for param in slab.params]
 
     # -- forward ----------------------------------------------------------------------------------------------------
@@ -350,7 +354,8 @@ class Engine(nn.Module):
 
         Raises:
             UsageError: without an optimizer, or if the window has seen no backward.
-            DisagreementError: if ranks did not issue the same collectives; no weight was changed.
+            DisagreementError: if ranks did not issue the same collectives, or differ in the optimizer's options or in
+                the place of the engine's loader; no weight was changed. An accelerator may say so at the next step.
             CheckpointError: if the checkpoint that is due after this step could not be written; the step is done.
             SystemExit: after a SIGTERM, once the checkpoint is written, where ``checkpoint.save_on_sigterm`` is set.
         """
@@ -431,7 +436,7 @@ class Engine(nn.Module):
     def _resolve(self) -> None:
         """Learn what became of the step before, where nobody waited for it. A rank may do this alone."""
         host = None if self._boundary is None else self._boundary.read()
-        if host is not None and host.skipped and not host.diverged:
+        if host is not None and host.skipped and not host.refused:
             self._reporter.skipped(self.global_steps, late=host.late)
 
     def _settle(self) -> None:
@@ -878,6 +883,8 @@ class Engine(nn.Module):
             self.events.emit(Notice(f"destroy() discards {window.steps} micro-steps that no step has applied"))
         self._drop_gradients()
         self._resolve()
+        if self._boundary is not None and self._boundary.refused:
+            self.events.emit(Notice(f"step {self.global_steps} was not applied: ranks did not do the same in it"))
         self.checkpoints.close()
         self._hooks.remove()
         while self._undo:

@@ -28,7 +28,7 @@ from shardline.build import (
 )
 from shardline.comm import Comm
 from shardline.config import Config, load_config
-from shardline.data import Loader
+from shardline.data import Loader, length
 from shardline.engine import Engine
 from shardline.errors import ConfigError, UsageError
 from shardline.events import Notice
@@ -107,6 +107,7 @@ def initialize(
             "the version of torch": torch.__version__,
             "the version of shardline": shardline.__version__,
             **{f"the configuration's {key}": value for key, value in settings.to_dict().items()},
+            "the length of training_data": length(training_data),
         }
     )
     precision = Precision.from_config(settings)
@@ -143,6 +144,7 @@ def initialize(
         engine.training_dataloader = make_loader(training_data, settings, comm, collate_fn)
         engine._note_loader()
         engine.training_dataloader.on_batch = engine._batch_comes
+        engine.training_dataloader.on_error = comm.give_up
     Console().attach(engine.events, settings, topology)
     if settings.no_effect:
         engine.events.emit(

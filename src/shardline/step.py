@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -18,37 +18,59 @@ from shardline.unit import RunTensors, Unit
 __all__ = ["Row", "Update", "Verdict"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    """What each rank tells the others once a step, as float64: (len(Row) numbers) x ranks travel.
+    """What each rank tells the others once a step, as float64: a number for each attribute.
 
     Attributes:
         squares: sum of squares of this rank's shard of the summed, unscaled gradients (0-dim, float64).
         weight: what this rank's gradients count for: micro-steps, samples or tokens.
-        transitions: digest of the collectives issued since the last step.
         orders: digest of the orders recorded since the last step.
         late: units with gradients that no reduction has seen yet.
         samples: samples seen.
         backwards: backwards in this window.
         leaving: whether this rank was asked to save and end.
+        transitions: digest of the collectives issued since the last step.
+        alike: digest of what must be the same on all ranks (:class:`shardline.alike.Statement`).
+        on_device: the same of what only the device knows (0-dim, float64), if there is such a thing.
     """
 
     squares: Tensor
     weight: float
-    transitions: int
     orders: int
     late: int
     samples: int
     backwards: int
-    leaving: bool = False
+    leaving: bool
+    transitions: int
+    alike: int
+    on_device: Tensor | None
 
     def stack(self, device: torch.device) -> Tensor:
         # One copy to the device: pinned memory would not be faster for so few numbers.
         known = torch.tensor(
-            [self.weight, self.transitions, self.orders, self.late, self.samples, self.backwards, self.leaving],
+            [
+                self.weight,
+                self.orders,
+                self.late,
+                self.samples,
+                self.backwards,
+                self.leaving,
+                self.transitions,
+                self.alike,
+                0.0,
+            ],
             dtype=torch.float64,
         )
-        return torch.cat([self.squares.view(1), known.to(device, non_blocking=True)])
+        row = torch.cat([self.squares.view(1), known.to(device, non_blocking=True)])
+        if self.on_device is not None:
+            row[-1] = self.on_device.to(device)
+        return row
+
+
+_COLUMN = {column.name: index for index, column in enumerate(fields(Row))}
+_SAME = slice(_COLUMN["transitions"], _COLUMN["on_device"] + 1)
+"""Columns in which a difference keeps the step from being applied. A list of them would be copied to the device."""
 
 
 @dataclass
@@ -75,27 +97,31 @@ class Verdict:
         ``unit_weight`` is the weight by which ``backward`` divided already, so that the divisor of the average is the
         sum of all weights over it.
         """
-        total = rows[:, 0].sum()
-        average = rows[:, 1].sum() / unit_weight * loss_scale
+        weight, late, backwards = (rows[:, _COLUMN[name]] for name in ("weight", "late", "backwards"))
+        total = rows[:, _COLUMN["squares"]].sum()
+        average = weight.sum() / unit_weight * loss_scale
         norm = total.sqrt() / average
         found_inf = ~torch.isfinite(norm) if check else torch.zeros_like(norm, dtype=torch.bool)
         # Ranks that sent different things have exchanged wrong ranges; those with late gradients need another round.
-        found_inf = found_inf | (rows[:, 2] != rows[0, 2]).any() | (rows[:, 4] != 0).any() | (rows[:, 6].sum() == 0)
+        differ = (rows[:, _SAME] != rows[0, _SAME]).any()
+        found_inf = found_inf | differ | (late != 0).any() | (backwards.sum() == 0)
         scale = average * divisor(norm, clip)
         return cls(rows, norm, found_inf.float(), average, scale.float())
 
     def read(self) -> HostVerdict:
         """The host's part. On an accelerator this waits for the device."""
-        rows = self.rows.tolist()
+        column = dict(zip(_COLUMN, self.rows.t().tolist(), strict=True))
+        same = {name: all(value == values[0] for value in values) for name, values in column.items()}
         return HostVerdict(
             skipped=bool(self.found_inf.item()),
             norm=float(self.norm),
-            diverged=any(row[2] != rows[0][2] for row in rows),
-            same_orders=all(row[3] == rows[0][3] for row in rows),
-            late=any(row[4] for row in rows),
-            samples=int(sum(row[5] for row in rows)),
-            backwards=int(sum(row[6] for row in rows)),
-            leaving=any(row[7] for row in rows),
+            diverged=not same["transitions"],
+            same_orders=same["orders"],
+            late=any(column["late"]),
+            samples=int(sum(column["samples"])),
+            backwards=int(sum(column["backwards"])),
+            leaving=any(column["leaving"]),
+            alike=same["alike"] and same["on_device"],
         )
 
 
@@ -111,6 +137,12 @@ class HostVerdict:
     samples: int
     backwards: int
     leaving: bool = False
+    alike: bool = True
+
+    @property
+    def refused(self) -> bool:
+        """Whether the ranks did not do, or did not have, the same: then the step must not be applied."""
+        return self.diverged or not self.alike
 
 
 class Update:

@@ -119,3 +119,14 @@ def test_a_process_that_was_killed_is_gone_and_its_words_are_not_torn_away() -> 
             peer.read(place, out)
 
     with_a_process(look)
+
+
+def test_what_a_rank_says_is_read_and_taken_back() -> None:
+    board = Board(SIZE)
+    peer = peer_of(board, size=board.size)
+    assert peer.said() == ""
+    words = list(board.words[: SIZE // 8])
+    for text in ("short", "é" * 300, "x" * 9000 + "the end", "again", ""):
+        board.say(text)
+        assert peer.said() == text[-4088:]
+    assert list(board.words[: SIZE // 8]) == words, "the words that say what was announced are others"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from shardline.comm.direct import Peers, attach
 from shardline.comm.transport import DONE, Scratch, Transport, Work, choose
-from shardline.errors import DisagreementError, UsageError
+from shardline.errors import DisagreementError, ShardlineError, UsageError
 
 __all__ = ["DONE", "Comm", "Work", "check_alike"]
 
@@ -96,6 +96,14 @@ class Comm:
             dist.destroy_process_group(group)
         self._groups, self._transports, self._peers = [], None, None
         self._closed = True
+
+    def give_up(self, error: ShardlineError | None) -> None:
+        """Let ranks that wait for this one raise ``error`` too; ``None`` takes it back.
+
+        They hear of it where they read each other's memory; elsewhere they find this rank gone when it ends.
+        """
+        if self._peers is not None:
+            self._peers.give_up(error)
 
     def settle(self, patience: float | None = None) -> None:
         """Return when no other rank reads what this one sent in transitions that it has waited for.
@@ -254,7 +262,7 @@ def check_alike(everyone: Sequence[dict[str, Any]]) -> None:
                 raise DisagreementError(
                     f"ranks disagree on {key}: rank 0 has {_shorten(value)}, rank {rank} has "
                     f"{_shorten(other.get(key))}. Every rank must run the same script with the same configuration, "
-                    f"model and versions."
+                    f"model, data and versions."
                 )
 
 

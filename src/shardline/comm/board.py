@@ -28,6 +28,10 @@ if hasattr(_libc, "process_vm_readv"):
 _PR_SET_PTRACER, _ANY = 0x59616D61, ctypes.c_ulong(-1)
 
 
+_SAID = 4096
+"""Bytes at the end of a board for what its rank has to say: their length, and text."""
+
+
 class _Range(ctypes.Structure):
     """``struct iovec``."""
 
@@ -35,7 +39,7 @@ class _Range(ctypes.Structure):
 
 
 class Board:
-    """Words (int64) that this rank writes and the others see.
+    """Words (int64) that this rank writes and the others see, and a text.
 
     Attributes:
         words: the first one is a token by which the others know that they found this board.
@@ -46,7 +50,7 @@ class Board:
     """
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        self.size = size = size + _SAID
         self.fd = os.memfd_create("shardline")
         self.close = weakref.finalize(self, os.close, self.fd)
         self.close.atexit = False  # a process that ends waits for its peers, and is there until it is gone
@@ -56,6 +60,14 @@ class Board:
         self.probe = torch.tensor([token], device="cpu")
         # Where Yama keeps processes of one user from reading each other, it asks the one that is read.
         _libc.prctl(_PR_SET_PTRACER, _ANY, 0, 0, 0)
+
+    def say(self, text: str) -> None:
+        """Show ``text`` to the peers instead of what was said before; of a long one its end."""
+        said = self.words[-_SAID // 8 :]
+        data = text.encode()[8 - _SAID :]
+        said[0] = 0
+        said.cast("B")[8 : 8 + len(data)] = data
+        said[0] = len(data)
 
 
 class Peer:
@@ -106,6 +118,11 @@ class Peer:
                 f"What that rank printed last says why."
             )
         raise OSError(error, f"{os.strerror(error)}: memory of rank {self.rank} (process {self.pid}) at {address:#x}")
+
+    def said(self) -> str:
+        """What the peer has to say."""
+        said = self.words[-_SAID // 8 :]
+        return said.cast("B")[8 : 8 + said[0]].tobytes().decode(errors="replace")
 
     def is_there(self) -> bool:
         """Whether its process lives and has the board open: no other file can be this one while it is mapped."""

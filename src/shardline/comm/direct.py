@@ -29,9 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardline import errors
 from shardline.comm.board import Board, Peer
 from shardline.comm.transport import BLOCK, Scratch, Work, add_in_order, put
-from shardline.errors import DisagreementError, LostRankError, UsageError
+from shardline.errors import DisagreementError, LostRankError, ShardlineError, UsageError
 
 __all__ = ["DirectTransport", "Peers", "attach"]
 
@@ -81,6 +82,10 @@ class Peers:
         # Runs at the end of processes of multiprocessing, too, where atexit does not.
         self._at_exit = Finalize(None, _leave, (weakref.ref(self),), exitpriority=10)
 
+    def give_up(self, error: ShardlineError | None) -> None:
+        """Let the peers that wait for this rank raise ``error`` too; ``None`` takes it back."""
+        self.board.say("" if error is None else f"{type(error).__name__}: {error}")
+
     def settle(self, patience: float | None = None) -> None:
         """Wait (``patience``: at most so many seconds) until nobody reads what this rank announced.
 
@@ -126,6 +131,9 @@ class Peers:
         """See whether waiting has a sense."""
         gone = [peer for peer in self.peers if not peer.is_there()]
         progress()  # by what they did before they went
+        for peer in self.peers:
+            if (text := peer.said()) and any(each.lacks(peer) for each in self.transports) and not over():
+                raise _same_error(peer.rank, text)
         gone = [peer for peer in gone if any(each.lacks(peer) for each in self.transports)]
         if gone and not over():
             raise LostRankError(
@@ -141,7 +149,7 @@ class Peers:
 
     def leave(self) -> None:
         """Return when nobody will read this rank's memory any more: all have read what was announced, or are gone."""
-        with contextlib.suppress(LostRankError, DisagreementError, UsageError, OSError):
+        with contextlib.suppress(ShardlineError, OSError):
             whole = [each for each in self.transports if not each.broken]
             self.wait(lambda: not any(each.kept or each.started for each in whole), patience=_LEAVING)
 
@@ -154,6 +162,13 @@ class Peers:
             self.board.close()
             self.transports, self.peers = [], []
             _OPEN[:] = [other for other in _OPEN if other() is not self]
+
+
+def _same_error(rank: int, text: str) -> ShardlineError:
+    """What a peer raised, here."""
+    kind, _, said = text.partition(": ")
+    known: type[ShardlineError] = getattr(errors, kind) if kind in errors.__all__ else ShardlineError
+    return known(f"rank {rank} gave up: {said}")
 
 
 def _leave(reference: weakref.ref[Peers]) -> None:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from shardline.data.seeds import derive, outer_states_kept, seed_all
 from shardline.data.split import Position, Split
+from shardline.errors import DataError
 
 __all__ = ["Drawn", "Ended", "Indexed", "Request", "Streamed", "introduce"]
 
@@ -21,19 +22,21 @@ Collate = Callable[[list[Any]], Any]
 
 
 class Request(NamedTuple):
-    """A micro-batch to draw. A stream finds the rest itself; else ``indices``, how many of them count, and the place of
-    the first in its global batch."""
+    """A micro-batch to draw. A stream finds the rest itself; else ``indices``, how many of them count, the place of the
+    first in its global batch, and the size of that."""
 
     position: Position
     indices: Sequence[int] = ()
     samples: int = 0
     place: int = 0
+    size: int = 0
 
 
 class Drawn(NamedTuple):  # tuples, because torch pins what is inside them
-    """A collated micro-batch and the number of real samples in it: 0 for padding."""
+    """A collated micro-batch, the number of real samples in it (0 for padding), and in its global batch."""
 
     samples: int
+    size: int
     batch: Any
 
 
@@ -53,8 +56,15 @@ class _Source(Dataset[Drawn | Ended]):
         self.epoch: int | None = None
 
     def __getitem__(self, request: Request) -> Drawn | Ended:
-        with outer_states_kept():
-            return self.draw(request)
+        try:
+            with outer_states_kept():
+                return self.draw(request)
+        except StopIteration as error:  # it would end the iteration that asks, and so the epoch
+            where = " ".join(getattr(error, "__notes__", ()))
+            raise DataError(
+                f"The dataset {type(self.dataset).__name__} or its collate_fn raised StopIteration, as next() does on "
+                f"an iterator that has ended. Give next() a default, or raise another error. {where}".rstrip()
+            ) from error
 
     def draw(self, request: Request) -> Drawn | Ended:
         raise NotImplementedError
@@ -70,10 +80,10 @@ class _Source(Dataset[Drawn | Ended]):
             if hasattr(self.dataset, "set_epoch"):
                 self.dataset.set_epoch(epoch)
 
-    def finish(self, position: Position, samples: list[Any], counted: int, place: int) -> Drawn:
-        """Collate samples whose first has this place in its global batch."""
+    def finish(self, position: Position, samples: list[Any], counted: int, place: int, size: int) -> Drawn:
+        """Collate samples whose first has this place in its global batch of ``size``."""
         seed_all(derive(self.seed, position.epoch, position.batch, place))
-        return Drawn(counted, self.collate(samples))
+        return Drawn(counted, size, self.collate(samples))
 
 
 class Indexed(_Source):
@@ -90,7 +100,7 @@ class Indexed(_Source):
             except Exception as error:
                 error.add_note(f"Raised while drawing sample {index} of epoch {epoch}.")
                 raise
-        return self.finish(request.position, samples, request.samples, request.place)
+        return self.finish(request.position, samples, request.samples, request.place, request.size)
 
 
 class Streamed(_Source):
@@ -119,7 +129,7 @@ class Streamed(_Source):
             return Ended(self.total)
         piece = self.split.piece(len(self.held), position.micro)
         samples = [self.held[place] for place in piece.places]
-        return self.finish(position, samples, piece.samples, piece.places.start)
+        return self.finish(position, samples, piece.samples, piece.places.start, len(self.held))
 
     def close(self) -> None:
         super().close()

@@ -16,7 +16,7 @@ from shardline.data.seeds import derive
 from shardline.data.split import Position, Split
 from shardline.errors import DataError, UsageError
 
-__all__ = ["Loader"]
+__all__ = ["Loader", "length"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,8 @@ class Loader:
         samples: real samples in the micro-batch handed out last.
         weight: the same over ``micro_batch``: 1.0 for a full one, 0.0 for padding; 1.0 before the first.
         on_batch: called with the position of each micro-batch right before it is handed out, its ``samples`` known.
+        on_error: called with a `DataError` that ends an iteration, right before it is raised, and with None once the
+            next micro-batch could be drawn all the same.
 
     Raises:
         DataError: a dataset, a sampler or numbers that cannot be split.
@@ -111,6 +113,8 @@ class Loader:
         self.samples = 0
         self.weight = 1.0
         self.on_batch: Callable[[Position], None] | None = None
+        self.on_error: Callable[[DataError | None], None] | None = None
+        self._failed = False
 
         iterable = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
         self._sharded = iterable and bool(getattr(dataset, "sharded", False))
@@ -146,6 +150,7 @@ class Loader:
 
         self._position = Position(epoch=0)
         self._handed: Position | None = None  # the micro-batch handed out last since the position was set
+        self._size: int | None = None  # of its global batch
         self._iteration = 0  # the number of the only iteration that may go on
         self._told = False
         if self._batches(epoch=0) == 0:
@@ -163,6 +168,14 @@ class Loader:
     def position(self) -> Position:
         """The micro-batch that will be handed out next."""
         return self._normal(self._position)
+
+    def place(self) -> tuple[int | None, ...]:
+        """What must be the same on all ranks at a step: the epoch, global batch and micro-step that come next, then the
+        size of the global batch that was handed out last and a digest of the order of its epoch, where there are any.
+        """
+        here, handed = self.position, self._handed
+        crc = self._order.crc(handed.epoch) if self._order is not None and handed is not None else None
+        return here.epoch, here.batch, here.micro, self._size, crc
 
     def __len__(self) -> int:
         """Micro-batches in the whole current epoch on this rank, wherever in it the position is.
@@ -200,6 +213,9 @@ class Loader:
                         "set to another position. Go on with a new iter(loader)."
                     )
             self._check_end(start, item.total)
+        except DataError as error:
+            self._tell(error)
+            raise
         finally:
             if self._iteration == mine:
                 self._leave()
@@ -296,7 +312,7 @@ class Loader:
     def _jump(self, position: Position) -> None:
         self._leave()
         self._position = position
-        self._handed = None
+        self._handed = self._size = None
         self.samples, self.weight = 0, 1.0
 
     def _hand_out(self, item: Drawn) -> None:
@@ -307,12 +323,19 @@ class Loader:
                 f"len() in epoch {here.epoch} on rank {self._rank}, so this rank would wait for the others for ever. "
                 "A dataset that is split by rank must yield len() samples on each."
             )
+        if self._failed:
+            self._tell(None)
         self._position = here.following(self._split.accumulation)
-        self._handed = here
+        self._handed, self._size = here, item.size
         self.samples = item.samples
         self.weight = item.samples / self.batch_size
         if self.on_batch is not None:
             self.on_batch(here)
+
+    def _tell(self, error: DataError | None) -> None:
+        self._failed = error is not None
+        if self.on_error is not None:
+            self.on_error(error)
 
     def _check_end(self, start: Position, total: int) -> None:
         """Look at the number of samples of a whole epoch when it ended."""
@@ -371,6 +394,18 @@ class Loader:
             )  # fmt: skip
 
 
+def length(dataset: Any) -> int | str:
+    """The ``len()`` of a dataset, or in a word why there is none: what ranks compare before they load anything."""
+    if dataset is None:
+        return "no dataset"
+    if not hasattr(dataset, "__len__"):
+        return "unknown"
+    try:
+        return len(dataset)
+    except Exception as error:  # the loader meets it again, on every rank if it is the same on all
+        return f"{type(error).__name__}: {error}"
+
+
 class _Requests:
     """The sampler of torch's loader: the micro-batches of this rank from ``start`` to the end of the epoch."""
 
@@ -394,7 +429,7 @@ class _Requests:
             batch = indices[position.batch * size : (position.batch + 1) * size]
             piece = self.split.piece(len(batch), position.micro)
             mine = batch[piece.places.start : piece.places.stop].tolist()
-            yield Request(position, mine, piece.samples, piece.places.start)
+            yield Request(position, mine, piece.samples, piece.places.start, len(batch))
             position = position.following(self.split.accumulation)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import zlib
 from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Any
@@ -41,6 +42,7 @@ class Order:
         self.seed = seed
         self.shuffle = shuffle
         self._latest: tuple[int, torch.Tensor] | None = None
+        self._crc: tuple[int, int] | None = None
 
     def length(self, epoch: int) -> int:
         """Samples in the epoch. Without a sampler it asks the dataset and lays out no order."""
@@ -50,7 +52,14 @@ class Order:
         """All indices of the epoch, int64, 1-D. The latest epoch asked for is kept: 8 bytes a sample."""
         if self._latest is None or self._latest[0] != epoch:
             self._latest = (epoch, self._compute(epoch))
+            self._crc = None
         return self._latest[1]
+
+    def crc(self, epoch: int) -> int:
+        """The CRC-32 of all indices of the epoch, to compare with other ranks' at each step."""
+        if self._crc is None or self._crc[0] != epoch:
+            self._crc = (epoch, zlib.crc32(self.indices(epoch).numpy().data))
+        return self._crc[1]
 
     def digest(self, epoch: int) -> str:
         """A short digest of the first indices: tells another order (shuffle, sampler, torch's permutation) apart."""
