@@ -16,7 +16,7 @@ from shardline.buffer import Pool
 from shardline.comm import DONE, Comm
 from shardline.config import Config
 from shardline.describe import chosen_units, describe_modules, describe_params, first_names
-from shardline.errors import OptimizerError
+from shardline.errors import ModelError, OptimizerError
 from shardline.fragments import ParamState, put_states, take_states, whole_weights
 from shardline.meta import is_on_meta
 from shardline.offload import Offload
@@ -238,15 +238,40 @@ def load_model(
     for unit in layout.units:
         unit.settle()
     layout.pool.clear()
-    moved: dict[Tensor, Tensor] = {}  # a buffer that two modules share stays one
+    _move_buffers(model, precision, comm)
+
+
+def _move_buffers(model: nn.Module, precision: Precision, comm: Comm) -> None:
+    """Bring the model's buffers to the device, and rank 0's values into them. What shared memory goes on doing so.
+
+    Raises:
+        ModelError: for buffers of several dtypes in the same memory.
+    """
+    held = dict.fromkeys(buffer for module in model.modules() for buffer in module._buffers.values())
+    sharing: dict[int, list[Tensor]] = {}
+    for buffer in held:
+        if buffer is not None:
+            sharing.setdefault(buffer.untyped_storage()._cdata, []).append(buffer)
+    moved: dict[Tensor | None, Tensor | None] = {None: None}  # by object: one that two modules hold stays one
+    sent: list[Tensor] = []
+    for together in sharing.values():
+        first = together[0]
+        dtype = precision.buffers if precision.buffers and first.is_floating_point() else first.dtype
+        if len(together) == 1:
+            sent.append(first.to(comm.device, dtype).contiguous())
+            moved[first] = sent[-1]
+            continue
+        if any(buffer.dtype != first.dtype for buffer in together):
+            name = next(name for name, buffer in model.named_buffers() if buffer is first)
+            raise ModelError(f"buffer {name!r} shares memory with one of another dtype. Give each a copy (.clone()).")
+        memory = torch.empty(0, dtype=first.dtype, device=first.device).set_(first.untyped_storage())
+        sent.append(memory.to(comm.device, dtype))
+        for buffer in together:
+            moved[buffer] = sent[-1].as_strided(buffer.shape, buffer.stride(), buffer.storage_offset())
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None:
-                if buffer not in moved:
-                    dtype = precision.buffers if precision.buffers and buffer.is_floating_point() else buffer.dtype
-                    moved[buffer] = buffer.to(comm.device, dtype).contiguous()
-                module._buffers[name] = moved[buffer]
-    comm.broadcast(list(moved.values()))
+            module._buffers[name] = moved[buffer]
+    comm.broadcast(sent)
 
 
 def needs_whole(optimizer: Optimizer, stage: int, world_size: int) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from shardline.admission import Contents
 from shardline.alike import Alike
 from shardline.boundary import Boundary, Progress, Window, no_backward
 from shardline.build import Layout, group_parameters, regroup
@@ -39,7 +40,7 @@ from shardline.scaling import PLAIN, multiplied, multiplied_by
 from shardline.schedule import Schedule
 from shardline.step import Update
 from shardline.topology import Topology
-from shardline.unit import Unit, replaced_error
+from shardline.unit import Unit
 from shardline.weights import full_state_dict, gathered, units_of
 
 __all__ = ["Engine", "StepHook"]
@@ -121,12 +122,7 @@ class Engine(nn.Module):
         self._compiled = False
         self._undo: list[Callable[[], None]] = []  # what was done to the model's modules beside the hooks
         self._reporter = Reporter(self.events, comm.device, phases=config.wall_clock_breakdown)
-        self._holders = [
-            (module, key, param)
-            for module in model.modules()
-            for key, param in module._parameters.items()
-            if param is not None
-        ]
+        self._contents = Contents(model)
         self._alike = Alike([Options(lambda: self.optimizer), Place(lambda: self.training_dataloader)])
         self._arrange()
         if optimizer is not None:
@@ -207,12 +203,8 @@ class Engine(nn.Module):
             self.window_start.mark(position)
 
     def _check_held(self) -> None:
-        """See that nobody replaced a parameter of the model, or its tensor."""
-        for module, key, param in self._holders:
-            found = module._parameters.get(key)
-            if found is not param:
-                name = next(name for name, known in self._layout.params.items() if known is param)
-                raise replaced_error(name, param if found is None else found)
+        """See that the model holds the parameters that it held, and these the engine's tensors."""
+        self._contents.check()
         for unit in self._layout.units:
             unit.check_in_place()
 
@@ -513,6 +505,7 @@ class Engine(nn.Module):
             rank0_only: other ranks take part and get an empty dict.
         """
         self._check_alive("full_state_dict()")
+        self._contents.check()
         wanted = not rank0_only or self.comm.rank == 0
         return full_state_dict(self.module, self._layout, self.comm, dtype, wanted=wanted)
 
@@ -548,6 +541,7 @@ class Engine(nn.Module):
 
     def _add_group(self, add: Callable[[dict[str, Any]], None], group: dict[str, Any]) -> None:
         """``optimizer.add_param_group`` with parameters of the model: they join at the next forward."""
+        self._contents.check()
         params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         joining = group_parameters(self.module, [{"params": params}])
         taken = sorted(set(joining) & set(self._groups))
@@ -725,6 +719,7 @@ class Engine(nn.Module):
 
     def checkpoint_parts(self) -> Parts:
         """This rank's tensors as a checkpoint sees them."""
+        self._contents.check()
         self._settle()
         for unit in self._layout.units:
             unit.adopt()

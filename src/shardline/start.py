@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import shardline
 from shardline import lr
+from shardline.admission import check_model
 from shardline.arguments import config_path
 from shardline.build import (
     ParamGroups,
@@ -93,6 +94,7 @@ def initialize(
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"initialize was given model={type(model).__name__}; it needs a torch.nn.Module.")
+    check_model(model)
     if mpu is not None:
         raise UsageError("mpu is not supported: the engine shards over all ranks, or over the group of mesh=.")
     source = _one_config(args, config, config_params)

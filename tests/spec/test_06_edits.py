@@ -7,8 +7,20 @@ import contextlib
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from tests.harness import OPTIMIZERS, STAGES, Setup, assert_close, assert_ranks_agree, seeded, spread
+from tests.harness import (
+    OPTIMIZERS,
+    STAGES,
+    Setup,
+    assert_close,
+    assert_identical,
+    assert_ranks_agree,
+    seeded,
+    spread,
+    train,
+)
 from tests.models import ConvNet, Mlp, cross_entropy, images, mse, regression
 
 STEPS = 8
@@ -75,7 +87,19 @@ def stay_on_average(model, memory, step):
                 p.copy_(average[name])
 
 
-IN_PLACE = {f.__name__: f for f in (clamp, scale_one, load, load_part, ema, stay_on_average)}
+def by_data(model, memory, step):
+    """Edits that raise no version: of what is read now, of what was read before, and by assignment."""
+    weight = model.blocks[1].up.weight
+    if step == 1:
+        for p in model.parameters():
+            p.data.clamp_(-0.15, 0.15)
+    if step == 3:
+        weight.data[:] = weight.data * 0.5
+    if step == 5:
+        model.head.weight.data = model.head.weight.data.flip(0).t()
+
+
+IN_PLACE = {f.__name__: f for f in (clamp, scale_one, load, load_part, ema, stay_on_average, by_data)}
 
 
 def train_with_edits(edit, batches, config):
@@ -147,6 +171,181 @@ def data_swap(batches, config):
     state = engine.full_state_dict()
     engine.destroy()
     return state
+
+
+class Held(Mlp):
+    """Its weights are edited in the forward, through ``.data``: a codebook, a spectral norm. Twice is as once."""
+
+    def forward(self, x):
+        self.blocks[1].up.weight.data.clamp_(-0.1, 0.1)
+        self.head.weight.data = self.head.weight.data.clamp(-0.05, 0.05)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_edits_by_data_in_a_forward(ranks, dtype):
+    setup = Setup(dtype, "SGD")
+    batches = spread(regression, 4, setup, 2)
+    twin = setup.twin(seeded(Held))
+    before = twin.state()
+    for window in batches:
+        for batch in window[0]:
+            was = {name: p.detach().clone() for name, p in twin.params.items()}
+            twin.backward(mse(twin, twin.model, batch))
+            for name, p in twin.params.items():
+                twin.master(name).copy_(torch.where(p.detach() == was[name], twin.master(name), p.detach()))
+        twin.step()
+    for results in ranks(train, 2, Held, mse, batches, [setup.config(stage) for stage in STAGES]):
+        for result in results:
+            assert_close(result["state"], twin.state(), dtype, before)
+            assert_identical(result["state"], results[0]["state"])
+
+
+def swap(batches, config, swaps):
+    """Train; with ``swaps`` evaluate other weights before each step, saved in between, and put the own ones back."""
+    import shardline
+
+    rank = dist.get_rank()
+    engine, *_ = shardline.initialize(model=seeded(Mlp), config=config)
+    seen = []
+    for step, window in enumerate(batches):
+        params = list(engine.module.parameters())
+        with editable(engine) if swaps else contextlib.nullcontext():
+            if swaps:
+                kept = [p.detach().clone() for p in params]
+                for p in params:
+                    p.data.copy_(torch.zeros_like(p))
+        if swaps:
+            with torch.no_grad():
+                seen.append(float(engine(window[0][rank][0]).abs().max()))
+            if step % 2:
+                seen += [float(value.abs().max()) for value in engine.full_state_dict().values()]
+            with editable(engine), torch.no_grad():
+                for p, value in zip(params, kept, strict=True):
+                    if step % 3:
+                        p.data.copy_(value)
+                    else:
+                        p.copy_(value)
+        engine.backward(mse(engine, engine.module, window[0][rank]))
+        engine.step()
+    state = engine.full_state_dict()
+    engine.destroy()
+    return state, seen
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_swapped_out_and_in_leave_no_trace(ranks, stage):
+    """bf16: the masters come back to the bit, though zeros were taken over, saved and evaluated in between."""
+    setup = Setup("bf16", "AdamW")
+    batches = spread(regression, 4, setup, 2)
+    plain = ranks(swap, 2, batches, setup.config(stage), False)
+    for (state, seen), (expected, _) in zip(ranks(swap, 2, batches, setup.config(stage), True), plain, strict=True):
+        assert not any(seen) and len(seen) > 4
+        assert_identical(state, expected)
+
+
+class Teacher(nn.Module):
+    """MoCo: the frozen key encoder follows the query encoder inside the forward, after that was used."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = (nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32)) for _ in range(2))
+        self.key.load_state_dict(self.query.state_dict())
+        self.key.requires_grad_(False)
+
+    def forward(self, x):
+        query = self.query(x)
+        with torch.no_grad():
+            for ours, theirs in zip(self.key.parameters(), self.query.parameters(), strict=True):
+                ours.mul_(0.5).add_(theirs, alpha=0.5)
+        return query + self.key(x)
+
+
+@pytest.mark.parametrize("zero", [{}, {"unit_min_numel": 100_000}], ids=["units", "one unit"])
+def test_a_teacher_that_follows_in_the_forward(ranks, zero):
+    """At stage 3 no weight of the student seems to have changed, though they share a unit."""
+    setup = Setup("fp32", "SGD", zero=zero)
+    batches = spread(regression, 3, setup, 1)
+    twin = setup.twin(seeded(Teacher))
+    for window in batches:
+        twin.backward(mse(twin, twin.model, window[0][0]))
+        twin.step()
+    both = [[[window[0][0]] * 2] for window in batches]  # each rank the same: the teacher moves once a forward
+    for results in ranks(train, 2, Teacher, mse, both, [setup.config(stage) for stage in STAGES]):
+        for result in results:
+            assert_close(result["state"], twin.state())
+
+
+class Router(nn.Module):
+    """Switch's: the classifier works in fp32, whatever the model does."""
+
+    def __init__(self, again=False):
+        super().__init__()
+        self.inner, self.classifier, self.outer = (nn.Linear(32, 32) for _ in range(3))
+        self.again = again
+
+    def forward(self, x):
+        scores = self.classifier.to(torch.float32)(self.inner(x).float())
+        if self.again:
+            scores = scores + self.classifier.to(torch.float32)(scores)
+            self.classifier.to(x.dtype)
+        return self.outer(scores.tanh().to(x.dtype))
+
+
+class Again(Router):
+    def __init__(self):
+        super().__init__(again=True)
+
+
+def converted(build, batches, configs):
+    """The states, and whether every parameter is a view in its own dtype again outside of forward and backward."""
+    import shardline
+
+    rank, found = dist.get_rank(), []
+    for config in configs:
+        engine, *_ = shardline.initialize(model=seeded(build), config=config)
+        whole = []
+        for window in batches:
+            loss = mse(engine, engine.module, window[0][rank])
+            whole.append({p.dtype for p in engine.module.parameters()})
+            engine.backward(loss)
+            engine.step()
+            whole.append({p.dtype for p in engine.module.parameters()})
+        found.append((engine.full_state_dict(), whole))
+        engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("build", [Router, Again])
+def test_a_parameter_converted_in_the_forward(ranks, build, recompute):
+    setup = Setup("bf16", "SGD")
+    batches = spread(regression, 3, setup, 2)
+    twin = setup.twin(seeded(build))
+    before = twin.state()
+    for window in batches:
+        for batch in window[0]:
+            twin.backward(mse(twin, twin.model, batch))
+            twin.model.to(torch.bfloat16)
+        twin.step()
+    make = Recomputed if recompute and build is Router else build
+    for found in ranks(converted, 2, make, batches, [setup.config(stage) for stage in STAGES]):
+        for state, dtypes in found:
+            assert all(each == {torch.bfloat16} for each in dtypes)
+            assert_identical(state, found[0][0])
+            state = {name.removeprefix("inner_model."): value for name, value in state.items()}
+            assert_close(state, twin.state(), "bf16", before)
+
+
+class Recomputed(nn.Module):
+    """The same in a block that runs again in the backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner_model = Router()
+
+    def forward(self, x):
+        return checkpoint(self.inner_model, x, use_reentrant=False)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -250,6 +449,72 @@ def test_float_of_an_fp32_model_changes_nothing(ranks, stage):
         twin.step()
     for state in ranks(float_in_fp32, 2, batches, setup.config(stage)):
         assert_close(state, twin.state())
+
+
+# --- a model that is changed ------------------------------------------------------------------------------------------
+
+SURGERY = {
+    "head": lambda m: setattr(m, "head", nn.Linear(32, 32)),
+    "adapter": lambda m: setattr(m, "head", nn.Sequential(m.head, nn.Linear(32, 32))),
+    "block": lambda m: m.blocks.append(nn.Linear(32, 32)),
+    "removed": lambda m: m.blocks.__delitem__(1),
+    "tied": lambda m: setattr(m.head, "weight", m.blocks[0].up.weight),
+}
+
+
+def change_model(batches, config):
+    """What each change, and each second use of the model's parameters, is answered with."""
+    import shardline
+
+    rank, said = dist.get_rank(), {}
+    for what, change in SURGERY.items():
+        engine, *_ = shardline.initialize(model=seeded(Mlp), config=config)
+        engine.backward(mse(engine, engine.module, batches[0][0][rank]))
+        engine.step()
+        change(engine.module)
+        for call in (
+            lambda engine=engine: engine(batches[1][0][rank][0]),
+            engine.full_state_dict,
+            lambda engine=engine: engine.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]}),
+        ):
+            try:
+                call()
+            except shardline.ShardlineError as error:
+                said.setdefault(what, []).append(f"{type(error).__name__}: {error}")
+        engine.destroy()
+    engine, *_ = shardline.initialize(model=seeded(Mlp), config=config)
+    for what, model in {
+        "again": engine.module,
+        "engine": engine,
+        "trunk": nn.Sequential(engine.module.blocks[0], nn.Linear(32, 32)),
+    }.items():
+        try:
+            shardline.initialize(model=model, config=config)
+        except shardline.ShardlineError as error:
+            said[what] = [f"{type(error).__name__}: {error}"]
+    engine.backward(mse(engine, engine.module, batches[1][0][rank]))  # nothing was changed by what was refused
+    engine.step()
+    engine.destroy()
+    again, *_ = shardline.initialize(model=engine.module, config=config)
+    again.destroy()
+    return said
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_changed_model_and_a_second_engine_are_refused(ranks, stage):
+    setup = Setup()
+    for said in ranks(change_model, 2, spread(regression, 2, setup, 2), setup.config(stage)):
+        named = {"head": "'head.weight'", "adapter": "'head.0.weight'", "block": "'blocks.4.weight'",
+                 "removed": "'blocks.1.up.weight'", "tied": "'head.weight'"}  # fmt: skip
+        for what, name in named.items():
+            assert len(said[what]) == 3
+            assert all(each.startswith("ModelError: the model was changed") and name in each for each in said[what])
+        for what, name in {
+            "again": "blocks.0.up.weight",
+            "engine": "module.blocks.0.up.weight",
+            "trunk": "0.up.weight",
+        }.items():
+            assert said[what] == [said[what][0]] and f"'{name}' is managed by an engine already" in said[what][0]
 
 
 # --- what trains ------------------------------------------------------------------------------------------------------
