@@ -126,7 +126,10 @@ def initialize(
     else:
         membership = {}
 
-    made: list[Engine] = []
+    _check_scheduler(lr_scheduler, given, trains=given is not None or settings.optimizer is not None)
+    loader = None if training_data is None else make_loader(training_data, settings, comm, collate_fn)
+
+    made: list[Engine] = []  # from here on the model changes
 
     def on_touch(unit: Unit) -> bool:
         return bool(made) and made[0]._touched(unit)
@@ -141,9 +144,9 @@ def initialize(
 
     engine = Engine(model, layout, final, membership, settings, precision, topology, comm, whole=whole)
     made.append(engine)
-    engine.lr_scheduler = _scheduler(lr_scheduler, final, given is not None, settings)
-    if training_data is not None:
-        engine.training_dataloader = make_loader(training_data, settings, comm, collate_fn)
+    engine.lr_scheduler = _scheduler(lr_scheduler, final, settings)
+    if loader is not None:
+        engine.training_dataloader = loader
         engine._note_loader()
         engine.training_dataloader.on_batch = engine._batch_comes
         engine.training_dataloader.on_error = comm.give_up
@@ -213,22 +216,27 @@ def _parameter(item: Any) -> nn.Parameter:
     return found  # type: ignore[return-value]
 
 
-def _scheduler(given: Any, optimizer: Optimizer | None, client: bool, settings: Config) -> Any:
-    if given is not None and optimizer is None:
+def _is_made(scheduler: Any) -> bool:
+    """Whether ``scheduler`` is one, as opposed to what makes one."""
+    return hasattr(scheduler, "step") and not isinstance(scheduler, type)
+
+
+def _check_scheduler(given: Any, optimizer: Optimizer | None, *, trains: bool) -> None:
+    if given is not None and not trains:
         raise UsageError("an lr_scheduler was given without an optimizer. Give initialize an optimizer as well.")
+    if _is_made(given) and getattr(given, "optimizer", optimizer) is not optimizer:
+        raise UsageError(
+            "the lr_scheduler is attached to another optimizer than the engine's. Attach it to the optimizer that "
+            "you pass to initialize, or pass a callable: lr_scheduler=lambda optimizer: ..."
+        )
+
+
+def _scheduler(given: Any, optimizer: Optimizer | None, settings: Config) -> Any:
     if given is None:
         if settings.scheduler is None or optimizer is None:
             return None
         return lr.build(settings.scheduler.type, optimizer, settings.scheduler.params)
-    if hasattr(given, "step") and not isinstance(given, type):
-        held = getattr(given, "optimizer", optimizer)
-        if held is not optimizer:
-            raise UsageError(
-                "the lr_scheduler is attached to another optimizer than the engine's. Attach it to the optimizer that "
-                "you pass to initialize, or pass a callable: lr_scheduler=lambda optimizer: ..."
-            )
-        return given
-    return given(optimizer)
+    return given if _is_made(given) else given(optimizer)
 
 
 def make_loader(data: Any, settings: Config, comm: Comm, collate_fn: Callable[[list[Any]], Any] | None) -> Loader:
