@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from shardline.modes import in_transform, keep, outside_modes
+from shardline.modes import is_recorded, keep, outside_modes
 
 
 class Dispatched(TorchDispatchMode):
@@ -84,10 +84,9 @@ def test_levels_of_transforms() -> None:
     @outside_modes
     def change():
         weight.data = torch.full((2, 2), 3.0)
-        inside.append(in_transform())
+        inside.append(modes_here()[-1])
 
     def loss(x):
-        assert in_transform()
         before = modes_here()
         change()
         assert modes_here() == before
@@ -96,7 +95,27 @@ def test_levels_of_transforms() -> None:
     x = torch.ones(3, 2, 2)
     assert torch.equal(torch.func.vmap(torch.func.grad(loss))(x), torch.full((3, 2, 2), 6.0))
     assert torch.func.jvp(loss, (x[0],), (x[0],))[1] == 24.0
-    assert inside == [False, False] and not in_transform()
+    assert inside == [0, 0]
+
+
+def test_what_is_recorded_outside_of_all_transforms() -> None:
+    seen = []
+
+    def loss(x):
+        seen.append(is_recorded())
+        return x.sum()
+
+    x = torch.ones(2)
+    torch.func.grad(loss)(x)
+    torch.func.jacrev(torch.func.grad(loss))(x)
+    torch.func.vmap(loss)(x)
+    torch.func.jvp(loss, (x,), (x,))
+    with torch.no_grad():
+        torch.func.grad(loss)(x)
+        torch.func.vmap(torch.func.grad(loss))(torch.ones(2, 2))
+        torch.func.vmap(loss)(x)
+    torch.func.grad(torch.no_grad()(loss))(x)
+    assert seen == [True] * 4 + [False] * 4
 
 
 def test_an_error_leaves_the_modes_as_they_were() -> None:

@@ -397,6 +397,7 @@ class Engine(nn.Module):
         window, rates, scale = self._window, self.get_lr(), self.scaler.scale
         before = (lambda: self._call(self._before)) if self._before else None
         after = (lambda: self._call(self._after)) if self._after else None
+        self._hooks.unpin()  # its graphs are of weights that now change
         try:
             host = boundary.end(window, leaving=self.checkpoints.leaving.asked, before=before, after=after)
         finally:
@@ -523,7 +524,7 @@ class Engine(nn.Module):
         Raises:
             UsageError: for an unknown parameter, or a change without ``write``.
         """
-        return gathered(units_of(self._layout, params), write=write)
+        return gathered(units_of(self._layout, params), self._hooks, write=write)
 
     def before_step(self, hook: StepHook) -> Handle:
         """Call ``hook(fragments)`` before every update, with averaged, unscaled, unclipped gradients.
@@ -579,9 +580,8 @@ class Engine(nn.Module):
     def _is_stepping(self) -> bool:
         return self._boundary is not None and self._boundary.update.applying
 
-    @outside_modes
     def _touched(self, unit: Unit) -> bool:
-        return self.schedule.touch(unit)
+        return self._hooks.touch(unit)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -10,10 +10,14 @@ Around a module that uses a unit: gather before, release after. In backward, thr
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,7 +27,7 @@ from torch.autograd import Variable
 from shardline.compiling import is_compiled
 from shardline.containers import tensors_in
 from shardline.describe import is_below
-from shardline.modes import outside_modes
+from shardline.modes import is_recorded, outside_modes
 from shardline.recompute import compiled_call
 from shardline.schedule import Schedule
 from shardline.unit import Slab, Unit
@@ -52,6 +56,20 @@ class _Foreign:
 
     unpack: Callable[[Any], Tensor]
     packed: Any
+
+
+class _Graph(Enum):
+    """How long a graph that autograd builds can be needed."""
+
+    INNER = "inner"  # until the transforms of torch.func that run around it are left, or not at all
+    OUTER = "outer"  # for a backward of the user's
+
+
+_hooks_are_enabled: Callable[[], bool] = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+
+
+def _graph_here() -> _Graph:
+    return _Graph.OUTER if is_recorded() else _Graph.INNER
 
 
 class _Hook:
@@ -92,9 +110,10 @@ class Hooks:
         self._stack: list[tuple[list[Unit], bool]] = []
         self._saves = any(unit.sharded for unit in units)
         self._pool = units[0].pool if units else None
-        self._outer: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None = None
+        self._outer: list[tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None] = []
+        self._pinned: list[tuple[Unit, _Graph]] = []
         self._handles: list[Any] = []
-        modules = dict(model.named_modules())
+        self._model, modules = model, dict(model.named_modules())
         compiled = {path for path, module in modules.items() if is_compiled(module)}
         used: dict[str, list[Unit]] = {"": []}
         for unit in units:
@@ -128,12 +147,18 @@ class Hooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.unpin()
 
     # -- around a module --------------------------------------------------------------------------------------------
 
-    @outside_modes
     def _before(
         self, units: list[Unit], is_model: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._enter(units, is_model, args, kwargs, self._unwatched())
+
+    @outside_modes
+    def _enter(
+        self, units: list[Unit], is_model: bool, args: tuple[Any, ...], kwargs: dict[str, Any], unwatched: _Graph | None
     ) -> None:
         schedule = self.schedule
         if schedule.in_backward and torch._C._current_graph_task_id() == -1:
@@ -142,20 +167,25 @@ class Hooks:
         if is_model and not schedule.in_backward and not self._stack:
             current = self._on_forward()
             if current is not self:  # the hook that will end this forward is one of theirs
-                return current._before(current._root, is_model, module, args, kwargs)
+                return current._enter(current._root, is_model, args, kwargs, unwatched)
+            if self._pinned and _hooks_are_enabled():
+                self._unpin(_Graph.INNER)
             schedule.begin_forward(with_grad=with_grad)
-        pushed = self._saves and not self._stack and with_grad and not schedule.in_backward and self._push()
+        watched = with_grad and not schedule.in_backward and unwatched is None
+        pushed = self._saves and not self._stack and watched and self._push()
         fresh = [unit for unit in units if not unit.holds]
         held: list[Unit] = []
         self._stack.append((held, pushed))  # before anything can fail: what is done here is undone in any case
         for unit in units:
             if schedule.use(unit):
                 held.append(unit)
+            if unwatched is not None:
+                self._pin(unit, unwatched)
         if with_grad:
             for unit in fresh:
                 # A recomputation joins the graph only where its first run, without gradients, did not.
                 if not schedule.in_backward or not schedule.called(unit):
-                    self._expect(unit, args, kwargs)
+                    self._expect(unit, (args, kwargs) if unwatched is None else ())
 
     @outside_modes
     def _after(self, is_model: bool, module: nn.Module, args: Any, output: Any) -> None:
@@ -169,10 +199,10 @@ class Hooks:
         for unit in held:
             self.schedule.done(unit)
         if pushed:
-            torch._C._autograd._pop_saved_tensors_default_hooks()
+            self._pop()
 
-    def _expect(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
+    def _expect(self, unit: Unit, given: Any) -> None:
+        inputs = [tensor for tensor in tensors_in(given) if tensor.requires_grad]
         for tensor in inputs:
             handle = tensor.register_hook(partial(self._input_ready, unit, tensor.is_leaf))
             if tensor.is_leaf:  # it outlives the graph, and would gather hooks
@@ -183,21 +213,103 @@ class Hooks:
     def _input_ready(self, unit: Unit, leaf: bool, grad: Tensor) -> None:
         self.schedule.input_ready(unit, at_once=not leaf)
 
+    # -- weights outside of their modules ---------------------------------------------------------------------------
+
+    @contextmanager
+    def around(self, units: Sequence[Unit]) -> Iterator[None]:
+        """Within it, a graph may be built of ``units``, which are whole: what it saves of them is kept as places."""
+        unwatched = self._unwatched()
+        if unwatched is not None:
+            for unit in units:
+                self._pin(unit, unwatched)
+        pushed = self._saves and unwatched is None and torch.is_grad_enabled() and self._push()
+        try:
+            yield
+        finally:
+            if pushed:
+                self._pop()
+
+    def touch(self, unit: Unit) -> bool:
+        """A sealed parameter of ``unit`` is used. Gathers it where all ranks can be doing the same; whether it did."""
+        return self._touch(unit, self._unwatched(), _graph_here())
+
+    @outside_modes
+    def _touch(self, unit: Unit, unwatched: _Graph | None, graph: _Graph) -> bool:
+        if self.schedule.touch(unit):
+            if unwatched is not None:
+                self._pin(unit, unwatched)
+            return True
+        if not self._in_method():
+            return False
+        # Nothing tells when the method ends, so no hooks can be pushed for it.
+        self.schedule.use(unit)
+        self._pin(unit, graph)
+        self.schedule.done(unit)
+        return True
+
+    def _in_method(self) -> bool:
+        """Whether a method of one of the model's modules runs that is no administration, as those of ``nn.Module``."""
+        modules = {id(module) for module in self._model.modules()}
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            name = frame.f_code.co_name
+            own = name == "forward" or not hasattr(nn.Module, name)
+            if own and frame.f_code.co_varnames[:1] == ("self",) and id(frame.f_locals.get("self")) in modules:
+                return True
+            frame = frame.f_back
+        return False
+
+    # -- graphs that autograd does not tell of ----------------------------------------------------------------------
+
+    def _unwatched(self) -> _Graph | None:
+        """The graph that is built here without saved-tensor hooks: those that ``torch.func`` builds know none."""
+        if not self._saves or _hooks_are_enabled() or not torch.is_grad_enabled():
+            return None
+        return None if self.schedule.in_backward else _graph_here()
+
+    def _pin(self, unit: Unit, graph: _Graph) -> None:
+        """Keep ``unit`` whole for ``graph``, which holds its parameters themselves."""
+        if unit.sharded:
+            unit.pinned = True
+            self._pinned.append((unit, graph))
+
+    @outside_modes
+    def unpin(self) -> None:
+        """No graph from here on needs a unit that stayed for it."""
+        self._unpin(_Graph.OUTER)
+
+    def _unpin(self, graph: _Graph) -> None:
+        pinned, self._pinned = self._pinned, []
+        for unit, _ in pinned:
+            unit.pinned = False
+        for unit, kind in pinned:
+            if kind is not graph and graph is _Graph.INNER:
+                self._pin(unit, kind)
+        for unit, _ in pinned:
+            unit.release()
+
     # -- what autograd saves ----------------------------------------------------------------------------------------
 
     def _push(self) -> bool:
         top = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if top is not None and "checkpoint" in getattr(top[0], "__module__", ""):
             return False  # it keeps nothing that lies in our buffers, and counts what it sees
-        self._outer = top
+        if top is not None and top[0] == self._pack:
+            return False
+        self._outer.append(top)
         torch._C._autograd._push_saved_tensors_default_hooks(self._pack, self._unpack)
         return True
+
+    def _pop(self) -> None:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        self._outer.pop()
 
     def _pack(self, tensor: Tensor) -> Any:
         place = self._find(tensor)
         if place is not None:
             return place
-        return tensor if self._outer is None else _Foreign(self._outer[1], self._outer[0](tensor))
+        outer = self._outer[-1]
+        return tensor if outer is None else _Foreign(outer[1], outer[0](tensor))
 
     def _unpack(self, saved: Any) -> Tensor:
         if isinstance(saved, _Foreign):

@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch._C import (
     _DisableAutocast,
+    _functorch,
     _InferenceMode,
     _is_any_autocast_enabled,
     _len_torch_dispatch_stack,
@@ -29,7 +30,7 @@ from torch._C import (
 )
 from torch._C._functorch import peek_interpreter_stack, pop_dynamic_layer_stack, push_dynamic_layer_stack
 
-__all__ = ["in_transform", "keep", "outside_modes"]
+__all__ = ["is_recorded", "keep", "outside_modes"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -57,9 +58,11 @@ def outside_modes(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
-def in_transform() -> bool:
-    """Whether a transform of ``torch.func`` (or ``vmap``) runs around this."""
-    return peek_interpreter_stack() is not None
+def is_recorded() -> bool:
+    """Whether autograd records what is done here for a backward outside of all transforms of ``torch.func``."""
+    levels = _functorch.get_interpreter_stack() or ()
+    outer = (_functorch.CGradInterpreterPtr(level) for level in levels if level.key() == _functorch.TransformType.Grad)
+    return torch.is_grad_enabled() and all(level.prevGradMode() for level in outer)
 
 
 @contextmanager

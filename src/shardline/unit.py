@@ -591,6 +591,7 @@ class Unit:
         state_device: where masters, reduced gradients and optimizer state are.
         residence: where the whole weights are now.
         holds: uses in progress; a unit in use is not released.
+        pinned: a graph may hold the parameters themselves: they stay, whole, until the weights change.
         on_convert: whether a parameter may be converted now, and who then calls :meth:`take_back`.
     """
 
@@ -627,6 +628,7 @@ class Unit:
         self.sharded = transition(row.weights, Placement.REPLICATED) is Transition.GATHER and comm.world_size > 1
         self.residence = Residence.SHARDED if self.sharded else Residence.GATHERED
         self.holds = 0
+        self.pinned = False
         self.on_convert: Callable[[Unit], bool] = lambda unit: False
         self._works: list[Work] = []
         self._reductions: list[Work] = []
@@ -685,7 +687,7 @@ class Unit:
 
     def release(self) -> None:
         """Let the whole weights go, unless they rest whole or are in use. In-place edits of them are kept."""
-        if not self.sharded or self.holds or self.residence is Residence.SHARDED:
+        if not self.sharded or self.holds or self.pinned or self.residence is Residence.SHARDED:
             return
         if self.residence is Residence.GATHERED:
             self._keep_edits()
@@ -696,7 +698,7 @@ class Unit:
 
     def hide(self) -> None:
         """Seal the parameters although their whole weights stay, for a use that comes soon: it needs no gather."""
-        if self.sharded and not self.holds and self.residence is Residence.GATHERED:
+        if self.sharded and not self.holds and not self.pinned and self.residence is Residence.GATHERED:
             self._keep_edits()
             self._seal()
             self.residence = Residence.GATHERING
@@ -726,7 +728,7 @@ class Unit:
             if slab.gathered is not None:
                 self.pool.give(slab.gathered)
                 slab.gathered = None
-        self.residence = Residence.SHARDED
+        self.residence, self.pinned = Residence.SHARDED, False
 
     def write_back(self) -> None:
         """Take edits of the gathered weights over into shards and masters: rank 0's values win on every rank."""

@@ -12,6 +12,7 @@ from shardline.build import Layout
 from shardline.comm import Comm
 from shardline.errors import UsageError
 from shardline.fragments import whole_weights
+from shardline.hooks import Hooks
 from shardline.modes import outside_modes
 from shardline.unit import Unit
 
@@ -53,15 +54,18 @@ def full_state_dict(
 
 
 @contextmanager
-def gathered(units: Sequence[Unit], *, write: bool) -> Iterator[None]:
+def gathered(units: Sequence[Unit], hooks: Hooks, *, write: bool) -> Iterator[None]:
     """Within it, ``units`` are whole; with ``write``, what was changed is taken over at the end. Collective.
+
+    The backward of a graph that is built within it may come after it.
 
     Raises:
         UsageError: for a change without ``write``.
     """
     _show(units)
     try:
-        yield
+        with hooks.around(units):
+            yield
         _take(units, write=write)
     finally:
         _let_go(units)
