@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from shardline.checkpoint.commit import Content, commit
-from shardline.checkpoint.directory import Directory, check_files, read_manifest
+from shardline.checkpoint.directory import Directory, check_files
 from shardline.checkpoint.faults import armed
+from shardline.checkpoint.manifest import read_manifest
 from shardline.checkpoint.reader import Reader
 
 SIZE = 64
@@ -103,7 +104,10 @@ def content(ring: Ring, step: int) -> Content:
         pieces = [[file, low, low + SIZE] for file, low in enumerate(reports)]
         row = {"aliases": [], "shape": [SIZE * ring.world_size], "stride": [1], "dtype": "float32", "trainable": True,
                "group": 0, "weight": {"dtype": "float32", "pieces": pieces}, "state": {}, "scalars": {}}  # fmt: skip
-        return {"parameters": {"w": row}, "buffers": {}, "world_size": ring.world_size, "counters": {"step": step}}
+        counters = {"global_steps": step, "micro_steps": step, "global_samples": 0, "skipped_steps": 0}
+        return {"parameters": {"w": row}, "buffers": {}, "optimizer": None, "scheduler": None, "scaler": None,
+                "loader": None, "client_state": {}, "counters": counters, "random": [], "config": {}, "seed": 0,
+                "stage": 0, "world_size": ring.world_size, "created": "", "shardline": "", "torch": ""}  # fmt: skip
 
     return Content({"weight/w": value}, start, manifest)
 
@@ -137,10 +141,10 @@ def newest(path: Path) -> tuple[str, int] | None:
         where = directory.locate(tag)
         assert where is not None, f"{tag} is nowhere"
         manifest = read_manifest(where)
-        assert not check_files(where, manifest, range(len(manifest["files"])))
+        assert not check_files(where, manifest, range(len(manifest.files)))
         reader = Reader(where, manifest)
         values = reader.whole("w").unique().tolist()
         reader.close()
-        assert values == [manifest["counters"]["step"]]
+        assert values == [manifest.counters.global_steps]
         return tag, int(values[0])
     return None

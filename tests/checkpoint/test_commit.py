@@ -46,7 +46,7 @@ def kill(tmp_path, point, rank, mode, background):
     assert disk.spawn(2, lambda ring: disk.save(ring, tmp_path, "c", 3)) == [0, 0]
     assert disk.newest(tmp_path) == ("c", 3)
     assert Directory(tmp_path).latest() == "c"
-    assert not [name for name in os.listdir(tmp_path) if name.startswith((".tmp", ".old", ".latest"))]
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".shardline-")]
     assert set(Directory(tmp_path).tags()) - {"b"} == {"c"} | ({"a"} if mode != "first" else set())
 
 
@@ -89,7 +89,7 @@ def fails_on_every_rank(path, before=lambda ring: None, said="", after=lambda ri
     assert disk.spawn(2, lambda ring: disk.save(ring, path, "a", 1)) == [0, 0]
     assert disk.spawn(2, body) == [0, 0]
     assert disk.newest(path) == ("c", 3) and set(Directory(path).tags()) == {"a", "c"}
-    assert not [name for name in os.listdir(path) if name.startswith((".tmp", ".old", ".latest"))]
+    assert not [name for name in os.listdir(path) if name.startswith(".shardline-")]
 
 
 def broken(rank, where, error):
@@ -138,7 +138,7 @@ def test_a_call_that_the_system_refuses(tmp_path, call, rank, number):
         raise OSError(number, os.strerror(number), "file")
 
     def refuse_to_write(path, mode="r", *args, **kwargs):
-        return refuse() if "w" in mode and ".tmp" in str(path) else originals[-1](path, mode, *args, **kwargs)
+        return refuse() if "x" in mode and "-tmp-" in str(path) else originals[-1](path, mode, *args, **kwargs)
 
     def before(ring):
         if ring.rank == rank:
@@ -203,14 +203,14 @@ def test_a_directory_that_cannot_be_written(tmp_path, what):
 
 
 def test_ranks_that_see_different_directories(tmp_path, monkeypatch):
-    monkeypatch.setattr(commit_module, "_TOKEN_SECONDS", 0.0)
+    monkeypatch.setattr(commit_module, "_MARK_SECONDS", 0.0)
 
     def body(ring):
         own = tmp_path / f"disk{ring.rank}"
         own.mkdir()
         with pytest.raises(CheckpointError, match=r"on rank 1: this rank does not see the directory .*disk0"):
             disk.save(ring, own, "a", 1)
-        assert not [name for name in os.listdir(own) if name.startswith(".tmp")]
+        assert not [name for name in os.listdir(own) if name.startswith(".shardline-")]
 
     assert disk.spawn(2, body) == [0, 0]
 

@@ -68,9 +68,9 @@ def test_real_checkpoints(tmp_path, stage, dtype, options):
         found = reader.whole(name)
         assert torch.equal(found, value.to(found.dtype)), name
     assert reader.aliases["head.weight"] == "embed.weight" and reader.buffer("count", 0).tolist() == [0, 1, 2]
-    assert reader.manifest["counters"]["global_steps"] == 3 and reader.manifest["scheduler"] == {"last_epoch": 3}
-    assert reader.value(reader.manifest["client_state"]) == {"note": "hello", "best": 0.5}
-    assert reader.manifest["optimizer"]["class"] == "AdamW"
+    assert reader.manifest.counters.global_steps == 3 and reader.manifest.scheduler == {"last_epoch": 3}
+    assert reader.value(reader.manifest.client_state) == {"note": "hello", "best": 0.5}
+    assert reader.manifest.optimizer.kind == "AdamW"
     for name, row in reader.parameters.items():  # fp32 at stage 0: the moments have no other witness here
         for key in row["state"]:
             assert reader.whole(name, f"state.{key}").shape == tuple(row["shape"])
@@ -156,7 +156,7 @@ def test_directories_that_are_none(tmp_path, capsys):
 
 
 def test_loading_one_directly_says_what_to_do(tmp_path):
-    from shardline.checkpoint.directory import read_manifest
+    from shardline.checkpoint.manifest import read_manifest
 
     (tmp_path / "tag").mkdir()
     (tmp_path / "tag" / "mp_rank_00_model_states.pt").touch()

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from shardline.checkpoint.checksum import crc32
-from shardline.checkpoint.directory import Manifest
+from shardline.checkpoint.manifest import key_of
 from shardline.checkpoint.parts import Parts, optimizer_name
 from shardline.checkpoint.tensorfile import CODES, _bytes
 from shardline.checkpoint.values import encode, name_of
@@ -28,24 +28,12 @@ __all__ = [
     "capture_buffers",
     "capture_tensors",
     "checksums",
-    "is_state",
-    "key_of",
     "merge",
     "optimizer_record",
 ]
 
 DEVICE_KEYS = ("fused", "foreach", "capturable")
 """Options that say how a device computes, not what: those of the reading job stay."""
-
-
-def key_of(role: str, name: str) -> str:
-    """The key of a parameter's or buffer's tensor in a file; ``role`` is "weight", "state.<key>", "buffer"."""
-    return f"{role}/{name}"
-
-
-def is_state(key: str) -> bool:
-    """Whether the tensor of ``key`` belongs to the optimizer's state."""
-    return key.startswith("state.")
 
 
 @dataclass
@@ -190,7 +178,7 @@ def optimizer_record(parts: Parts, tensors: dict[str, Tensor]) -> dict[str, Any]
     }
 
 
-def merge(parts: Parts, reports: list[dict[str, Any]], *, frozen: bool) -> Manifest:
+def merge(parts: Parts, reports: list[dict[str, Any]], *, frozen: bool) -> dict[str, Any]:
     """The manifest's ``parameters``: for each its shape, and where its elements are: ``[file, start, stop]``."""
     rows: dict[str, Any] = {}
     for name, spec in parts.specs.items():
@@ -208,7 +196,7 @@ def merge(parts: Parts, reports: list[dict[str, Any]], *, frozen: bool) -> Manif
     return add_reports(rows, reports)
 
 
-def add_reports(rows: dict[str, Any], reports: list[dict[str, Any]]) -> Manifest:
+def add_reports(rows: dict[str, Any], reports: list[dict[str, Any]]) -> dict[str, Any]:
     """Add to the parameters' rows what each rank's :meth:`Captured.report` says is in its file; returns them."""
     for file, report in enumerate(reports):
         for role, name, start, stop, dtype in report["pieces"]:

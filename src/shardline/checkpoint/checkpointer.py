@@ -8,6 +8,7 @@ import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,11 +19,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from shardline import lr
 from shardline.checkpoint.capture import Captured, capture_buffers, capture_tensors, checksums, merge, optimizer_record
 from shardline.checkpoint.commit import Content, commit, together
-from shardline.checkpoint.directory import Directory, Lock, Manifest, check_files, read_manifest
+from shardline.checkpoint.directory import Directory, Lock, check_files
 from shardline.checkpoint.export import SHARD_BYTES, export_model
 from shardline.checkpoint.faults import armed
 from shardline.checkpoint.leaving import Leaving
-from shardline.checkpoint.parts import Parts
+from shardline.checkpoint.manifest import Manifest, check_tag, read_manifest
+from shardline.checkpoint.parts import Parts, optimizer_name
 from shardline.checkpoint.randomness import RandomState, derive_states
 from shardline.checkpoint.reader import Reader
 from shardline.checkpoint.restore import ages, load_buffers, load_optimizer, load_weights, match, settle_weights
@@ -107,7 +109,7 @@ class Checkpointer:
         trainer = self._trainer
         self.wait()
         counters = trainer.checkpoint_counters()
-        name = Directory.check_tag(f"global_step{counters['global_steps']}" if tag is None else str(tag))
+        name = check_tag(f"global_step{counters['global_steps']}" if tag is None else str(tag))
         found, content = self._collect(name, counters, client_state or {}, frozen=frozen)
         config = trainer.config.checkpoint
         ours = config.dir is not None and os.path.realpath(path) == os.path.realpath(config.dir)
@@ -226,7 +228,7 @@ class Checkpointer:
         tensors, values = random.to_tensors()
         found.tensors.update(tensors)
 
-        def manifest(reports: list[dict[str, Any]]) -> Manifest:
+        def manifest(reports: list[dict[str, Any]]) -> dict[str, Any]:
             return {
                 **common,
                 "parameters": merge(parts, reports, frozen=frozen),
@@ -324,37 +326,46 @@ class Checkpointer:
     def _choose(self, directory: Directory, tag: str | None) -> tuple[Reader, list[str]] | None:
         """The checkpoint to load, verified by all ranks together, and why others were passed over."""
         comm = self._trainer.comm
-        order = comm.exchange([tag] if tag is not None else directory.order() if comm.rank == 0 else [])[0]
-        passed_over: list[str] = []
+        if tag is not None:
+            check_tag(tag)
+
+        def look() -> tuple[list[str], str | None, str | None] | None:
+            if comm.rank > 0 or tag is not None:
+                return None if tag is None else ([tag], None, None)
+            order = directory.order()
+            return order, directory.complaint(), None if order else directory.lack()
+
+        order, complaint, lack = together(comm, f"looking for checkpoints in {directory.path}", look)[0]
+        passed_over: list[str] = [] if complaint is None else [complaint]
         for each in order:
-            manifest, mine = self._verify(directory, str(each))
-            everyone = comm.exchange([None if manifest is None else manifest["id"], mine])
+            path, manifest, mine = self._verify(directory, each)
+            everyone = comm.exchange([None if manifest is None else manifest.id, mine])
             problems = [f"{text}" for _, theirs in everyone for text in theirs]
             if len({identity for identity, _ in everyone}) > 1 and not problems:
-                problems = [f"{directory.path / str(each)} is not the same checkpoint on all ranks"]
-            path = directory.locate(str(each))
+                problems = [f"{directory.path / each} is not the same checkpoint on all ranks"]
             if not problems and manifest is not None and path is not None:
                 return Reader(path, manifest), passed_over
             passed_over.append("; ".join(dict.fromkeys(problems)))
         if not order:
+            self._trainer.events.emit(Notice(f"no checkpoint was loaded: {'; '.join([str(lack), *passed_over])}"))
             return None
-        what = f"the checkpoint {directory.path / str(tag)} cannot be loaded" if tag is not None else (
+        what = f"the checkpoint {directory.path / tag} cannot be loaded" if tag is not None else (
             f"no checkpoint in {directory.path} is whole"
         )  # fmt: skip
         there = f" There are: {', '.join(directory.tags()) or 'none'}." if tag is not None else ""
         raise CheckpointError(f"{what}: {'; '.join(passed_over)}.{there}")
 
-    def _verify(self, directory: Directory, tag: str) -> tuple[Manifest | None, list[str]]:
-        """The manifest, and what is wrong with it and with this rank's part of the files."""
+    def _verify(self, directory: Directory, tag: str) -> tuple[Path | None, Manifest | None, list[str]]:
+        """Where it is, the manifest, and what is wrong with it and with this rank's part of the files."""
         comm = self._trainer.comm
-        path = directory.locate(tag)
-        if path is None:
-            return None, [f"there is no {directory.path / tag}"]
         try:
+            path = directory.locate(tag)
+            if path is None:
+                return None, None, [f"there is no {directory.path / tag}"]
             manifest = read_manifest(path)
-        except CheckpointError as error:
-            return None, [str(error)]
-        return manifest, check_files(path, manifest, range(comm.rank, len(manifest["files"]), comm.world_size))
+        except (CheckpointError, OSError) as error:
+            return None, None, [str(error).removesuffix(".")]
+        return path, manifest, check_files(path, manifest, range(comm.rank, len(manifest.files), comm.world_size))
 
     def _apply(
         self, reader: Reader, *, strict: bool, optimizer: bool, scheduler: bool, position: bool, counters: bool
@@ -362,13 +373,13 @@ class Checkpointer:
         trainer, manifest = self._trainer, reader.manifest
         parts = trainer.checkpoint_parts()
         found = match(parts, reader, strict=strict)
-        client_state: dict[str, Any] = reader.value(manifest["client_state"])
-        if position and trainer.training_dataloader is not None and manifest["loader"] is not None:
-            trainer.training_dataloader.load_state_dict(manifest["loader"])
+        client_state: dict[str, Any] = reader.value(manifest.client_state)
+        if position and trainer.training_dataloader is not None and manifest.loader is not None:
+            trainer.training_dataloader.load_state_dict(manifest.loader)
         elif position and trainer.training_dataloader is not None:
             found.notes.append("it holds no position in the data, so the loader stays where it is")
-        same_kind = parts.optimizer is not None and manifest["optimizer"] is not None
-        if optimizer and same_kind and manifest["optimizer"]["class"] == type(parts.optimizer).__name__:
+        kind = None if manifest.optimizer is None else manifest.optimizer.kind
+        if optimizer and parts.optimizer is not None and kind == optimizer_name(parts.optimizer):
             by_age = ages(parts, reader, found)
             if by_age is not None:
                 trainer.lay_out_by_age(by_age)
@@ -386,34 +397,29 @@ class Checkpointer:
         settle_weights(parts)
         if weights_only is not None:
             found.notes.append(weights_only)
-        if (
-            scheduler
-            and weights_only is None
-            and manifest["scheduler"] is not None
-            and trainer.lr_scheduler is not None
-        ):
-            state = reader.value(manifest["scheduler"])
+        if scheduler and weights_only is None and manifest.scheduler is not None and trainer.lr_scheduler is not None:
+            state = reader.value(manifest.scheduler)
             if isinstance(trainer.lr_scheduler, LRScheduler):
                 lr.restore(trainer.lr_scheduler, state)
             else:
                 trainer.lr_scheduler.load_state_dict(state)
-        if counters and manifest["scaler"] is not None and trainer.scaler.dynamic:
-            trainer.scaler.load_state_dict(manifest["scaler"])
+        if counters and manifest.scaler is not None and trainer.scaler.dynamic:
+            trainer.scaler.load_state_dict(manifest.scaler.model_dump())
         if counters:
             self._restore_random(reader)
-        trainer.go_on_from(manifest["counters"] if counters else None)
+        trainer.go_on_from(manifest.counters.model_dump() if counters else None)
         for note in found.notes:
             trainer.events.emit(Notice(f"{reader.path}: {note}"))
         return client_state
 
     def _restore_random(self, reader: Reader) -> None:
         comm, manifest = self._trainer.comm, reader.manifest
-        if len(manifest["random"]) != comm.world_size:
-            derive_states(manifest["seed"], manifest["counters"]["global_steps"], comm.rank)
+        if len(manifest.random) != comm.world_size:
+            derive_states(manifest.seed, manifest.counters.global_steps, comm.rank)
             return
         file = reader.file(comm.rank)
         tensors = {key: file.tensor(key) for key in file.keys() if key.startswith("random/")}  # noqa: SIM118
-        RandomState.from_tensors(tensors, manifest["random"][comm.rank]).restore(comm.device)
+        RandomState.from_tensors(tensors, manifest.random[comm.rank]).restore(comm.device)
 
 
 def _loader_state(loader: Loader, start: WindowStart, *, within: bool) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The commit: all ranks write into one temporary directory, and one rename makes it a checkpoint.
 
     all           finish the copies that a save in the background writes
-    rank 0        lock, clear away the remains of killed saves, make the temporary directory with a token file
+    rank 0        lock, clear away the remains of killed saves, make the temporary directory with its mark
     all           exchange: the name of the directory
-    each          see the token; write its shard, flush, fsync
+    each          see the mark; write its shard, flush, fsync
     all           exchange: size and checksum of the shard, or the error: then every rank raises it
     rank 0        write the manifest, fsync it and the directory; rename; fsync; replace ``latest``; fsync; prune
     all           exchange: done, or the error
@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,16 +29,26 @@ from typing import IO, Any, Protocol, TypeVar
 from torch import Tensor
 
 from shardline.checkpoint import directory as names
-from shardline.checkpoint.directory import Directory, Lock, Manifest, sync
+from shardline.checkpoint.directory import Directory, Lock, dissolve, has_mark, set_mark, sync
 from shardline.checkpoint.faults import Reach
+from shardline.checkpoint.manifest import (
+    FORMAT,
+    LATEST,
+    MANIFEST,
+    MANIFEST_SUM,
+    VERSION,
+    Manifest,
+    check_tag,
+    file_name,
+    largest_manifest,
+)
 from shardline.checkpoint.tensorfile import write
 from shardline.errors import CheckpointError
 
 __all__ = ["Alone", "Channel", "Content", "commit", "together"]
 
 T = TypeVar("T")
-_TOKEN = "token"
-_TOKEN_SECONDS = 2.0  # a network file system may show a new directory a moment late
+_MARK_SECONDS = 2.0  # a network file system may show a new directory a moment late
 
 
 class Channel(Protocol):
@@ -71,13 +80,13 @@ class Content:
     Attributes:
         tensors: for its file.
         report: a JSON value for rank 0, about the tensors.
-        manifest: on rank 0: makes the manifest from everybody's reports.
+        manifest: on rank 0: makes the rest of the manifest from everybody's reports.
         ready: returns when the tensors have their values.
     """
 
     tensors: Mapping[str, Tensor]
     report: Any
-    manifest: Callable[[list[Any]], Manifest]
+    manifest: Callable[[list[Any]], dict[str, Any]]
     ready: Callable[[], None] = lambda: None
 
 
@@ -115,10 +124,6 @@ def _say(error: Exception) -> str:
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 
-def file_name(rank: int) -> str:
-    return f"rank-{rank:05d}.safetensors"
-
-
 def commit(
     path: str | os.PathLike[str],
     tag: str,
@@ -142,13 +147,13 @@ def commit(
         CheckpointError: on every rank, if any failed.
     """
     directory = Directory(path)
-    final = directory.path / Directory.check_tag(tag)
+    final = directory.path / check_tag(tag)
     lead = channel.rank == 0
     reach("begin")
     locks: list[Lock] = []
     ours: list[Path] = []  # what rank 0 made and must clear away if anything fails
 
-    def prepare() -> Manifest | None:
+    def prepare() -> dict[str, Any] | None:
         content.ready()
         reach("prepare-barrier:before")
         if not lead:
@@ -161,14 +166,15 @@ def commit(
         reach("lock:after")
         directory.sweep()
         reach("sweep:after")
+        directory.check_free(tag, lock, latest=latest)
         identity = secrets.token_hex(16)
         temp = directory.path / f"{names.TEMP}{identity}"
         ours.append(temp)
         temp.mkdir()
         reach("mkdir:after")
-        (temp / _TOKEN).write_text(identity)
-        reach("token-write:after")
-        newest = max((directory.sequence(each) for each in directory.tags()), default=-1)
+        set_mark(temp, identity)
+        reach("mark-write:after")
+        newest = max((each.sequence for each in directory.checkpoints()), default=-1)
         return {"id": identity, "sequence": newest + 1, "path": str(directory.path.absolute())}
 
     try:
@@ -177,7 +183,7 @@ def commit(
         temp = directory.path / f"{names.TEMP}{plan['id']}"
 
         def write_shard() -> Any:
-            _see_token(temp, plan["id"], plan["path"])
+            _see_mark(temp, plan["id"], plan["path"])
             reach("shard-write:before")
             with _opened(temp / file_name(channel.rank), buffering=0) as file:
                 written = write(
@@ -201,8 +207,8 @@ def commit(
                     for rank, (size, crc, _) in enumerate(reports)
                 ]
                 head = {
-                    "format": names.FORMAT,
-                    "version": names.VERSION,
+                    "format": FORMAT,
+                    "version": VERSION,
                     "id": plan["id"],
                     "sequence": plan["sequence"],
                     "tag": tag,
@@ -210,7 +216,8 @@ def commit(
                     "files": files,
                 }
                 _write_manifest(temp, head | content.manifest([report for _, _, report in reports]), reach)
-                _put_in_place(directory, temp, final, plan["id"], reach, ours, latest=latest)
+                directory.check_free(tag, locks[0], latest=latest)  # it took a while to write
+                _put_in_place(directory, temp, final, plan["id"], reach, ours, locks[0] if latest else None)
                 if keep is not None:
                     directory.prune(keep)
                 reach("prune:after")
@@ -220,10 +227,11 @@ def commit(
         reach("commit-barrier:after")
     except BaseException:
         for each in ours:
-            if each.is_dir():
-                shutil.rmtree(each, ignore_errors=True)
-            else:
-                each.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if each.is_dir():
+                    dissolve(each)
+                else:
+                    each.unlink()
         raise
     finally:
         for lock in locks:
@@ -231,12 +239,9 @@ def commit(
     return final
 
 
-def _see_token(temp: Path, identity: str, theirs: str) -> None:
-    give_up = time.monotonic() + _TOKEN_SECONDS
-    while True:
-        with contextlib.suppress(OSError):
-            if (temp / _TOKEN).read_text() == identity:
-                return
+def _see_mark(temp: Path, identity: str, theirs: str) -> None:
+    give_up = time.monotonic() + _MARK_SECONDS
+    while not has_mark(temp, identity):
         if time.monotonic() > give_up:
             raise CheckpointError(
                 f"this rank does not see the directory that rank 0 made in {theirs}: here, {temp.parent.absolute()} "
@@ -249,44 +254,68 @@ def _see_token(temp: Path, identity: str, theirs: str) -> None:
 @contextlib.contextmanager
 def _opened(path: Path, buffering: int = -1) -> Iterator[IO[bytes]]:
     """A new file whose contents are on the disk afterwards."""
-    with path.open("wb", buffering=buffering) as file:
+    with path.open("xb", buffering=buffering) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
 
 
-def _write_manifest(temp: Path, manifest: Manifest, reach: Reach) -> None:
-    data = json.dumps(manifest, separators=(",", ":"), allow_nan=False).encode()
+def _write_manifest(temp: Path, manifest: Mapping[str, Any], reach: Reach) -> None:
+    data = _checked(manifest)
     reach("manifest-write:before")
-    with _opened(temp / names.MANIFEST) as file:
+    with _opened(temp / MANIFEST) as file:
         file.write(data[: len(data) // 2])
         file.flush()
         reach("manifest-write:middle")
         file.write(data[len(data) // 2 :])
         reach("manifest-write:after")
     reach("manifest-fsync:after")
-    with _opened(temp / names.MANIFEST_SUM) as file:
-        file.write(f"{hashlib.sha256(data).hexdigest()}  {names.MANIFEST}\n".encode())
+    with _opened(temp / MANIFEST_SUM) as file:
+        file.write(f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n".encode())
     reach("checksum-write:after")
-    (temp / _TOKEN).unlink()
     sync(temp)
     reach("temp-fsync:after")
 
 
+def _checked(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest as text that a reader will take.
+
+    Raises:
+        CheckpointError: if values of the user's make it too large, or nest too deep.
+    """
+    try:
+        data = json.dumps(manifest, separators=(",", ":"), allow_nan=False).encode()
+    except RecursionError:
+        raise CheckpointError("the values to save are nested too deep") from None
+    limit = largest_manifest(len(manifest["files"]))
+    if len(data) > limit:
+        sizes = {key: len(json.dumps(value, separators=(",", ":"))) for key, value in manifest.items()}
+        most = max(sizes, key=lambda key: sizes[key])
+        raise CheckpointError(
+            f"the manifest would have {len(data)} bytes, {sizes[most]} of them for {most!r}, and no more than {limit} "
+            f"are read back. Save long lists of numbers as tensors."
+        )
+    try:
+        Manifest.parse(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"the manifest {error}") from None
+    return data
+
+
 def _put_in_place(
-    directory: Directory, temp: Path, final: Path, identity: str, reach: Reach, ours: list[Path], *, latest: bool
+    directory: Directory, temp: Path, final: Path, identity: str, reach: Reach, ours: list[Path], lock: Lock | None
 ) -> None:
-    """The commit point is the rename in the middle."""
+    """The commit point is the rename in the middle. With ``lock``, ``latest`` names the checkpoint afterwards."""
     parent = directory.path
     intent = parent / f"{names.INTENT}{identity}"
-    if latest:  # written before the rename: a full disk shows while nothing has changed yet
+    if lock is not None:  # written before the rename: a full disk shows while nothing has changed yet
         reach("intent-write:before")
         ours.append(intent)
         with _opened(intent) as file:
             file.write(f"{final.name}\n".encode())
         reach("intent-write:after")
     aside = parent / f"{names.OLD}{identity}-{final.name}"
-    replaced = final.exists()
+    replaced = os.path.lexists(final)
     if replaced:
         os.rename(final, aside)
         reach("set-aside:after")
@@ -303,15 +332,13 @@ def _put_in_place(
     reach("rename:after")
     sync(parent)
     reach("rename-fsync:after")
-    if latest:
+    if lock is not None:
         reach("latest:before")
-        os.replace(intent, parent / names.LATEST)
+        lock.note(final.name)
+        os.replace(intent, parent / LATEST)
         reach("latest:after")
         sync(parent)
         reach("latest-fsync:after")
     if replaced:
-        shard = aside / file_name(0)
-        shard.unlink(missing_ok=True)
-        reach("remove-old:middle")
-        shutil.rmtree(aside)
+        dissolve(aside, final, lambda: reach("remove-old:middle"))
         reach("remove-old:after")

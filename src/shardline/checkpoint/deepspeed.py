@@ -21,7 +21,6 @@ from torch import Tensor
 
 from shardline.checkpoint.capture import Captured
 from shardline.checkpoint.commit import Alone, Content, commit
-from shardline.checkpoint.directory import Manifest
 from shardline.checkpoint.pickled import Opaque, load
 from shardline.checkpoint.values import encode, name_of
 from shardline.errors import CheckpointError
@@ -296,7 +295,7 @@ def _write(
     schedule = first.get("lr_scheduler") or {}
     accumulation = config.get("gradient_accumulation_steps") if isinstance(config, dict) else None
     steps = int(first["global_steps"])
-    common: Manifest = {
+    common: dict[str, Any] = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "shardline": import_module("shardline").__version__,
         "torch": torch.__version__,

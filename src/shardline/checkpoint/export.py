@@ -155,15 +155,15 @@ def export_checkpoint(
     items: dict[str, Item] = {}
     aliases: dict[str, str] = {}
     for name, row in reader.parameters.items():
-        if row["weight"] is not None:
-            items[name] = Item(exported_dtype(dtype_named(row["weight"]["dtype"]), dtype), tuple(row["shape"]))
-            aliases.update(dict.fromkeys(row["aliases"], name))
-    for name, row in reader.manifest["buffers"].items():
-        items[name] = Item(dtype_named(row["dtype"]), tuple(row["shape"]))
+        if row.weight is not None:
+            items[name] = Item(exported_dtype(dtype_named(row.weight.dtype), dtype), tuple(row.shape))
+            aliases.update(dict.fromkeys(row.aliases, name))
+    for name, buffer in reader.manifest.buffers.items():
+        items[name] = Item(dtype_named(buffer.dtype), tuple(buffer.shape))
     exporter = Exporter(out, items, aliases, shard_bytes=shard_bytes)
     try:
         for name in items:
-            exporter.add(name, reader.buffer(name, 0) if name in reader.manifest["buffers"] else reader.whole(name))
+            exporter.add(name, reader.buffer(name, 0) if name in reader.manifest.buffers else reader.whole(name))
         return exporter.finish()
     finally:
         exporter.abandon()

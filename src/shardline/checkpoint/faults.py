@@ -30,7 +30,7 @@ RANK_ZERO = (
     "lock:after",
     "sweep:after",
     "mkdir:after",
-    "token-write:after",
+    "mark-write:after",
     "manifest-write:before",
     "manifest-write:middle",
     "manifest-write:after",

@@ -34,9 +34,10 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 from torch.optim import Optimizer
 
-from shardline.checkpoint.capture import Captured, add_reports, key_of
+from shardline.checkpoint.capture import Captured, add_reports
 from shardline.checkpoint.commit import Alone, Content, commit, together
-from shardline.checkpoint.directory import Directory, Manifest, check_files
+from shardline.checkpoint.directory import Directory, check_files
+from shardline.checkpoint.manifest import key_of
 from shardline.checkpoint.reader import Reader as Opened
 from shardline.checkpoint.values import dtype_named, name_of
 from shardline.checkpoint.window import persistent_buffers
@@ -77,7 +78,7 @@ class Reader(StorageReader):
         order = Directory(path).order()
         chosen = Directory(path).locate(order[0]) if order else path
         self._opened = Opened(chosen or path)
-        problems = check_files(self._opened.path, self._opened.manifest, range(len(self._opened.manifest["files"])))
+        problems = check_files(self._opened.path, self._opened.manifest, range(len(self._opened.manifest.files)))
         if problems:
             raise CheckpointError(f"{self._opened.path} is damaged: {'; '.join(problems)}.")
 
@@ -88,16 +89,17 @@ class Reader(StorageReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         rows: dict[str, Any] = {}
         for name, row in self._opened.parameters.items():
-            for alias in (name, *row["aliases"]):
-                if row["weight"] is not None:
-                    rows[f"weight/{alias}"] = _whole(row["shape"], row["weight"]["dtype"])
-                for key, record in row["state"].items():
-                    rows[f"state.{key}/{alias}"] = _whole(record.get("shape", row["shape"]), record["dtype"])
-                for key, value in row["scalars"].items():
+            for alias in (name, *row.aliases):
+                if row.weight is not None:
+                    rows[f"weight/{alias}"] = _whole(row.shape, row.weight.dtype)
+                for key, stored in row.state.items():
+                    shape = row.shape if stored.shape is None else stored.shape
+                    rows[f"state.{key}/{alias}"] = _whole(shape, stored.dtype)
+                for key, value in row.scalars.items():
                     if isinstance(value, dict) and "$scalar" in value:
                         rows[f"state.{key}/{alias}"] = _whole([], value["dtype"])
-        for name, row in self._opened.manifest["buffers"].items():
-            rows[f"buffer/{name}"] = _whole(row["shape"], row["dtype"])
+        for name, buffer in self._opened.manifest.buffers.items():
+            rows[f"buffer/{name}"] = _whole(buffer.shape, buffer.dtype)
         return Metadata(state_dict_metadata=rows, storage_meta=StorageMeta(checkpoint_id=str(self._opened.path)))
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -129,7 +131,7 @@ class Reader(StorageReader):
         if role == "buffer":
             return self._opened.buffer(name, 0)
         name, key = self._opened.aliases[name], role.removeprefix("state.")
-        scalars = self._opened.parameters[name]["scalars"]
+        scalars = self._opened.parameters[name].scalars
         if key != role and key in scalars:
             return torch.as_tensor(self._opened.value(scalars[key]))
         return self._opened.whole(name, role)
@@ -220,7 +222,7 @@ class Writer(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Nothing is left to do."""
 
-    def _manifest(self, reports: list[dict[str, Any]]) -> Manifest:
+    def _manifest(self, reports: list[dict[str, Any]]) -> dict[str, Any]:
         shapes: dict[str, list[int]] = {key: shape for report in reports for key, shape in report["shapes"].items()}
         rows = {key.removeprefix("weight/"): _row(shape) for key, shape in shapes.items() if key.startswith("weight/")}
         parameters = add_reports(rows, reports)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shardline.checkpoint.files import shown
+from shardline.checkpoint.manifest import RandomRow
 from shardline.data.seeds import derive, seed_all
+from shardline.errors import CheckpointError
 
 __all__ = ["RandomState"]
 
@@ -64,17 +68,39 @@ class RandomState:
         return tensors, values
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], values: dict[str, Any]) -> RandomState:
-        """The inverse of :meth:`to_tensors`."""
-        version, gauss = values["python"]
-        python = (version, tuple(tensors["random/python"].tolist()), None if gauss is None else float.fromhex(gauss))
-        state = None
-        numpy = sys.modules.get("numpy")
-        if numpy and "numpy" in values:
-            kind, position, has_gauss, cached = values["numpy"]
-            keys = numpy.array(tensors["random/numpy"].tolist(), dtype=numpy.uint32)
-            state = (kind, keys, position, has_gauss, float.fromhex(cached))
-        return cls(python, state, tensors["random/cpu"], tensors.get("random/device"))
+    def from_tensors(cls, tensors: Mapping[str, Tensor], row: RandomRow) -> RandomState:
+        """The inverse of :meth:`to_tensors`. Generators that are given such a state go on from it: it was tried.
+
+        Raises:
+            CheckpointError: for tensors that are no states.
+        """
+        try:
+            version, gauss = row.python
+            words = _words(tensors, "python", 625)
+            python = (version, tuple(words), None if gauss is None else float.fromhex(gauss))
+            random.Random().setstate(python)
+            state = None
+            numpy = sys.modules.get("numpy")
+            if numpy and row.numpy is not None:
+                kind, position, has_gauss, cached = row.numpy
+                keys = numpy.array(_words(tensors, "numpy", 624), dtype=numpy.uint32)
+                state = (kind, keys, position, has_gauss, float.fromhex(cached))
+            cpu, device = tensors["random/cpu"], tensors.get("random/device")
+            torch.Generator().set_state(cpu)
+        except (KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:
+            raise CheckpointError(f"the random states in the checkpoint are none ({shown(error)}).") from None
+        return cls(python, state, cpu, device)
+
+
+def _words(tensors: Mapping[str, Tensor], name: str, count: int) -> list[int]:
+    """Those of a Mersenne twister, which does not check them itself."""
+    tensor = tensors[f"random/{name}"]
+    if tensor.dtype != torch.int64 or tensor.shape != (count,):
+        raise ValueError(f"{name}'s has the shape {tuple(tensor.shape)} and {tensor.dtype}")
+    if int(tensor.min()) < 0 or int(tensor.max()) >= 1 << 32:
+        raise ValueError(f"{name}'s holds a word of more than 32 bits")
+    words: list[int] = tensor.tolist()
+    return words
 
 
 def derive_states(seed: int, step: int, rank: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardline.checkpoint.capture import key_of
-from shardline.checkpoint.directory import Manifest, read_manifest
+from shardline.checkpoint.manifest import Manifest, Parameter, key_of, read_manifest
 from shardline.checkpoint.tensorfile import TensorFile
 from shardline.checkpoint.values import decode, dtype_named
 from shardline.errors import CheckpointError
@@ -31,8 +29,8 @@ class Reader:
     def __init__(self, path: Path, manifest: Manifest | None = None) -> None:
         self.path = path
         self.manifest = read_manifest(path) if manifest is None else manifest
-        self.parameters: dict[str, dict[str, Any]] = self.manifest["parameters"]
-        self.aliases = {alias: name for name, row in self.parameters.items() for alias in (name, *row["aliases"])}
+        self.parameters: dict[str, Parameter] = self.manifest.parameters
+        self.aliases = {alias: name for name, row in self.parameters.items() for alias in (name, *row.aliases)}
         self._files: dict[int, TensorFile] = {}
 
     def close(self) -> None:
@@ -42,7 +40,7 @@ class Reader:
 
     def file(self, number: int) -> TensorFile:
         if number not in self._files:
-            self._files[number] = TensorFile(self.path / self.manifest["files"][number]["name"])
+            self._files[number] = TensorFile(self.path / self.manifest.files[number].name)
         return self._files[number]
 
     def fill(
@@ -55,15 +53,14 @@ class Reader:
         the parameter is whole in memory for a moment.
         """
         row = self.parameters[name]
-        record = row["weight"] if role == "weight" else row["state"][role.removeprefix("state.")]
-        if stride is not None and list(stride) != row["stride"] and len(row["shape"]) > 1:
-            whole = torch.empty_strided(row["shape"], row["stride"], dtype=dtype_named(record["dtype"]))
+        if stride is not None and list(stride) != row.stride and len(row.shape) > 1:
+            whole = torch.empty_strided(row.shape, row.stride, dtype=dtype_named(row.stored(role).dtype))
             self.fill(flat(whole), name, role, 0, whole.numel())
-            turned = torch.empty_strided(row["shape"], tuple(stride), dtype=whole.dtype).copy_(whole)
+            turned = torch.empty_strided(row.shape, tuple(stride), dtype=whole.dtype).copy_(whole)
             out.copy_(flat(turned)[start:stop])
             return
         done = start
-        for number, low, high in sorted(record["pieces"], key=lambda piece: piece[1]):
+        for number, low, high in sorted(row.stored(role).pieces or (), key=lambda piece: piece[1]):
             first, last = max(done, low), min(stop, high)
             if first < last and low <= done:
                 self.file(number).fill(out[first - start : last - start], key_of(role, name), first - low)
@@ -74,16 +71,16 @@ class Reader:
     def whole(self, name: str, role: str = "weight") -> Tensor:
         """A parameter or its state whole, on CPU, in its own shape and dtype."""
         row = self.parameters[name]
-        record = row["weight"] if role == "weight" else row["state"][role.removeprefix("state.")]
-        if "file" in record:
-            return self.file(record["file"]).tensor(key_of(role, name))
-        out = torch.empty_strided(row["shape"], row["stride"], dtype=dtype_named(record["dtype"]))
-        self.fill(flat(out), name, role, 0, math.prod(row["shape"]))
+        stored = row.stored(role)
+        if stored.file is not None:
+            return self.file(stored.file).tensor(key_of(role, name))
+        out = torch.empty_strided(row.shape, row.stride, dtype=dtype_named(stored.dtype))
+        self.fill(flat(out), name, role, 0, row.numel)
         return out
 
     def buffer(self, name: str, rank: int) -> Tensor:
         """A buffer as ``rank`` had it, on CPU."""
-        files = self.manifest["buffers"][name]["files"]
+        files = self.manifest.buffers[name].files
         return self.file(rank if rank in files else 0).tensor(key_of("buffer", name))
 
     def value(self, value: Any) -> Any:

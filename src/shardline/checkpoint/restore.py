@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shardline.checkpoint.capture import DEVICE_KEYS
+from shardline.checkpoint.files import shown
 from shardline.checkpoint.parts import Parts, optimizer_name
 from shardline.checkpoint.reader import Reader
 from shardline.checkpoint.values import decode, dtype_named
@@ -48,13 +49,13 @@ def match(parts: Parts, reader: Reader, *, strict: bool) -> Match:
     """
     found = Match()
     wrong = []
-    excluded = {name for name, row in reader.parameters.items() if row["weight"] is None}
+    excluded = {name for name, row in reader.parameters.items() if row.weight is None}
     for name, spec in parts.specs.items():
         theirs = next((reader.aliases[alias] for alias in spec.aliases if alias in reader.aliases), None)
         if theirs is None:
             found.missing.append(name)
         elif theirs not in excluded:
-            shape = tuple(reader.parameters[theirs]["shape"])
+            shape = tuple(reader.parameters[theirs].shape)
             if shape != spec.shape:
                 wrong.append(f"parameter {name!r} has the shape {spec.shape} in the model, {shape} in the checkpoint")
             found.params[name] = theirs
@@ -62,15 +63,15 @@ def match(parts: Parts, reader: Reader, *, strict: bool) -> Match:
             found.notes.append(f"frozen parameter {name!r} was left out of the checkpoint and stays as it is")
     known = {alias for spec in parts.specs.values() for alias in spec.aliases}
     found.unexpected += [
-        name for name, row in reader.parameters.items() if not known.intersection((name, *row["aliases"]))
+        name for name, row in reader.parameters.items() if not known.intersection((name, *row.aliases))
     ]
     ours = dict(persistent_buffers(parts.module))
-    theirs_buffers = reader.manifest["buffers"]
+    theirs_buffers = reader.manifest.buffers
     for name, buffer in ours.items():
         if name not in theirs_buffers:
             found.missing.append(name)
-        elif tuple(theirs_buffers[name]["shape"]) != tuple(buffer.shape):
-            shape = tuple(theirs_buffers[name]["shape"])
+        elif tuple(theirs_buffers[name].shape) != tuple(buffer.shape):
+            shape = tuple(theirs_buffers[name].shape)
             wrong.append(f"buffer {name!r} has the shape {tuple(buffer.shape)} in the model, {shape} in the checkpoint")
         else:
             found.buffers.append(name)
@@ -95,7 +96,7 @@ def match(parts: Parts, reader: Reader, *, strict: bool) -> Match:
 
 def _some(items: list[str], limit: int = 20) -> str:
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
+    return ", ".join(shown(item, 300) for item in items[:limit]) + more
 
 
 def load_weights(parts: Parts, reader: Reader, found: Match) -> None:
@@ -142,7 +143,7 @@ def settle_weights(parts: Parts) -> None:
 
 def load_buffers(parts: Parts, reader: Reader, found: Match) -> None:
     """Each rank's own at the same world size, rank 0's elsewhere."""
-    same = reader.manifest["world_size"] == parts.comm.world_size
+    same = reader.manifest.world_size == parts.comm.world_size
     known = set(found.buffers)
     with torch.no_grad():
         for name, buffer in persistent_buffers(parts.module):
@@ -170,7 +171,7 @@ def ages(parts: Parts, reader: Reader, found: Match) -> dict[str, int] | None:
 
 
 def _steps(reader: Reader, name: str | None) -> int:
-    scalars = reader.parameters[name]["scalars"] if name is not None else {}
+    scalars = reader.parameters[name].scalars if name is not None else {}
     value = decode(scalars.get("step", 0), _no_tensor)
     return int(value)
 
@@ -185,15 +186,15 @@ def load_optimizer(parts: Parts, reader: Reader, found: Match) -> str | None:
     Returns:
         Why only the weights could be taken, or ``None``.
     """
-    optimizer, record = parts.optimizer, reader.manifest["optimizer"]
+    optimizer, record = parts.optimizer, reader.manifest.optimizer
     if optimizer is None or record is None:
         return "the checkpoint holds no optimizer state" if optimizer is not None else None
-    if record["class"] != optimizer_name(optimizer):
+    if record.kind != optimizer_name(optimizer):
         return (
-            f"the checkpoint was written with the optimizer {record['class']}, and this job has "
+            f"the checkpoint was written with the optimizer {shown(record.kind)}, and this job has "
             f"{optimizer_name(optimizer)}: the weights were loaded, the optimizer begins anew"
         )
-    groups = [reader.value(group) for group in record["groups"]]
+    groups = [reader.value(group) for group in record.groups]
     if len(groups) == len(optimizer.param_groups):
         for group, theirs in zip(optimizer.param_groups, groups, strict=True):
             group.update({key: value for key, value in theirs.items() if key in group or key not in DEVICE_KEYS})
@@ -225,7 +226,7 @@ def _group_of(optimizer: Any, param: Tensor) -> Mapping[str, Any]:
 
 def _has_state(reader: Reader, name: str) -> bool:
     row = reader.parameters[name]
-    return bool(row["state"] or row["scalars"])
+    return bool(row.state or row.scalars)
 
 
 def _run_state(
@@ -237,22 +238,22 @@ def _run_state(
 ) -> dict[str, Any]:
     pieces = [piece for piece in run.fragments if piece.name in names and _has_state(reader, names[piece.name])]
     state: dict[str, Any] = {}
-    keys = {key: row for piece in pieces for key, row in reader.parameters[names[piece.name]]["state"].items()}
-    for key, record in keys.items():
+    keys = {key: row for piece in pieces for key, row in reader.parameters[names[piece.name]].state.items()}
+    for key, stored in keys.items():
         role = f"state.{key}"
-        if "file" in record:
+        if stored.file is not None:
             state[key] = reader.whole(names[pieces[0].name], role).to(run.param.device)
             continue
-        written = reader.parameters[names[pieces[0].name]]["weight"]
-        as_weight = written is not None and record["dtype"] == written["dtype"]
-        dtype = run.param.dtype if as_weight else dtype_named(record["dtype"])
+        written = reader.parameters[names[pieces[0].name]].weight
+        as_weight = written is not None and stored.dtype == written.dtype
+        dtype = run.param.dtype if as_weight else dtype_named(stored.dtype)
         whole = torch.zeros_like(run.param, dtype=dtype)
         for piece in pieces:
-            if key in reader.parameters[names[piece.name]]["state"]:
+            if key in reader.parameters[names[piece.name]].state:
                 _fill(flat(whole), piece, run, reader, names[piece.name], role, strides[piece.name])
         state[key] = whole
     if pieces:
-        for key, value in reader.parameters[names[pieces[0].name]]["scalars"].items():
+        for key, value in reader.parameters[names[pieces[0].name]].scalars.items():
             state[key] = _scalar(key, value, run.param, group)
     return state
 
@@ -275,14 +276,11 @@ def _scalar(key: str, value: Any, param: Tensor, group: Mapping[str, Any]) -> An
 
 def _parked(reader: Reader, name: str, stride: tuple[int, ...], device: torch.device) -> ParamState:
     row = reader.parameters[name]
-    state = ParamState(scalars={key: decode(value, _no_tensor) for key, value in row["scalars"].items()})
-    numel = 1
-    for size in row["shape"]:
-        numel *= size
-    for key, record in row["state"].items():
-        if "file" in record:
+    state = ParamState(scalars={key: decode(value, _no_tensor) for key, value in row.scalars.items()})
+    for key, stored in row.state.items():
+        if stored.file is not None:
             state.scalars[key] = reader.whole(name, f"state.{key}").to(device)
         else:
-            state.tensors[key] = torch.empty(numel, dtype=dtype_named(record["dtype"]), device=device)
-            reader.fill(state.tensors[key], name, f"state.{key}", 0, numel, stride)
+            state.tensors[key] = torch.empty(row.numel, dtype=dtype_named(stored.dtype), device=device)
+            reader.fill(state.tensors[key], name, f"state.{key}", 0, row.numel, stride)
     return state

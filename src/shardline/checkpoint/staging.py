@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from shardline.checkpoint.capture import is_state
+from shardline.checkpoint.manifest import is_state
 from shardline.errors import CheckpointError
 
 __all__ = ["Staging"]

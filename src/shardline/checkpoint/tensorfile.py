@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from shardline.checkpoint.checksum import crc32
+from shardline.checkpoint.files import open_regular, shown
 from shardline.errors import CheckpointError
 
 __all__ = ["CODES", "TensorFile", "Written", "header_of", "write"]
@@ -143,14 +144,14 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = path.open("rb", buffering=0)
+            self._file = open_regular(path)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
         try:
             self._read_header()
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             self.close()
-            raise CheckpointError(f"{path} is no safetensors file, or a damaged one: {error}.") from None
+            raise CheckpointError(f"{path} is no safetensors file, or a damaged one: {shown(error)}.") from None
 
     def _read_header(self) -> None:
         size = os.fstat(self._file.fileno()).st_size
@@ -162,8 +163,10 @@ class TensorFile:
         self._start = 8 + length
         self._rows: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}
         for key, row in rows.items():
-            dtype, shape = _DTYPES[row["dtype"]], tuple(int(length) for length in row["shape"])
+            dtype, shape = _DTYPES[row["dtype"]], tuple(row["shape"])
             low, high = row["data_offsets"]
+            if any(type(each) is not int or each < 0 for each in (*shape, low, high)):
+                raise ValueError(f"{key!r} has a shape or a place that is none")
             numel = 1
             for each in shape:
                 numel *= each

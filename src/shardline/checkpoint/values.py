@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardline.checkpoint.files import shown
 from shardline.errors import CheckpointError
 
 __all__ = ["decode", "dtype_named", "encode", "name_of"]
@@ -90,22 +91,35 @@ def _remedy(value: Any) -> str:
 
 
 def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
-    """The inverse of :func:`encode`; ``tensor`` reads one by its key."""
+    """The inverse of :func:`encode`; ``tensor`` reads one by its key.
+
+    Raises:
+        CheckpointError: for what :func:`encode` does not make.
+    """
+    try:
+        return _decode(value, tensor)
+    except (ValueError, TypeError, OverflowError, RuntimeError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the checkpoint holds a value that no save writes ({shown(error)}).") from None
+
+
+def _decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
     if isinstance(value, list):
-        return [decode(item, tensor) for item in value]
+        return [_decode(item, tensor) for item in value]
     if not isinstance(value, dict):
         return value
     match value:
         case {"$float": text}:
             return float(text)
         case {"$tuple": items}:
-            return tuple(decode(item, tensor) for item in items)
+            return tuple(_decode(item, tensor) for item in items)
         case {"$dict": pairs}:
-            return {decode(key, tensor): decode(item, tensor) for key, item in pairs}
+            return {_decode(key, tensor): _decode(item, tensor) for key, item in pairs}
         case {"$counter": pairs}:
-            return Counter({decode(key, tensor): decode(item, tensor) for key, item in pairs})
+            return Counter({_decode(key, tensor): _decode(item, tensor) for key, item in pairs})
         case {"$scalar": number, "dtype": dtype}:
-            return torch.tensor(decode(number, tensor), dtype=dtype_named(dtype))
+            return torch.tensor(_decode(number, tensor), dtype=dtype_named(dtype))
         case {"$tensor": key}:
             return tensor(key)
-    return {key: decode(item, tensor) for key, item in value.items()}
+    return {key: _decode(item, tensor) for key, item in value.items()}

@@ -6,13 +6,15 @@ Nothing here needs a GPU, and only ``export`` imports torch, for its dtypes.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TextIO
 
 from shardline.errors import CheckpointError, ShardlineError
+
+if TYPE_CHECKING:
+    from shardline.checkpoint.manifest import Manifest
 
 __all__ = ["add_parser"]
 
@@ -62,22 +64,32 @@ def _guarded(command: Command) -> Command:
         try:
             return command(args)
         except ShardlineError as error:
-            print(error, file=sys.stderr)
-            return 1
+            _say(error, file=sys.stderr)
+        except OSError as error:
+            _say(f"{error.filename or args.dir}: {error.strerror or error}.", file=sys.stderr)
+        return 1
 
     return run
 
 
+def _say(text: object, file: TextIO | None = None) -> None:
+    """Print a line. Names and values come from files: what would steer a terminal is escaped."""
+    from shardline.checkpoint.files import shown
+
+    print(shown(text, 10_000), file=file)
+
+
 def _chosen(args: argparse.Namespace) -> tuple[str, Path]:
     """The tag and the path of the checkpoint that the arguments name."""
-    from shardline.checkpoint.directory import MANIFEST, Directory
+    from shardline.checkpoint.directory import Directory
+    from shardline.checkpoint.manifest import MANIFEST_SUM
 
-    if (args.dir / MANIFEST).exists() and args.tag is None:
+    if (args.dir / MANIFEST_SUM).exists() and args.tag is None:
         return args.dir.name, args.dir
     directory = Directory(args.dir)
     order = directory.order() or directory.tags()
     if args.tag is None and not order:
-        raise CheckpointError(f"there is no checkpoint in {args.dir}.")
+        raise CheckpointError(f"there is no checkpoint: {directory.lack()}.")
     tag = args.tag if args.tag is not None else order[0]
     path = directory.locate(tag)
     if path is None:
@@ -87,8 +99,8 @@ def _chosen(args: argparse.Namespace) -> tuple[str, Path]:
     return tag, path
 
 
-def _size(manifest: dict[str, Any]) -> str:
-    size = float(sum(row["bytes"] for row in manifest["files"]))
+def _size(manifest: Manifest) -> str:
+    size = float(sum(row.bytes for row in manifest.files))
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
@@ -97,85 +109,94 @@ def _size(manifest: dict[str, Any]) -> str:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from shardline.checkpoint.directory import Directory, read_manifest
+    from shardline.checkpoint.directory import Directory
+    from shardline.checkpoint.manifest import read_manifest
 
     directory = Directory(args.dir)
-    tags = directory.tags()
-    if not tags:
-        print(f"there is no checkpoint in {args.dir}")
+    found = directory.checkpoints()
+    if not found:
+        _say(f"there is no checkpoint: {directory.lack()}")
         return 0
     first = next(iter(directory.order()), None)
     rows = [("", "tag", "step", "saved", "ranks", "stage", "size")]
-    for tag in tags:
-        path = directory.locate(tag)
+    problems = []
+    for each in found:
+        star = "*" if each.tag == first else ""
         try:
-            manifest = read_manifest(path) if path is not None else {}
+            manifest = read_manifest(each.path)
+        except CheckpointError:
+            rows.append(("!", each.tag, "", "", "", "", ""))
+        else:
             rows.append((
-                "*" if tag == first else "",
-                tag,
-                str(manifest["counters"]["global_steps"]),
-                manifest["created"],
-                str(manifest["world_size"]),
-                str(manifest["stage"]),
+                "!" if each.problem else star,
+                each.tag,
+                str(manifest.counters.global_steps),
+                manifest.created,
+                str(manifest.world_size),
+                str(manifest.stage),
                 _size(manifest),
             ))  # fmt: skip
-        except CheckpointError as error:
-            rows.append(("!", tag, str(error), "", "", "", ""))
-    widths = [max(len(row[column]) for row in rows if row[0] != "!") for column in range(len(rows[0]))]
+        if each.problem:
+            problems.append(f"! {each.problem}")
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        _say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print("\n* is what a load without a tag takes, if its checksums are right (see verify)")
+    for problem in filter(None, [*problems, directory.complaint()]):
+        _say(problem)
     return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from shardline.checkpoint.directory import read_manifest
+    from shardline.checkpoint.manifest import read_manifest
 
     tag, path = _chosen(args)
     manifest = read_manifest(path)
-    parameters, buffers = manifest["parameters"], manifest["buffers"]
-    trained = sum(math.prod(row["shape"]) for row in parameters.values() if row["trainable"])
-    total = sum(math.prod(row["shape"]) for row in parameters.values())
-    optimizer = manifest["optimizer"]
-    print(f"{path} (tag {tag}, format {manifest['format']} {manifest['version']}, id {manifest['id']})")
-    print(f"  saved      {manifest['created']} by shardline {manifest['shardline']}, torch {manifest['torch']}")
-    print(f"  layout     stage {manifest['stage']} on {manifest['world_size']} ranks, {len(manifest['files'])} files, "
-          f"{_size(manifest)}")  # fmt: skip
-    print(f"  counters   {', '.join(f'{name} {value}' for name, value in manifest['counters'].items())}")
-    print(f"  parameters {len(parameters)} with {total:,} elements, {trained:,} trained; {len(buffers)} buffers")
+    parameters, buffers = manifest.parameters, manifest.buffers
+    trained = sum(row.numel for row in parameters.values() if row.trainable)
+    total = sum(row.numel for row in parameters.values())
+    optimizer = manifest.optimizer
+    _say(f"{path} (tag {tag}, format {manifest.format} {manifest.version}, id {manifest.id})")
+    _say(f"  saved      {manifest.created} by shardline {manifest.shardline}, torch {manifest.torch}")
+    _say(f"  layout     stage {manifest.stage} on {manifest.world_size} ranks, {len(manifest.files)} files, "
+         f"{_size(manifest)}")  # fmt: skip
+    _say(f"  counters   {', '.join(f'{name} {value}' for name, value in manifest.counters)}")
+    _say(f"  parameters {len(parameters)} with {total:,} elements, {trained:,} trained; {len(buffers)} buffers")
     if optimizer is not None:
-        keys = sorted({key for row in parameters.values() for key in (*row["state"], *row["scalars"])})
-        print(f"  optimizer  {optimizer['class']}, {len(optimizer['groups'])} param groups; state: {', '.join(keys)}")
-    for name in ("scheduler", "scaler", "loader"):
-        if manifest[name] is not None:
-            print(f"  {name:<10} {manifest[name]}")
-    print(f"  client_state has {', '.join(manifest['client_state']) or 'nothing'}")
+        keys = sorted({key for row in parameters.values() for key in (*row.state, *row.scalars)})
+        _say(f"  optimizer  {optimizer.kind}, {len(optimizer.groups)} param groups; state: {', '.join(keys)}")
+    if manifest.scheduler is not None:
+        _say(f"  scheduler  {manifest.scheduler}")
+    if manifest.scaler is not None:
+        _say(f"  scaler     {manifest.scaler.model_dump()}")
+    if manifest.loader is not None:
+        _say(f"  loader     {manifest.loader}")
+    if manifest.extra_state:
+        _say(f"  extra state of {', '.join(map(repr, manifest.extra_state))}")
+    _say(f"  client_state has {', '.join(manifest.client_state) or 'nothing'}")
     if args.tensors:
         for name, row in parameters.items():
-            kind = "trained" if row["trainable"] else "frozen"
-            stored = row["weight"]["dtype"] if row["weight"] is not None else "left out"
-            print(f"    {name} {tuple(row['shape'])} {kind}, stored as {stored}")
-        for name, row in buffers.items():
-            print(f"    {name} {tuple(row['shape'])} buffer, {row['dtype']}, from ranks {row['files']}")
+            kind = "trained" if row.trainable else "frozen"
+            stored = row.weight.dtype if row.weight is not None else "left out"
+            _say(f"    {name} {tuple(row.shape)} {kind}, stored as {stored}")
+        for name, buffer in buffers.items():
+            _say(f"    {name} {tuple(buffer.shape)} buffer, {buffer.dtype}, from ranks {buffer.files}")
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from shardline.checkpoint.directory import Directory, check_files, read_manifest
+    from shardline.checkpoint.directory import Directory, check_files
+    from shardline.checkpoint.manifest import read_manifest
 
-    chosen = (
-        [(tag, path) for tag in Directory(args.dir).tags() if (path := Directory(args.dir).locate(tag)) is not None]
-        if args.all
-        else [_chosen(args)]
-    )
+    chosen = [(each.tag, each.path) for each in Directory(args.dir).checkpoints()] if args.all else [_chosen(args)]
     wrong = 0
     for tag, path in chosen:
         try:
             manifest = read_manifest(path)
-            problems = check_files(path, manifest, range(len(manifest["files"])))
+            problems = check_files(path, manifest, range(len(manifest.files)))
         except CheckpointError as error:
             problems = [str(error)]
-        print(f"{tag}: {'; '.join(problems) if problems else 'whole'}")
+        _say(f"{tag}: {'; '.join(problems) if problems else 'whole'}")
         wrong += bool(problems)
     return 1 if wrong else 0
 
@@ -188,13 +209,13 @@ def _export(args: argparse.Namespace) -> int:
 
     _, path = _chosen(args)
     reader = Reader(path)
-    problems = check_files(path, reader.manifest, range(len(reader.manifest["files"])))
+    problems = check_files(path, reader.manifest, range(len(reader.manifest.files)))
     if problems:
         raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}.")
     try:
         dtype = DTYPES[args.dtype] if args.dtype else None
         for file in export_checkpoint(reader, args.out, dtype, args.max_shard_bytes):
-            print(file)
+            _say(file)
     finally:
         reader.close()
     return 0
@@ -203,7 +224,7 @@ def _export(args: argparse.Namespace) -> int:
 def _import(args: argparse.Namespace) -> int:
     from shardline.checkpoint.deepspeed import import_deepspeed
 
-    print(import_deepspeed(args.dir, args.out, args.tag))
+    _say(import_deepspeed(args.dir, args.out, args.tag))
     return 0
 
 
@@ -211,11 +232,15 @@ def _prune(args: argparse.Namespace) -> int:
     from shardline.checkpoint.directory import Directory, Lock
 
     directory = Directory(args.dir)
-    if not directory.tags():
-        raise CheckpointError(f"there is no checkpoint in {args.dir}.")
+    if not directory.checkpoints():
+        raise CheckpointError(f"there is no checkpoint: {directory.lack()}.")
     lock = Lock.of(directory.path)
     for tag in directory.prune(args.keep):
-        print(f"deleted {tag}")
-    print(f"kept {', '.join(directory.tags())}")
+        _say(f"deleted {tag}")
+    left = directory.checkpoints()
+    _say(f"kept {', '.join(each.tag for each in left if each.problem is None) or 'none'}")
+    for each in left:
+        if each.problem is not None:
+            _say(f"left {each.tag}, which is not whole: {each.problem}")
     del lock
     return 0
