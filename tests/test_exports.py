@@ -9,11 +9,22 @@ import pytest
 import shardline
 
 PUBLIC = {
+    "CheckpointError",
     "Config",
+    "ConfigError",
+    "DataError",
+    "DisagreementError",
     "Engine",
+    "LaunchError",
+    "LostRankError",
+    "ModelError",
+    "OptimizerError",
+    "SealedError",
     "ShardlineError",
+    "UsageError",
     "__version__",
     "add_config_arguments",
+    "empty_weights",
     "get_accelerator",
     "init_distributed",
     "initialize",

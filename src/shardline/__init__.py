@@ -13,28 +13,63 @@ if TYPE_CHECKING:
     from shardline.arguments import add_config_arguments
     from shardline.config import Config
     from shardline.engine import Engine
-    from shardline.errors import ShardlineError
+    from shardline.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        DisagreementError,
+        LaunchError,
+        LostRankError,
+        ModelError,
+        OptimizerError,
+        SealedError,
+        ShardlineError,
+        UsageError,
+    )
+    from shardline.meta import empty_weights
     from shardline.start import initialize
     from shardline.topology import init_distributed
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
     "Config",
+    "ConfigError",
+    "DataError",
+    "DisagreementError",
     "Engine",
+    "LaunchError",
+    "LostRankError",
+    "ModelError",
+    "OptimizerError",
+    "SealedError",
     "ShardlineError",
+    "UsageError",
     "__version__",
     "add_config_arguments",
+    "empty_weights",
     "get_accelerator",
     "init_distributed",
     "initialize",
 ]
 
 _HOMES = {
+    "CheckpointError": "errors",
     "Config": "config",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "DisagreementError": "errors",
     "Engine": "engine",
+    "LaunchError": "errors",
+    "LostRankError": "errors",
+    "ModelError": "errors",
+    "OptimizerError": "errors",
+    "SealedError": "errors",
     "ShardlineError": "errors",
+    "UsageError": "errors",
     "add_config_arguments": "arguments",
+    "empty_weights": "meta",
     "get_accelerator": "accelerator",
     "init_distributed": "topology",
     "initialize": "start",

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from shardline import meta
-from shardline.buffer import Pool
+from shardline.buffer import Pool, view
 from shardline.comm import DONE, Comm
 from shardline.config import Config
 from shardline.describe import chosen_units, describe_modules, describe_params, first_names
 from shardline.errors import ModelError, OptimizerError
-from shardline.fragments import ParamState, put_states, take_states, whole_weights
+from shardline.fragments import ParamState, put_states, take_states, whole_slab, whole_weights
 from shardline.meta import is_on_meta
 from shardline.offload import Offload
 from shardline.optimizer import build as build_optimizer
@@ -68,12 +68,6 @@ class Layout:
         unit_plan, slab_plan, entry = self.plan.where(name)
         unit = self.units[unit_plan.index]
         return unit, unit.slabs[unit_plan.slabs.index(slab_plan)], entry
-
-    def units_of(self, module: nn.Module) -> list[Unit]:
-        """The units that hold a parameter which ``module`` holds itself."""
-        names = {param: name for name, param in self.params.items()}
-        indices = {self.plan.where(names[param])[0].index for param in module._parameters.values() if param is not None}
-        return [self.units[index] for index in sorted(indices)]
 
     @cached_property
     def runs(self) -> list[RunTensors]:
@@ -209,32 +203,52 @@ def load_model(
     Rank 0's win on every rank. What is on ``meta`` is filled as :mod:`shardline.meta` says.
 
     Raises:
-        ModelError: for a parameter or buffer that nothing gives a value.
+        ModelError: for a parameter or buffer that nothing gives a value, or another one than its constructor did.
     """
 
-    def store(name: str) -> None:
-        unit, slab, entry = layout.where(name)
-        param = layout.params[name]
-        comm.broadcast([param])
-        comm.settle()  # all have read what was sent, so it is not kept beside the next
-        slab.store(entry, param.detach())
-        unit.rest(slab, entry)
+    held: list[tuple[Slab, Tensor]] = []  # the slab that was read last, whole: neighbours are read one after another
 
+    def store(name: str) -> None:
+        _, slab, entry = layout.where(name)
+        value = layout.params[name].detach()
+        comm.broadcast([value])
+        comm.settle()  # all have read what was sent, so it is not kept beside the next
+        slab.store(entry, value)
+        if held and held[0][0] is slab:
+            view(held[0][1], entry).copy_(value)
+
+    def fetch(name: str) -> Tensor:
+        unit, slab, entry = layout.where(name)
+        if not held or held[0][0] is not slab:
+            held.clear()
+            held.append((slab, whole_slab(unit, slab)))
+        return view(held[0][1], entry)
+
+    on_meta = is_on_meta(model)
     before = DONE  # rank 0 packs the next slab while the others still copy this one
     for unit in layout.units:
         unit.allocate()
         for slab in unit.slabs:
             for param in slab.params:
                 param.grad = None
-            if not any(param.is_meta for param in slab.params):
-                work = slab.load()
+            if any(param.is_meta for param in slab.params):
+                for param, entry in zip(slab.params, slab.plan.entries, strict=True):
+                    if not param.is_meta:
+                        store(entry.param.name)
+                continue
+            work = slab.load()
+            if not on_meta:
                 for entry in slab.plan.entries:
                     unit.rest(slab, entry)
-                before.wait()
-                before = work
+            before.wait()
+            before = work
     before.wait()
-    if is_on_meta(model):
-        meta.fill(model, {param: name for name, param in layout.params.items()}, store, layout.units_of, init_fn)
+    if on_meta:
+        meta.fill(model, {param: name for name, param in layout.params.items()}, store, fetch, init_fn)
+        held.clear()
+        for name in layout.params:
+            unit, slab, entry = layout.where(name)
+            unit.rest(slab, entry)
     for unit in layout.units:
         unit.settle()
     layout.pool.clear()

@@ -22,7 +22,7 @@ from shardline.placement import Placement
 from shardline.plan import Entry
 from shardline.unit import RunTensors, Slab, Unit
 
-__all__ = ["ParamState", "StateFragment", "local_fragments", "put_states", "take_states", "whole_weights"]
+__all__ = ["ParamState", "StateFragment", "local_fragments", "put_states", "take_states", "whole_slab", "whole_weights"]
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,17 @@ def _whole(unit: Unit, slab: Slab, part: Tensor, placement: Placement) -> Tensor
     return whole.to(part.device)
 
 
+def whole_slab(unit: Unit, slab: Slab) -> Tensor:
+    """``slab`` whole, from the masters where there are any: those themselves where they are whole. Collective."""
+    if slab.master is not None:
+        return _whole(unit, slab, slab.master, unit.row.states)
+    return _whole(unit, slab, slab.weights, unit.row.weights)
+
+
 def whole_weights(unit: Unit) -> Iterator[tuple[Entry, Tensor]]:
     """Every parameter of ``unit`` whole and in its own shape, from the masters where there are any. Collective."""
     for slab in unit.slabs:
-        if slab.master is not None:
-            whole = _whole(unit, slab, slab.master, unit.row.states)
-        else:
-            whole = _whole(unit, slab, slab.weights, unit.row.weights)
+        whole = whole_slab(unit, slab)
         for entry in slab.plan.entries:
             yield entry, view(whole, entry)
 

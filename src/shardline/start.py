@@ -69,7 +69,7 @@ def initialize(
     Args:
         args: a namespace with ``shardline_config`` or ``deepspeed_config`` (a path), and perhaps ``local_rank``.
         model: an ``nn.Module`` on any device. Its parameters become views of the engine's buffers; rank 0's weights
-            and buffers win on every rank. At ``meta`` it is filled unit by unit, never held whole at stage 3.
+            and buffers win on every rank. On ``meta`` it is filled as its constructor would have, a part at a time.
         optimizer: a ``torch.optim.Optimizer`` over the model's parameters, taken over in place, or a callable that
             makes one from them; wins over the configuration.
         model_parameters: parameters or param groups to train; all that require a gradient if left out.
@@ -82,8 +82,8 @@ def initialize(
         config: a dict, a path of a JSON file, or a :class:`shardline.Config`.
         mesh: a one-dimensional ``DeviceMesh`` whose group the engine uses instead of all ranks.
         config_params: another name of ``config``.
-        init_fn: for a model on ``meta``: gets each module after its ``reset_parameters``, in the order of
-            ``nn.Module.apply``, and writes its parameters in place.
+        init_fn: for a model on ``meta``: gets each module, in the order of ``nn.Module.apply``, after its own
+            initialisers have run, and writes its parameters in place.
 
     Returns:
         ``(engine, optimizer, loader, lr_scheduler)``; what was not asked for is ``None``.

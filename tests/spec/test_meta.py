@@ -9,6 +9,7 @@ from torch import nn
 
 from tests.harness import STAGES, Setup, assert_close, assert_identical, assert_ranks_agree, live_bytes, seeded, spread
 from tests.models import LateInit, Mlp, Orphan, cross_entropy, tokens
+from tests.test_meta import LibraryModel, Outer
 
 
 def from_meta(build, batches, config, kwargs):
@@ -145,6 +146,52 @@ class BufferedOrphan(Mlp):
 def test_an_unwritten_buffer_is_named(ranks):
     for error, _ in ranks(begin_or_error, 2, BufferedOrphan, Setup().config(3), {}):
         assert error is not None and "table" in error
+
+
+class Partial(nn.Module):
+    """Real parameters and ones on `meta` in one unit; an initialiser that reaches into its children."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.linear = nn.Embedding(40, 16), nn.Linear(16, 16)
+        self.scale = nn.Parameter(torch.tensor(2.5))
+        nn.init.constant_(self.linear.bias, -2.0)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module):
+        if isinstance(module, Partial):
+            nn.init.normal_(module.words.weight, std=0.02)
+
+
+def begin_all(stages, dtypes):
+    """What engines begin with: two kinds of models that initialise themselves, and one that is on `meta` in part."""
+    import shardline
+
+    found = []
+    for stage in stages:
+        for dtype in dtypes:
+            config = Setup(dtype).config(stage)
+            states = [begin_or_error(build, config, {})[1] for build in (LibraryModel, Outer)]
+            with shardline.empty_weights(min_numel=256):
+                model = Partial()
+            torch.manual_seed(5)
+            engine, *_ = shardline.initialize(model=model, config=config)
+            states.append(engine.full_state_dict())
+            engine.destroy()
+            found.append(states)
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_models_own_initialiser_at_every_stage(ranks, world):
+    expected = [seeded(LibraryModel).state_dict(), seeded(Outer).state_dict()]
+    for result in ranks(begin_all, world, STAGES, ["fp32", "bf16"]):
+        for library, outer, partial in result:
+            assert_identical(library, expected[0])  # masters: no rounding on the way
+            assert_identical(outer, expected[1])
+            assert_identical(partial, result[0][2])
+            assert partial["scale"] == 2.5 and bool((partial["linear.bias"] == -2.0).all())
+            assert 0.018 < partial["words.weight"].std() < 0.022
 
 
 WIDTH, DEPTH = 128, 16
