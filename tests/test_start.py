@@ -40,6 +40,28 @@ def refused(**kwargs):
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
+def without_a_batch_size():
+    config = {key: value for key, value in config_of().items() if key != "train_micro_batch_size_per_gpu"}
+    model = seeded(Mlp)
+    engine, *_ = shardline.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        config=config | {"gradient_accumulation_steps": 2},
+    )
+    train_a_step(engine)
+    train_a_step(engine)
+    sizes = engine.train_batch_size(), engine.global_steps, engine.global_samples
+    engine.destroy()
+    said = refused(model=seeded(Mlp), training_data=[1, 2], config=config | {"optimizer": SGD})
+    return sizes, said
+
+
+def test_a_batch_size_is_needed_for_the_engines_loader_only(ranks) -> None:
+    for sizes, said in ranks(without_a_batch_size, 2):
+        assert sizes == (4, 1, 4)
+        assert said[0] == "ConfigError" and "neither train_batch_size nor" in said[1]
+
+
 def ways_to_configure(directory):
     config = config_of(optimizer=SGD)
     path = directory / "config.json"

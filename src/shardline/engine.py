@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from types import MethodType
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -23,6 +25,7 @@ from shardline.checkpoint.window import WindowStart
 from shardline.comm import Comm
 from shardline.compiling import compile_blocks
 from shardline.config import Config
+from shardline.containers import replace_tensors
 from shardline.data import Loader
 from shardline.data.place import Place
 from shardline.data.split import Position
@@ -30,8 +33,9 @@ from shardline.errors import UsageError
 from shardline.events import Events, Notice
 from shardline.fragments import ParamState, StateFragment, local_fragments
 from shardline.hooks import Hooks, watch_outputs
+from shardline.leftovers import grad_scale, is_divided_by, is_scaled_by
 from shardline.modes import outside_modes
-from shardline.optimizer.guard import guard, unguard
+from shardline.optimizer.guard import guard
 from shardline.optimizer.options import Options
 from shardline.placement import STAGES, Placement
 from shardline.precision import LossScaler, Precision
@@ -118,15 +122,20 @@ class Engine(nn.Module):
         self._before: list[StepHook] = []
         self._after: list[StepHook] = []
         self._told: set[str] = set()
+        self._first_loss = True
+        self._grad_scale: Tensor | None = None  # of a GradScaler that was left in the loop
+        self._scheduled: int | None = None  # where the scheduler was after the last step
         self._destroyed = False
         self._compiled = False
-        self._undo: list[Callable[[], None]] = []  # what was done to the model's modules beside the hooks
+        self._undo: list[Callable[[], None]] = []  # what was done to model and optimizer beside the hooks
         self._reporter = Reporter(self.events, comm.device, phases=config.wall_clock_breakdown)
         self._contents = Contents(model)
         self._alike = Alike([Options(lambda: self.optimizer), Place(lambda: self.training_dataloader)])
         self._arrange()
         if optimizer is not None:
-            guard(optimizer, stepping=self._is_stepping, zero_grad=self.zero_grad, add_group=self._add_group)
+            self._undo.append(
+                guard(optimizer, stepping=self._is_stepping, zero_grad=self.zero_grad, add_group=self._add_group)
+            )
         _ENGINES[id(self)] = self
 
     def _arrange(self) -> None:
@@ -156,8 +165,8 @@ class Engine(nn.Module):
         if self.precision.cast_inputs:
             args, kwargs = self.precision.cast(args), self.precision.cast(kwargs)
         try:
-            with self._reporter.phase("forward"), self._autocast():
-                output = self.module(*args, **kwargs)
+            with self._reporter.phase("forward"):
+                output = self._under_autocast(self.module, *args, **kwargs)
         except BaseException:
             self._hooks.unwind()
             raise
@@ -165,9 +174,31 @@ class Engine(nn.Module):
             watch_outputs(output, self._foreign_backward, self._end_backward, self._trainable)
         return output
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def _under_autocast(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What ``call`` returns, under autocast where it is configured; then in fp32, for what is computed of it."""
         dtype = self.precision.autocast
-        return nullcontext() if dtype is None else torch.autocast(self.comm.device.type, dtype=dtype)
+        if dtype is None:
+            return call(*args, **kwargs)
+        with torch.autocast(self.comm.device.type, dtype=dtype):
+            output = call(*args, **kwargs)
+        return replace_tensors(output, lambda tensor: tensor.float() if tensor.dtype is dtype else tensor)
+
+    def _method(self, method: MethodType) -> Callable[..., Any]:
+        """A method of the model beside ``forward``: under autocast as that, but its arguments come as they are."""
+
+        @wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return self._under_autocast(method, *args, **kwargs)
+            except RuntimeError as error:
+                if self.precision.cast_inputs and "dtype" in str(error):
+                    error.add_note(
+                        f"engine(...) casts inputs to {self.precision.compute}. engine.{method.__name__}(...) takes "
+                        f"them as they are: give it tensors of that dtype."
+                    )
+                raise
+
+        return call
 
     @outside_modes
     def _begin_forward(self) -> Hooks:
@@ -236,6 +267,7 @@ class Engine(nn.Module):
             )
         divisor = self._accumulation if scale_wrt_gas else 1
         factor = self._micro_share() / divisor * self.scaler.scale
+        foreign = self._left_on(loss, divisor)
         engines = list(_ENGINES.values())  # a backward reaches every engine in its graph
         if factor != 1.0:  # what lies there already would be taken for a part of this backward
             for engine in engines:
@@ -245,7 +277,8 @@ class Engine(nn.Module):
             try:
                 with self._reporter.phase("backward"):
                     scaled = loss.float() if loss.dtype is torch.float16 else loss
-                    scaled.backward(torch.full_like(scaled, factor), retain_graph=retain_graph)
+                    root = torch.full_like(scaled, factor)
+                    scaled.backward(root if foreign is None else root / foreign, retain_graph=retain_graph)
             except BaseException:
                 self.schedule.abort_backward()
                 raise
@@ -253,13 +286,34 @@ class Engine(nn.Module):
                 if engine is not self:
                     engine._collect_unseen()
         self._end_backward()
-        return self._report(loss, divisor)
+        return self._report(loss, divisor, foreign)
 
     @outside_modes
-    def _report(self, loss: Tensor, divisor: float) -> Tensor:
+    def _report(self, loss: Tensor, divisor: float, foreign: Tensor | None) -> Tensor:
         reported = loss.detach() / divisor
+        if foreign is not None:
+            reported = reported / foreign
         self._window.add_loss(reported)
         return reported
+
+    def _left_on(self, loss: Tensor, divisor: int) -> Tensor | None:
+        """The scale of a GradScaler that was left in the loop, to take out again. The first backward decides."""
+        if self._first_loss:
+            self._first_loss = False
+            self._grad_scale = grad_scale(loss)
+            if self._grad_scale is not None:
+                self._tell_once(
+                    "engine.backward was given scaler.scale(loss) of a torch.amp.GradScaler; the scale was taken out "
+                    "again. Leave the scaler away: loss.backward(), scaler.step and scaler.update have no meaning here."
+                )
+            if divisor > 1 and is_divided_by(loss, divisor):
+                self._tell_once(
+                    f"the loss given to engine.backward was divided by {divisor} already, and is divided by the "
+                    f"{divisor} accumulation steps once more. Leave the division away, or pass scale_wrt_gas=False."
+                )
+            return self._grad_scale
+        known = self._grad_scale
+        return known if known is not None and is_scaled_by(loss, known) else None
 
     @outside_modes
     def _start_backward(self, *, factor: float) -> None:
@@ -416,7 +470,7 @@ class Engine(nn.Module):
         for unit in self._layout.units:
             unit.settle_versions()
         if self.lr_scheduler is not None:
-            self.lr_scheduler.step(**lr_kwargs)
+            self._step_scheduler(lr_kwargs)
         self._reporter.done(
             self.global_steps,
             loss=None if window.loss is None else window.loss * (self._accumulation / window.steps),
@@ -425,6 +479,16 @@ class Engine(nn.Module):
             loss_scale=scale if scaled else None,
             samples=window.samples * self.comm.world_size if host is None else host.samples,
         )
+
+    def _step_scheduler(self, lr_kwargs: dict[str, Any]) -> None:
+        scheduler = self.lr_scheduler
+        if self._scheduled not in (None, getattr(scheduler, "last_epoch", None)):
+            self._tell_once(
+                "the scheduler was stepped by engine.step() and elsewhere: rates change twice as often as they should. "
+                "Remove scheduler.step() from the loop, or set engine.lr_scheduler = None to step it yourself."
+            )
+        scheduler.step(**lr_kwargs)
+        self._scheduled = getattr(scheduler, "last_epoch", None)
 
     def _resolve(self) -> None:
         """Learn what became of the step before, where nobody waited for it. A rank may do this alone."""
@@ -754,6 +818,7 @@ class Engine(nn.Module):
             self._boundary.forget()
         for name, count in (counters or {}).items():
             setattr(self.progress, name, count)
+        self._scheduled = None
         self._note_loader()
         self.window_start.mark(self._loader_position)
 
@@ -765,7 +830,8 @@ class Engine(nn.Module):
         except AttributeError:
             if name == "module" or name.startswith("_"):
                 raise
-            return getattr(self.module, name)
+            found = getattr(self.module, name)
+        return self._method(found) if isinstance(found, MethodType) and found.__self__ is self.module else found
 
     @property
     def global_steps(self) -> int:
@@ -887,8 +953,6 @@ class Engine(nn.Module):
         for unit in self._layout.units:
             unit.wait()
             unit.let_go()
-        if self.optimizer is not None:
-            unguard(self.optimizer)
         self._destroyed = True
         _ENGINES.pop(id(self), None)
         self.comm.close()

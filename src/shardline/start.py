@@ -102,7 +102,8 @@ def initialize(
     topology = discover(getattr(args, "local_rank", None))
     make_current(topology.device)  # a script that makes its own process group need not have done it
     group = _group(mesh)
-    settings = load_config(source, 1 if group is None else dist.get_world_size(group))
+    world = 1 if group is None else dist.get_world_size(group)
+    settings = load_config(source, world, batches=training_data is not None)
     comm = Comm(group, topology.device, transport=settings.communication_transport)
     comm.agree(
         {

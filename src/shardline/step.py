@@ -269,7 +269,7 @@ class Update:
             try:
                 optimizer.step()
             finally:
-                optimizer.grad_scale = optimizer.found_inf = None  # type: ignore[attr-defined]
+                del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
         else:
             self.unscale(float(scale))
             optimizer.step()

@@ -22,7 +22,19 @@ from tests.harness import (
     train_twin,
     transitions,
 )
-from tests.models import ConvNet, Mlp, OpaqueMlp, TinyGpt, cross_entropy, mse, opaque_loss, regression, tokens
+from tests.models import (
+    WIDTH,
+    Block,
+    ConvNet,
+    Mlp,
+    OpaqueMlp,
+    TinyGpt,
+    cross_entropy,
+    mse,
+    opaque_loss,
+    regression,
+    tokens,
+)
 
 
 def twin_state(setup, batches, build=Mlp, loss_of=mse):
@@ -340,7 +352,7 @@ def test_torch_autocast(ranks, accumulation):
     for stage in STAGES:
         for state, dtypes in ranks(autocast, 2, batches, setup.config(stage) | more):
             assert_close(state, expected["state"], "bf16", before)
-            assert dtypes == ("torch.float32", "torch.bfloat16")
+            assert dtypes == ("torch.float32", "torch.float32")
 
 
 def autocast(batches, config):
@@ -350,11 +362,82 @@ def autocast(batches, config):
         for micro in window:
             x, y = micro[rank]
             out = engine(x)
-            engine.backward(F.mse_loss(out.float(), y))
+            engine.backward(F.mse_loss(out, y))  # as under autocast: in fp32
             engine.step()
     result = engine.full_state_dict(), (str(engine.module.head.weight.dtype), str(out.dtype))
     engine.destroy()
     return result
+
+
+class Actor(nn.Module):
+    """Trained through methods of its own, with matrix products in them, as in PPO."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def action_and_value(self, x, *, scale):
+        hidden = self(x)
+        return {"action": self.head(hidden), "value": (hidden * scale) @ hidden.T}, self.head(x).dtype
+
+
+def actor_loss(call, batch):
+    found, inside = call(batch[0], scale=0.5)
+    return F.mse_loss(found["action"], batch[1]) + found["value"].square().mean(), inside
+
+
+def methods_under_autocast(batches, config):
+    rank = dist.get_rank()
+    engine = start(Actor, config)
+    for window in batches:
+        loss, inside = actor_loss(engine.action_and_value, window[0][rank])
+        engine.backward(loss)
+        engine.step()
+    state = engine.full_state_dict()
+    engine.destroy()
+    return state, str(inside), str(loss.dtype)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_torch_autocast_covers_methods(ranks, stage):
+    setup = Setup("fp32", "SGD", more={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}})
+    batches = spread(regression, 2, setup, 2)
+    twin = setup.twin(seeded(Actor))
+    before = twin.state()
+    for window in batches:
+        for batch in window[0]:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss, _ = actor_loss(twin.model.action_and_value, batch)
+            twin.backward(loss)
+        twin.step()
+    for state, inside, outside in ranks(methods_under_autocast, 2, batches, setup.config(stage)):
+        assert_close(state, twin.state(), "bf16", before)
+        assert (inside, outside) == ("torch.bfloat16", "torch.float32")
+
+
+def method_with_another_dtype(config):
+    engine = start(Actor, config)
+    x, _ = regression(4)
+    notes = []
+    try:
+        engine.action_and_value(x, scale=0.5)
+    except RuntimeError as error:
+        notes = error.__notes__
+    right, _ = engine.action_and_value(x.bfloat16(), scale=0.5)
+    engine.destroy()
+    return notes, str(right["action"].dtype)
+
+
+def test_a_method_in_low_precision_says_what_its_inputs_must_be(ranks):
+    for notes, right in ranks(method_with_another_dtype, 1, Setup("bf16").config(0)):
+        assert len(notes) == 1 and "torch.bfloat16" in notes[0] and "engine.action_and_value" in notes[0]
+        assert right == "torch.bfloat16"
 
 
 def module_dtypes(config):

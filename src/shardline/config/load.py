@@ -23,12 +23,14 @@ __all__ = ["Source", "load_config"]
 Source = Mapping[str, Any] | str | os.PathLike[str] | Config | None
 
 
-def load_config(source: Source, world_size: int) -> Config:
+def load_config(source: Source, world_size: int, *, batches: bool = True) -> Config:
     """The resolved configuration on ``world_size`` ranks: batch sizes computed, every ``"auto"`` settled.
 
     Args:
         source: a dict, the path of a JSON file, the same JSON in urlsafe base64, or a Config.
         world_size: number of ranks that share a global batch.
+        batches: whether batches are made from it. Without, a batch size may be missing: a micro-batch then counts as
+            one sample.
 
     Raises:
         ConfigError: the source cannot be read, or holds keys, values or combinations that cannot be used: all problems
@@ -44,6 +46,9 @@ def load_config(source: Source, world_size: int) -> Config:
     if reading.bad.isdisjoint({*batch.KEYS, "data_loader.uneven", "data_loader"}):
         try:
             train, micro, accumulation = (getattr(config, name) for name in batch.KEYS)
+            if not batches and train is None and micro is None:
+                micro = 1
+                reading.origins[batch.MICRO] = "none given, and no training_data: a micro-batch counts as one sample"
             solved = batch.solve(train, micro, accumulation, world_size, config.data_loader.uneven)
             update |= zip(batch.KEYS, (solved.train, solved.micro, solved.accumulation), strict=True)
             reading.origins |= solved.origins

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from types import MethodType
 from typing import Any
 
@@ -10,9 +11,7 @@ from torch.optim import Optimizer
 
 from shardline.errors import UsageError
 
-__all__ = ["guard", "unguard"]
-
-_GUARDED = ("step", "zero_grad", "add_param_group")
+__all__ = ["guard"]
 
 
 def guard(
@@ -21,17 +20,18 @@ def guard(
     stepping: Callable[[], bool],
     zero_grad: Callable[[], None],
     add_group: Callable[[Callable[[dict[str, Any]], None], dict[str, Any]], None],
-) -> None:
-    """Route the methods of ``optimizer`` through the engine.
+) -> Callable[[], None]:
+    """Route the methods of ``optimizer`` through the engine; return what undoes it.
 
     Args:
-        optimizer: changed in place, until :func:`unguard`.
+        optimizer: changed in place. A scheduler that was made from it before goes on working.
         stepping: whether the engine itself steps the optimizer now; at other times ``step`` raises `UsageError`.
         zero_grad: discards the gradients of the window.
         add_group: is given the original ``add_param_group`` and the group.
     """
     original, add = optimizer.step, optimizer.add_param_group
 
+    @wraps(original)
     def step(self: Optimizer, closure: Any = None) -> Any:
         if not stepping():
             raise UsageError("optimizer.step() was called directly. Call engine.step(), which also talks to the ranks.")
@@ -43,12 +43,14 @@ def guard(
     def add_param_group(self: Optimizer, group: dict[str, Any]) -> None:
         add_group(add, group)
 
-    methods: tuple[Callable[..., Any], ...] = (step, zero, add_param_group)
-    for name, method in zip(_GUARDED, methods, strict=True):
+    methods: dict[str, Callable[..., Any]] = {"step": step, "zero_grad": zero, "add_param_group": add_param_group}
+    before = {name: optimizer.__dict__[name] for name in methods if name in optimizer.__dict__}
+    for name, method in methods.items():
         setattr(optimizer, name, MethodType(method, optimizer))
 
+    def undo() -> None:
+        for name in methods:
+            optimizer.__dict__.pop(name, None)
+        optimizer.__dict__.update(before)
 
-def unguard(optimizer: Optimizer) -> None:
-    """The optimizer's own methods again."""
-    for name in _GUARDED:
-        optimizer.__dict__.pop(name, None)
+    return undo
