@@ -81,7 +81,7 @@ class Verdict:
         norm: L2 norm of the averaged gradients before clipping (0-dim, float64).
         found_inf: 1.0 if the update must not be applied, else 0.0 (0-dim, fp32).
         average: what gradients are divided by to be averaged and unscaled (0-dim, float64).
-        scale: the same times what clipping divides by (0-dim, fp32).
+        scale: the same times what clipping divides by (0-dim, float64).
     """
 
     rows: Tensor
@@ -106,7 +106,7 @@ class Verdict:
         differ = (rows[:, _SAME] != rows[0, _SAME]).any()
         found_inf = found_inf | differ | (late != 0).any() | (backwards.sum() == 0)
         scale = average * divisor(norm, clip)
-        return cls(rows, norm, found_inf.float(), average, scale.float())
+        return cls(rows, norm, found_inf.float(), average, scale)
 
     def read(self) -> HostVerdict:
         """The host's part. On an accelerator this waits for the device."""
@@ -178,10 +178,10 @@ class Update:
         for run in runs:
             run.param.grad = None
 
-    def unscale(self, scale: float) -> None:
-        """Divide the attached gradients by ``scale``."""
+    def unscale(self, scale: float | Tensor) -> None:
+        """Divide the attached gradients by ``scale``, a number or a 0-dim tensor where they are."""
         grads = [run.param.grad for run in self.runs if run.param.grad is not None]
-        if grads and scale != 1.0:
+        if grads and (isinstance(scale, Tensor) or scale != 1.0):
             torch._foreach_div_(grads, scale)
 
     def apply(
@@ -226,6 +226,10 @@ class Update:
     def _by_unit(self) -> list[tuple[Sequence[Unit], Sequence[RunTensors]]]:
         return [([unit], [run for run in self.runs if run.slab in unit.slabs]) for unit in self.units]
 
+    @cached_property
+    def _double(self) -> bool:
+        return any(run.param.dtype is torch.float64 for run in self.runs)
+
     def _update(
         self,
         runs: Sequence[RunTensors],
@@ -243,7 +247,7 @@ class Update:
                 self.unscale(float(verdict.average))
                 before()
                 total = self.comm.rows(square_sum(self._own_grads(), self.device).view(1)).sum()
-                scale = divisor(total.sqrt(), clip).float()
+                scale = divisor(total.sqrt(), clip)
             self._step(scale, verdict.found_inf, host)
         finally:
             self.applying = False
@@ -265,7 +269,11 @@ class Update:
         if host is not None and float(scale) == 1.0:
             optimizer.step()
         elif takes_grad_scale(optimizer):
-            optimizer.grad_scale, optimizer.found_inf = scale, found_inf  # type: ignore[attr-defined]
+            taken: Tensor | None = scale.float()  # what fused kernels take
+            if self._double:  # for which that is not exact enough
+                self.unscale(scale)
+                taken = None
+            optimizer.grad_scale, optimizer.found_inf = taken, found_inf  # type: ignore[attr-defined]
             try:
                 optimizer.step()
             finally:

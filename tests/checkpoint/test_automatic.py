@@ -250,6 +250,99 @@ def test_exit_waits_for_it(ranks, tmp_path):
     assert ranks(load_steps, 1, str(tmp_path), cases.config(0, 1)) == [1]
 
 
+FAILS = """
+import multiprocessing, os, sys
+from shardline.checkpoint import commit
+from tests.checkpoint import cases
+
+def full_disk(*args):
+    raise OSError(28, os.strerror(28), "shard")
+
+def save(path):
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    built = cases.engine(cases.config(0, world))
+    cases.train(built, 1)
+    if built.comm.rank == world - 1:
+        commit.write = full_disk
+    built.save_checkpoint(path, async_save=True)
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        child = multiprocessing.get_context("spawn").Process(target=save, args=sys.argv[1:2])
+        child.start()
+        child.join()
+        print("the child ended with", child.exitcode)
+    save(sys.argv[1])
+    print("the script is over")
+    sys.exit(0)
+"""
+SAID = "the last checkpoint was not written in the background: writing the checkpoint"
+
+
+def start_failing(tmp_path, *command, more=()):
+    """Run the script in which the last save fails on the last rank; ``command`` starts it."""
+    script = tmp_path / "script.py"
+    script.write_text(FAILS)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path / "saves"), *more],
+        capture_output=True, text=True, timeout=100, env=environment,
+    )  # fmt: skip
+    assert "the script is over" in done.stdout, done.stderr
+    return done
+
+
+def test_a_script_whose_last_save_failed_does_not_end_well(tmp_path):
+    """Without destroy(), with an engine that is gone, after sys.exit(0), and in a process of multiprocessing."""
+    done = start_failing(tmp_path, sys.executable, more=["and in a child"])
+    assert done.returncode == 1 and "the child ended with 1" in done.stdout
+    assert done.stderr.count(f"shardline: {SAID}") == 2 and "No space left on device" in done.stderr
+
+
+@pytest.mark.parametrize("launcher", ["shardline", "torchrun"])
+def test_a_job_whose_last_save_failed_does_not_end_well(tmp_path, launcher):
+    """Only rank 1 could not write: both ranks say so, and end with a code other than 0."""
+    options = {
+        "shardline": ["-m", "shardline.cli", "run", "--nproc", "2"],
+        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    }[launcher]
+    done = start_failing(tmp_path, sys.executable, *options)
+    assert done.returncode != 0
+    assert f"{SAID} {tmp_path}" in done.stderr and "failed on rank 1: No space left on device" in done.stderr
+    if launcher == "shardline":
+        assert f"CheckpointError: {SAID}" in done.stderr.partition("shardline run: rank")[2]
+
+
+LONG_STEP = """
+import os, sys, time
+import torch
+from tests.checkpoint import cases
+built = cases.engine(cases.config(0, 1, checkpoint={"dir": sys.argv[1], "save_on_sigterm": True}))
+cases.train(built, 1)
+print("in a step", flush=True)
+time.sleep(7)  # longer than anybody waited
+cases.train(built, 10)
+"""
+
+
+def test_a_step_that_takes_long_is_finished_and_saved(ranks, tmp_path):
+    """The launcher and its ranks are asked to end, all at once, as a batch system does."""
+    script = tmp_path / "script.py"
+    script.write_text(LONG_STEP)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "shardline.cli", "run", "--nproc", "1", str(script), str(tmp_path / "saves")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None and process.stdout.readline() == "in a step\n"
+        for pid in (
+            *map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()),
+            process.pid,
+        ):
+            os.kill(pid, signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert ranks(load_steps, 1, str(tmp_path / "saves"), cases.config(0, 1)) == [2]
+
+
 def ended(config, who):
     """Rank ``who`` gets SIGTERM in the middle of step 3; the step where this rank ended, and how."""
     built = cases.engine(config)

@@ -163,6 +163,21 @@ def test_ranks_that_ignore_the_signal_are_killed(script, tmp_path):
     assert_gone(pids)
 
 
+def test_ranks_that_ignore_sigterm_are_killed_after_the_grace(script, tmp_path):
+    file = script(
+        "import signal\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"open(r'{tmp_path}/pid{{}}'.format(rank), 'x').write(str(os.getpid()))\n"
+        "time.sleep(600)\n"
+    )
+    with started(file, "--nproc", "2", "--grace", "0.5") as process:
+        pids = wait_for_pids(tmp_path, 2)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=25)
+    assert process.returncode == 143
+    assert_gone(pids)
+
+
 def test_ranks_end_with_a_launcher_that_is_killed(script, tmp_path):
     file = script(f"open(r'{tmp_path}/pid{{}}'.format(rank), 'x').write(str(os.getpid()))\ntime.sleep(600)")
     with started(file) as process:
@@ -266,6 +281,8 @@ def test_two_nodes_on_one_machine(script):
     [
         (Launch("absent.py"), "no script 'absent.py'"),
         (Launch(__file__, nproc=0), "--nproc is 0"),
+        (Launch(__file__, grace=-1.0), "--grace is -1"),
+        (Launch(__file__, grace=float("nan")), "--grace is nan"),
         (Launch(__file__, nnodes=2), "needs --master"),
         (Launch(__file__, nnodes=2, node_rank=2, master="a"), "node ranks go from 0 to nnodes - 1"),
         (Launch(__file__, master="a:b"), "HOST or HOST:PORT"),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import import_module
@@ -17,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from shardline import lr
+from shardline.checkpoint.background import BackgroundSave
 from shardline.checkpoint.capture import Captured, capture_buffers, capture_tensors, checksums, merge, optimizer_record
 from shardline.checkpoint.commit import Content, commit, together
 from shardline.checkpoint.directory import Directory, Lock, check_files
@@ -40,8 +39,6 @@ from shardline.precision import LossScaler
 from shardline.topology import fault
 
 __all__ = ["Checkpointer", "Trainer"]
-
-logger = logging.getLogger("shardline")
 
 
 class Trainer(Protocol):
@@ -86,8 +83,7 @@ class Checkpointer:
         self._trainer = trainer
         self._locks: dict[str, Lock] = {}
         self._channel: Comm | None = None
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._running: BackgroundSave | None = None
         self._staging = Staging()
         self.leaving = Leaving()
         if trainer.config.checkpoint.save_on_sigterm:
@@ -126,23 +122,7 @@ class Checkpointer:
             self._channel = trainer.comm.channel()
         content.tensors, content.ready = self._staging.begin(found.tensors), self._staging.finish
         channel = self._channel
-
-        def in_background() -> None:
-            try:
-                run(channel)
-            except BaseException as error:
-                self._error = error
-                logger.error("a checkpoint could not be written in the background: %s", error)
-            finally:
-                self._staging.give_up()
-
-        thread = threading.Thread(target=in_background, name="shardline-checkpoint")  # exit waits for it
-        try:
-            thread.start()
-        except BaseException:
-            self._staging.give_up()
-            raise
-        self._thread = thread
+        self._running = BackgroundSave(lambda: run(channel), over=self._staging.give_up)
         return True
 
     def before_step(self) -> None:
@@ -181,12 +161,9 @@ class Checkpointer:
         Raises:
             CheckpointError: if the last save in the background failed.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise CheckpointError(f"the last checkpoint was not written in the background: {error}") from error
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
 
     def close(self) -> None:
         """Wait, and let go of locks, process groups and signals."""

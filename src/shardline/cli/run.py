@@ -29,6 +29,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--master", metavar="HOST[:PORT]", help="address of node 0; needed with several nodes")
     parser.add_argument("--log-dir", type=Path, metavar="DIR", help="write each rank's output to files in DIR")
     parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help="start again after a failure, N times")
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="from a SIGTERM until ranks are killed; a step and a save must fit into it (default 600; Ctrl-C: 5)",
+    )
     parser.add_argument("-m", "--module", action="store_true", help="SCRIPT is the name of a module")
     parser.add_argument("script", metavar="SCRIPT")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
@@ -58,5 +65,6 @@ def _main(parsed: argparse.Namespace) -> int:
             parsed.master,
             parsed.log_dir,
             parsed.max_restarts,
+            parsed.grace,
         )
     )

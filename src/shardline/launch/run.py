@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -30,7 +31,7 @@ from shardline.topology import DEFAULT_PORT
 __all__ = ["Launch", "launch"]
 
 _MASTER = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:\[\]]+)(?::(?P<port>\d+))?")
-_KILL_SECONDS = 5.0  # from a signal to the launcher until ranks that have not ended are killed
+_INTERRUPT_SECONDS = 5.0  # from Ctrl-C until ranks that have not ended are killed: somebody waits
 _RENDEZVOUS_SECONDS = 900  # nodes of a job do not start at once
 
 
@@ -52,6 +53,8 @@ class Launch:
     """Where each rank's output goes, as ``rank3.out`` and ``rank3.err``; None: to the terminal."""
     max_restarts: int = 0
     """How often all processes are started again after a failure."""
+    grace: float = 600.0
+    """Seconds from a SIGTERM to the launcher until ranks that have not ended are killed: a step and a save."""
 
 
 def launch(job: Launch) -> int:
@@ -82,7 +85,7 @@ def launch(job: Launch) -> int:
     scratch = Path(tempfile.mkdtemp(prefix="shardline-run-"))
     logs = _Logs(scratch, job.log_dir)
     try:
-        with _signals():
+        with _signals(job.grace):
             elastic_launch(_elastic_config(job, nproc, logs), sys.executable)(*runner)
     except ChildFailedError as error:
         return _report(error.failures, logs)
@@ -105,6 +108,8 @@ def _check(job: Launch) -> None:
         )
     if job.nnodes > 1 and job.master is None:
         raise LaunchError(f"--nnodes {job.nnodes} needs --master HOST[:PORT], the address of node 0, on every node.")
+    if not 0 <= job.grace < threading.TIMEOUT_MAX:
+        raise LaunchError(f"--grace is {job.grace:g}; it must be a number of seconds from 0.")
     if job.master is not None:
         _port_of(job.master)
     if job.log_dir is not None and job.log_dir.exists() and not job.log_dir.is_dir():
@@ -136,6 +141,8 @@ def _elastic_config(job: Launch, nproc: int, logs: LogsSpecs) -> LaunchConfig:
         log_line_prefix_template="[rank ${rank}] ",
         signals_to_handle="SIGHUP,SIGQUIT",  # the others are _signals' below
     )
+    if hasattr(config, "shutdown_timeout"):  # torch 2.13; the agent kills ranks 30 seconds after a signal otherwise
+        config.shutdown_timeout = math.ceil(job.grace) + 30
     if job.master is None:
         config.rdzv_backend, config.rdzv_endpoint = "c10d", "127.0.0.1:0"  # port 0: the system chooses a free one
         config.local_addr = "127.0.0.1"  # the host's own name may not resolve
@@ -209,11 +216,11 @@ def _read(error_file: str | Path) -> tuple[float, str] | None:
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
-    """On a signal to the launcher: the ranks get it too, and have a few seconds; then they are killed."""
+def _signals(grace: float) -> Iterator[None]:
+    """On a signal to the launcher: the ranks get it too, and have some seconds; then they are killed."""
 
     def pass_on(number: int, frame: FrameType | None) -> NoReturn:
-        timer = threading.Timer(_KILL_SECONDS, _kill_children)
+        timer = threading.Timer(grace if number == signal.SIGTERM else _INTERRUPT_SECONDS, _kill_children)
         timer.daemon = True
         timer.start()
         for name in previous:  # a second Ctrl-C must not cut the ending short

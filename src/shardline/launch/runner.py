@@ -37,20 +37,30 @@ def main(arguments: list[str]) -> None:
     if error_file:
         faulthandler.enable(open(f"{error_file}.crash", "w"))  # noqa: SIM115 (for the stacks at a segmentation fault)
     try:
-        if is_module:
-            runpy.run_module(target, run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(target, run_name="__main__")
+        try:
+            if is_module:
+                runpy.run_module(target, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(target, run_name="__main__")
+        except SystemExit as error:
+            if not _is_success(error):
+                raise
+        saves = sys.modules.get("shardline.checkpoint.background")
+        if saves is not None:  # a save that failed since the script's last word is its failure
+            saves.finish()
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except BaseException as error:
-        succeeded = isinstance(error, SystemExit) and error.code in (None, 0)
-        if succeeded or not error_file:
+        if _is_success(error) or not error_file:
             raise
         code = _exit_code(error)
         _record(error, code, Path(error_file))
         faulthandler.dump_traceback_later(_EXIT_SECONDS, exit=True)
         raise SystemExit(code) from None
+
+
+def _is_success(error: BaseException) -> bool:
+    return isinstance(error, SystemExit) and error.code in (None, 0)
 
 
 def _exit_code(error: BaseException) -> int:

@@ -1,0 +1,89 @@
+"""A save that a thread writes. If it fails, the next call raises the error, or the process ends with code 1."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.util import Finalize
+
+from shardline.errors import CheckpointError
+
+__all__ = ["BackgroundSave", "finish"]
+
+logger = logging.getLogger("shardline")
+
+_UNTOLD: dict[int, BackgroundSave] = {}
+"""Saves that run, and those that failed and nobody was told of; also of engines that are gone."""
+
+
+class BackgroundSave:
+    """A thread that runs ``write`` and keeps its error until somebody hears of it. The end of the process waits for it.
+
+    Args:
+        write: writes and commits the checkpoint.
+        over: called at the end, whatever happened.
+    """
+
+    def __init__(self, write: Callable[[], None], over: Callable[[], None]) -> None:
+        self._error: BaseException | None = None
+
+        def run() -> None:
+            try:
+                write()
+                _UNTOLD.pop(id(self), None)
+            except BaseException as error:
+                self._error = error
+                logger.error("a checkpoint could not be written in the background: %s", error)
+            finally:
+                over()
+
+        self._thread = threading.Thread(target=run, name="shardline-checkpoint")
+        _UNTOLD[id(self)] = self
+        try:
+            self._thread.start()
+        except BaseException:
+            _UNTOLD.pop(id(self))
+            over()
+            raise
+
+    def result(self) -> None:
+        """Return when it is written.
+
+        Raises:
+            CheckpointError: if it failed.
+        """
+        self._thread.join()
+        _UNTOLD.pop(id(self), None)
+        if self._error is not None:
+            said = f"the last checkpoint was not written in the background: {self._error}"
+            raise CheckpointError(said) from self._error
+
+
+def finish() -> None:
+    """Wait for every save that still runs, of any engine.
+
+    Raises:
+        CheckpointError: for the first that failed without anybody being told.
+    """
+    for save in tuple(_UNTOLD.values()):
+        save.result()
+
+
+def _at_the_end() -> None:
+    """The process ends, and nobody may have asked for the last save: its failure must not look like a good end."""
+    try:
+        finish()
+    except CheckpointError as error:
+        sys.stderr.write(f"shardline: {error}\nNothing else has said so: this process ends with code 1.\n")
+        if getattr(sys, "last_value", None) is None:  # else it ends with that error's code by itself
+            logging.shutdown()
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(1)  # nothing that runs at the end of Python can choose the code otherwise
+
+
+# Not atexit, which processes of multiprocessing skip. Last of all: what else runs at the end has run.
+_end = Finalize(None, _at_the_end, exitpriority=-1_000_000)
