@@ -1,7 +1,7 @@
 """The engine against the twin over stage x precision x accumulation x world x optimizer; a part of it by default.
 
 Tolerances are `harness.TOLERANCE`: fp32 within 1e-5 of each weight, bf16 and fp16 within 2% and 0.5% of the distance it
-was moved; on a world of one, and between the stages in fp32, bit by bit.
+was moved; on a world of one, and between the stages without accumulation, bit by bit.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ def check_bits(ranks, setup):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("clip", [0.0, 0.25])
+@pytest.mark.parametrize(("dtype", "clip"), [("fp32", 0.0), ("fp32", 0.25), ("bf16", 0.25)])
 @pytest.mark.parametrize("world", [2, 3, pytest.param(4, marks=full)])
-def test_stages_are_one_another_bit_by_bit(ranks, world, clip, optimizer):
-    """fp32, accumulation 1: stages differ in where things live, never in what is computed."""
-    setup = Setup("fp32", optimizer, clip=clip, micro=3)
+def test_stages_are_one_another_bit_by_bit(ranks, world, dtype, clip, optimizer):
+    """Accumulation 1: stages differ in where things live, never in what is computed."""
+    setup = Setup(dtype, optimizer, clip=clip, micro=3)
     batches = spread(tokens, 4, setup, world)
     results = ranks(train, world, TinyGpt, cross_entropy, batches, [setup.config(stage) for stage in STAGES])
     for by_stage in results:
@@ -94,6 +94,44 @@ def test_stages_are_one_another_bit_by_bit(ranks, world, clip, optimizer):
             assert_identical(by_stage[stage]["state"], by_stage[0]["state"])
             assert by_stage[stage]["losses"] == by_stage[0]["losses"]
             assert by_stage[stage]["norms"] == by_stage[0]["norms"]
+
+
+def mixed_scales(n, seed):
+    """Targets from 1e-3 to 1e3: a window's large gradients and small ones meet in one sum."""
+    x, y = regression(n, seed=seed)
+    return x, y * 10.0 ** (seed % 7 - 3)
+
+
+@pytest.mark.parametrize("transport", ["auto", "gloo"])
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_windows_are_summed_in_fp32(ranks, dtype, world, transport):
+    """Accumulation 8: stage 0 is 1 and 2 is 3 bit by bit, and all are the sum within the rounding of fp32 sums."""
+    setup = Setup(dtype, accumulation=8, more={"communication_transport": transport})
+    setup.more["optimizer"] = {"type": "SGD", "params": {"lr": 1.0}}
+    (window,) = spread(mixed_scales, 1, setup, world)
+    results = ranks(train, world, Mlp, mse, [window], [setup.config(stage) for stage in STAGES])
+    model = seeded(Mlp)
+    begin = {name: value.double() for name, value in model.state_dict().items()}
+    model.to(DTYPES[dtype])
+    total = {name: torch.zeros_like(value) for name, value in begin.items()}
+    size = {name: torch.zeros_like(value) for name, value in begin.items()}
+    for micro in window:
+        for x, y in micro:
+            model.zero_grad()
+            (mse(model, model, (x.to(DTYPES[dtype]), y)) / 8).backward()
+            for name, param in model.named_parameters():
+                total[name] += param.grad.double() / world
+                size[name] += param.grad.double().abs() / world
+    unit = 2.0**-24
+    for by_stage in results:
+        assert_identical(by_stage[1]["state"], by_stage[0]["state"])
+        assert_identical(by_stage[3]["state"], by_stage[2]["state"])
+        for result in by_stage:
+            for name, value in result["state"].items():
+                off = (value.double() - (begin[name] - total[name])).abs()
+                allowed = unit * ((8 * world + 4) * size[name] + 2 * begin[name].abs() + 2 * total[name].abs())
+                assert bool((off <= allowed).all()), (name, float((off / allowed).max()))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from shardline.config import load_config
+from shardline.placement import Placement
 from shardline.precision import LossScaler, Precision
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -107,7 +108,12 @@ def test_masters_and_gradients_are_at_least_fp32_and_the_weights(dtype) -> None:
     wide = FP64 if dtype is FP64 else FP32
     assert Precision().master_dtype(dtype) is wide and Precision().grad_dtype(dtype) is wide
     assert Precision(accumulate=dtype).grad_dtype(dtype) is dtype
-    assert Precision().reduce_dtype(dtype) is dtype and Precision(reduce=FP32).reduce_dtype(dtype) is FP32
+    for between in (Placement.PARTIAL, Placement.SHARDED):
+        assert Precision().reduce_dtype(dtype, between) is dtype
+        assert Precision(reduce=FP32, windows=True).reduce_dtype(dtype, between) is FP32
+    assert Precision(windows=True).reduce_dtype(dtype, Placement.PARTIAL) is wide
+    assert Precision(windows=True, accumulate=dtype).reduce_dtype(dtype, Placement.PARTIAL) is dtype
+    assert Precision(windows=True).reduce_dtype(dtype, Placement.SHARDED) is dtype
 
 
 def test_integers_have_no_masters() -> None:

@@ -136,7 +136,7 @@ def _travelling_bytes(plan: Plan, precision: Precision) -> set[int]:
         slab.size * dtype.itemsize
         for unit in plan.units
         for slab in unit.slabs
-        for dtype in (slab.dtype, precision.reduce_dtype(slab.dtype), precision.grad_dtype(slab.dtype))
+        for dtype in (slab.dtype, precision.grad_dtype(slab.dtype), precision.reduce or slab.dtype)
     }
 
 

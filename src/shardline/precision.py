@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from shardline.config import Config
 from shardline.containers import replace_tensors
+from shardline.placement import Placement
 
 __all__ = ["DTYPES", "LossScaler", "Precision"]
 
@@ -28,8 +29,9 @@ class Precision:
 
     Attributes:
         compute: dtype of parameters in forward and backward.
-        reduce: dtype in which gradients travel, or ``None`` for that of the weights.
+        reduce: dtype in which gradients travel, or ``None`` for their own.
         accumulate: dtype in which gradients are added up.
+        windows: whether a step has several micro-steps, so that what rests partial between them is a sum.
         autocast: dtype of ``torch.autocast`` around forward, or ``None``.
         cast_inputs: whether floating tensors given to ``engine(...)`` are cast to ``compute``.
         buffers: dtype to which floating buffers are cast, or ``None`` to leave them.
@@ -39,6 +41,7 @@ class Precision:
     compute: torch.dtype = torch.float32
     reduce: torch.dtype | None = None
     accumulate: torch.dtype = torch.float32
+    windows: bool = False
     autocast: torch.dtype | None = None
     cast_inputs: bool = True
     buffers: torch.dtype | None = None
@@ -57,6 +60,7 @@ class Precision:
             compute=compute,
             reduce=optional(config.communication_data_type),
             accumulate=optional(types.grad_accum_dtype) or torch.float32,
+            windows=config.gradient_accumulation_steps > 1,
             autocast=dtype_of(autocast.dtype) if autocast.enabled else None,
             cast_inputs=compute is not torch.float32 and (config.fp16.auto_cast or config.bf16.enabled),
             buffers=optional(types.buffer_dtype),
@@ -85,9 +89,14 @@ class Precision:
         """What gradients are added up in: at least the dtype of the weights."""
         return torch.promote_types(weights, self.accumulate)
 
-    def reduce_dtype(self, weights: torch.dtype) -> torch.dtype:
-        """What gradients travel in."""
-        return self.reduce or weights
+    def reduce_dtype(self, weights: torch.dtype, between: Placement) -> torch.dtype:
+        """What gradients travel in that rest in placement ``between`` between micro-steps.
+
+        Sums of several micro-steps travel as they were added up, all others as autograd makes them. The configuration
+        decides, not what a rank holds: all ranks must decide alike.
+        """
+        sums = self.windows and between is Placement.PARTIAL
+        return self.reduce or (self.grad_dtype(weights) if sums else weights)
 
     def cast(self, value: Any) -> Any:
         """``value`` with the floating tensors in it (:mod:`shardline.containers`) in the compute dtype.

@@ -92,7 +92,7 @@ class Slab:
         self.comm, self.pool, self.offload = comm, pool, offload
         self.local = comm.world_size == 1 and offload is None
         self.start, self.stop = plan.shard(comm.rank)
-        self.reduce_dtype = plan.dtype if comm.world_size == 1 else precision.reduce_dtype(plan.dtype)
+        self.reduce_dtype = plan.dtype if comm.world_size == 1 else precision.reduce_dtype(plan.dtype, row.gradients)
         self.grad_dtype = precision.grad_dtype(plan.dtype)
         self.master_dtype = precision.master_dtype(plan.dtype)
         self.masters_are_weights = self.master_dtype == plan.dtype and offload is None

@@ -178,7 +178,11 @@ class Config(Section):
         0.0, "Largest global L2 norm of the gradients; 0 does not clip (DeepSpeed 0.19 clips at 1.0 by default).", ge=0
     )
     gradient_allreduce_op: Literal["mean", "sum"] = key("mean", "How gradients of the ranks are combined.")
-    communication_data_type: Dtype | None = key(None, "Dtype of gradient reductions; null is the gradients' own.")
+    communication_data_type: Dtype | None = key(
+        None,
+        "Dtype of gradient reductions; null is the gradients' own: that of the weights, or of the sum over micro-steps "
+        "where that travels (stages 0 and 1).",
+    )
     communication_transport: Literal["auto", "gloo"] = key(
         "auto",
         'How CPU tensors travel: "auto" has ranks read each other\'s memory where all run on one host, else gloo.',
