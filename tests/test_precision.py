@@ -151,6 +151,51 @@ def test_objects_of_other_classes_are_handed_through() -> None:
     assert Precision(compute=BF16).cast(batch) is batch and batch.x.dtype is FP32
 
 
+# --- torch's complaints of dtypes -------------------------------------------------------------------------------------
+
+
+class Tables(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.register_buffer("mask", torch.ones(4, 4))
+        self.inner.register_buffer("table", torch.ones(4, dtype=FP64), persistent=False)
+        self.register_buffer("low", torch.ones(1, dtype=BF16))
+        self.register_buffer("ids", torch.arange(4))
+        self.register_buffer("nothing", None)
+
+
+WRONG = {
+    "matmul": lambda x: x @ torch.ones(4, 4),
+    "linear": lambda x: nn.Linear(4, 4)(x),
+    "added": lambda x: nn.Linear(4, 4).bfloat16()(x + torch.ones(4)),
+    "convolution": lambda x: nn.Conv1d(4, 4, 1).bfloat16()(x[..., None] * torch.ones(1)),
+    "norm": lambda x: nn.GroupNorm(1, 4).bfloat16()(x.float()),
+    "attention": lambda x: nn.functional.scaled_dot_product_attention(x[None], x[None].float(), x[None]),
+    "recurrent": lambda x: nn.GRU(4, 4).bfloat16()(x.float()),
+    "index": lambda x: x.index_put((torch.tensor(0),), torch.ones(4)),
+}
+
+
+@pytest.mark.parametrize("way", WRONG)
+def test_a_complaint_of_dtypes_names_the_buffers(way) -> None:
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        WRONG[way](torch.ones(4, 4, dtype=BF16))
+    assert Precision(compute=BF16).explain(caught.value, Tables())
+    (note,) = caught.value.__notes__
+    assert "mask (torch.float32)" in note and "inner.table (torch.float64)" in note and '"buffer_dtype": "bf16"' in note
+    assert not any(name in note for name in ("running_mean", "low ", "ids"))
+
+
+def test_other_errors_and_other_precisions_get_no_note() -> None:
+    dtypes = RuntimeError("mat1 and mat2 must have the same dtype")
+    assert not Precision(compute=FP32, cast_inputs=False).explain(dtypes, Tables())
+    assert Precision(compute=BF16).explain(dtypes, nn.Linear(1, 1))
+    other = RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x4 and 5x5)")
+    assert not Precision(compute=BF16).explain(other, Tables())
+    assert not hasattr(dtypes, "__notes__") and not hasattr(other, "__notes__")
+
+
 # --- loss scale -------------------------------------------------------------------------------------------------------
 
 TABLES = [

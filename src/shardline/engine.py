@@ -167,8 +167,9 @@ class Engine(nn.Module):
         try:
             with self._reporter.phase("forward"):
                 output = self._under_autocast(self.module, *args, **kwargs)
-        except BaseException:
+        except BaseException as error:
             self._hooks.unwind()
+            self.precision.explain(error, self.module)
             raise
         if torch.is_grad_enabled() and self._trainable:
             watch_outputs(output, self._foreign_backward, self._end_backward, self._trainable)
@@ -190,8 +191,8 @@ class Engine(nn.Module):
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
                 return self._under_autocast(method, *args, **kwargs)
-            except RuntimeError as error:
-                if self.precision.cast_inputs and "dtype" in str(error):
+            except Exception as error:
+                if self.precision.explain(error, self.module):
                     error.add_note(
                         f"engine(...) casts inputs to {self.precision.compute}. engine.{method.__name__}(...) takes "
                         f"them as they are: give it tensors of that dtype."

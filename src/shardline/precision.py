@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 
 from shardline.config import Config
 from shardline.containers import replace_tensors
+from shardline.errors import ShardlineError
 from shardline.placement import Placement
 
 __all__ = ["DTYPES", "LossScaler", "Precision"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SHORT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONG_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float": "fp32"}
 
 
@@ -110,6 +113,38 @@ class Precision:
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.compute) if tensor.is_floating_point() else tensor
+
+    def explain(self, error: BaseException, model: nn.Module) -> bool:
+        """Where torch complains of dtypes in a low-precision forward, name the floating buffers of other dtypes.
+
+        Returns whether the error is such a complaint.
+        """
+        if not self.cast_inputs or isinstance(error, ShardlineError) or not _ABOUT_DTYPES.search(str(error)):
+            return False
+        others = {
+            f"{path}.{name}".lstrip("."): buffer.dtype
+            for path, module in model.named_modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.is_floating_point() and buffer.dtype is not self.compute
+            # These are made to keep fp32 statistics beside inputs of lower precision.
+            if not isinstance(module, nn.modules.batchnorm._NormBase)
+        }
+        if others:
+            named = ", ".join(f"{name} ({dtype})" for name, dtype in list(others.items())[:_NAMED])
+            error.add_note(
+                f"Weights and inputs are {self.compute} here, and these buffers are not: {named}"
+                + (f" and {len(others) - _NAMED} more. " if len(others) > _NAMED else ". ")
+                + "Floating buffers keep their dtype. Cast them where they are used, or have all of them cast: "
+                '"data_types": {"buffer_dtype": "' + _SHORT_NAMES[self.compute] + '"}.'
+            )
+        return True
+
+
+_ABOUT_DTYPES = re.compile(r"dtype|scalar type|Input type")
+"""In what torch says where two tensors have not the dtypes that they should."""
+
+_NAMED = 5
+"""Buffers that a message names."""
 
 
 @dataclass
