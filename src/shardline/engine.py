@@ -563,8 +563,8 @@ class Engine(nn.Module):
     # -- weights ----------------------------------------------------------------------------------------------------
 
     @outside_modes
-    def full_state_dict(self, dtype: torch.dtype | None = None, rank0_only: bool = False) -> dict[str, Tensor]:
-        """The whole weights and persistent buffers under the model's own names, on CPU. Collective, at every stage.
+    def full_state_dict(self, dtype: torch.dtype | None = None, rank0_only: bool = False) -> dict[str, Any]:
+        """The whole model's ``state_dict()``, on CPU: weights, persistent buffers, extra state. Collective, any stage.
 
         Args:
             dtype: of floating weights; ``None`` leaves that of the masters, fp32 where there are any.
@@ -788,7 +788,8 @@ class Engine(nn.Module):
         self._settle()
         for unit in self._layout.units:
             unit.adopt()
-        return Parts(self.module, self._layout.units, self._layout.runs, self.optimizer, self._parked, self.comm)
+        layout = self._layout
+        return Parts(self.module, layout.units, layout.runs, self.optimizer, self._parked, self._groups, self.comm)
 
     def checkpoint_counters(self) -> dict[str, int]:
         """Counts at the start of the current window."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shardline.build import Layout
+from shardline.checkpoint.extra import EXTRA_KEY, shared_extra
 from shardline.comm import Comm
 from shardline.errors import UsageError
 from shardline.fragments import whole_weights
@@ -21,13 +23,15 @@ __all__ = ["full_state_dict", "gathered", "units_of"]
 
 def full_state_dict(
     model: nn.Module, layout: Layout, comm: Comm, dtype: torch.dtype | None, *, wanted: bool
-) -> dict[str, Tensor]:
-    """The weights and persistent buffers of ``model`` on CPU, in the order of its own ``state_dict``. Collective.
+) -> dict[str, Any]:
+    """What ``model.state_dict()`` holds of a model that is whole, on CPU and in its order. Collective.
+
+    Those are weights, persistent buffers, and what modules return from ``get_extra_state()``.
 
     Args:
         model: the user's model, laid out as ``layout``.
         layout: one unit at a time is whole on every rank.
-        comm: for the buffers, which are rank 0's.
+        comm: for buffers and extra state, which are rank 0's.
         dtype: of floating weights; ``None`` leaves that of the masters.
         wanted: whether this rank keeps what it sees; else it gets an empty dict.
     """
@@ -39,7 +43,8 @@ def full_state_dict(
                 kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
                 value = tensor.detach().to("cpu", kept, copy=True)
                 weights.update(dict.fromkeys(entry.param.aliases, value))
-    found: dict[str, Tensor] = {}
+    extra = shared_extra(model, comm)
+    found: dict[str, Any] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = path + "." if path else ""
         for name, param in module._parameters.items():
@@ -50,6 +55,8 @@ def full_state_dict(
                 copy = buffer.detach().clone()  # statistics of a rank's own batches differ from the others'
                 comm.broadcast([copy])
                 found[prefix + name] = copy.cpu()
+        if prefix + EXTRA_KEY in extra:
+            found[prefix + EXTRA_KEY] = extra[prefix + EXTRA_KEY]
     return found if wanted else {}
 
 

@@ -188,7 +188,7 @@ def merge(parts: Parts, reports: list[dict[str, Any]], *, frozen: bool) -> dict[
             "stride": list(spec.stride),
             "dtype": name_of(spec.dtype),
             "trainable": spec.trainable,
-            "group": spec.group,
+            "group": parts.groups.get(name),
             "weight": {"dtype": name_of(spec.dtype), "pieces": []} if frozen or spec.trainable else None,
             "state": {},
             "scalars": {},

@@ -20,13 +20,16 @@ from shardline.checkpoint.capture import Captured, capture_buffers, capture_tens
 from shardline.checkpoint.commit import Content, commit, together
 from shardline.checkpoint.directory import Directory, Lock, check_files
 from shardline.checkpoint.export import SHARD_BYTES, export_model
+from shardline.checkpoint.extra import capture_extra, load_extra
 from shardline.checkpoint.faults import armed
+from shardline.checkpoint.files import shown
+from shardline.checkpoint.groups import Groups, match_groups, scheduler_state
 from shardline.checkpoint.leaving import Leaving
 from shardline.checkpoint.manifest import Manifest, check_tag, read_manifest
 from shardline.checkpoint.parts import Parts, optimizer_name
 from shardline.checkpoint.randomness import RandomState, derive_states
 from shardline.checkpoint.reader import Reader
-from shardline.checkpoint.restore import ages, load_buffers, load_optimizer, load_weights, match, settle_weights
+from shardline.checkpoint.restore import Match, ages, load_buffers, load_optimizer, load_weights, match, settle_weights
 from shardline.checkpoint.staging import Staging
 from shardline.checkpoint.values import encode, name_of
 from shardline.checkpoint.window import WindowStart, persistent_buffers
@@ -194,8 +197,11 @@ class Checkpointer:
         def collect() -> dict[str, Any]:
             """What may fail on one rank: values that cannot be saved. What ranks compare."""
             capture_tensors(found, parts, frozen=frozen)
+            tensors: dict[str, Tensor] = {}
+            extra = capture_extra(parts.module, tensors)  # on every rank: it may be collective
             if comm.rank == 0:
-                common.update(self._common(parts, counters, client_state, found, within=within))
+                found.tensors.update(tensors)
+                common.update(self._common(parts, counters, client_state, found, within=within), extra_state=extra)
             return {"tag": tag, "buffers": checksums(buffers)}
 
         everyone = together(comm, "collecting the checkpoint", collect)
@@ -350,13 +356,20 @@ class Checkpointer:
         trainer, manifest = self._trainer, reader.manifest
         parts = trainer.checkpoint_parts()
         found = match(parts, reader, strict=strict)
-        client_state: dict[str, Any] = reader.value(manifest.client_state)
+        # Everything that can be refused is, before anything changes.
+        kind = None if manifest.optimizer is None else manifest.optimizer.kind
+        same_kind = parts.optimizer is not None and kind == optimizer_name(parts.optimizer)
+        groups = match_groups(parts, reader) if same_kind else Groups()
+        scheduler = scheduler and (not optimizer or same_kind or parts.optimizer is None)
+        schedule = self._schedule(reader, parts, groups, found) if scheduler else None
+        client_state = _values(reader, "client_state", manifest.client_state)
+        extra = {path: reader.value(value) for path, value in manifest.extra_state.items()}
+        random = self._random(reader) if counters else None
         if position and trainer.training_dataloader is not None and manifest.loader is not None:
             trainer.training_dataloader.load_state_dict(manifest.loader)
         elif position and trainer.training_dataloader is not None:
             found.notes.append("it holds no position in the data, so the loader stays where it is")
-        kind = None if manifest.optimizer is None else manifest.optimizer.kind
-        if optimizer and parts.optimizer is not None and kind == optimizer_name(parts.optimizer):
+        if optimizer and same_kind:
             by_age = ages(parts, reader, found)
             if by_age is not None:
                 trainer.lay_out_by_age(by_age)
@@ -365,38 +378,78 @@ class Checkpointer:
         def read() -> str | None:
             load_weights(parts, reader, found)
             load_buffers(parts, reader, found)
-            return load_optimizer(parts, reader, found) if optimizer else None
+            load_extra(parts.module, extra)
+            return load_optimizer(parts, reader, found, groups) if optimizer else None
 
         try:
             weights_only = together(parts.comm, f"reading the checkpoint {reader.path}", read)[0]
         except CheckpointError as error:
             raise CheckpointError(f"{error} The model may hold a part of it now: load a whole one, or end.") from error
         settle_weights(parts)
-        if weights_only is not None:
-            found.notes.append(weights_only)
-        if scheduler and weights_only is None and manifest.scheduler is not None and trainer.lr_scheduler is not None:
-            state = reader.value(manifest.scheduler)
-            if isinstance(trainer.lr_scheduler, LRScheduler):
-                lr.restore(trainer.lr_scheduler, state)
-            else:
-                trainer.lr_scheduler.load_state_dict(state)
+        found.notes += [weights_only] if weights_only is not None else groups.notes if optimizer else []
+        if schedule is not None:
+            _restore_schedule(trainer.lr_scheduler, schedule, reader)
         if counters and manifest.scaler is not None and trainer.scaler.dynamic:
             trainer.scaler.load_state_dict(manifest.scaler.model_dump())
-        if counters:
-            self._restore_random(reader)
+        if counters and random is None:
+            derive_states(manifest.seed, manifest.counters.global_steps, parts.comm.rank)
+        elif random is not None:
+            random.restore(parts.comm.device)
         trainer.go_on_from(manifest.counters.model_dump() if counters else None)
         for note in found.notes:
             trainer.events.emit(Notice(f"{reader.path}: {note}"))
         return client_state
 
-    def _restore_random(self, reader: Reader) -> None:
+    def _schedule(self, reader: Reader, parts: Parts, groups: Groups, found: Match) -> dict[str, Any] | None:
+        """The state of the schedule in the order of this optimizer's param groups."""
+        scheduler, state = self._trainer.lr_scheduler, reader.manifest.scheduler
+        if scheduler is None or state is None:
+            return None
+        if not groups.sources:  # another optimizer, whose state is not loaded: nothing to match by
+            count = 0 if parts.optimizer is None else len(parts.optimizer.param_groups)
+            groups = Groups(list(range(count)), count)
+        elif not groups.in_order and not isinstance(scheduler, LRScheduler):
+            found.notes.append(
+                f"param groups are in another order here than in the checkpoint; the state of "
+                f"{type(scheduler).__name__} is restored as it is"
+            )
+        return scheduler_state(scheduler, _values(reader, "scheduler", state), groups)
+
+    def _random(self, reader: Reader) -> RandomState | None:
+        """This rank's random states, or ``None`` where they are derived."""
         comm, manifest = self._trainer.comm, reader.manifest
         if len(manifest.random) != comm.world_size:
-            derive_states(manifest.seed, manifest.counters.global_steps, comm.rank)
-            return
-        file = reader.file(comm.rank)
-        tensors = {key: file.tensor(key) for key in file.keys() if key.startswith("random/")}  # noqa: SIM118
-        RandomState.from_tensors(tensors, manifest.random[comm.rank]).restore(comm.device)
+            return None
+        states: list[RandomState] = []
+
+        def look() -> None:
+            file = reader.file(comm.rank)
+            tensors = {key: file.tensor(key) for key in file.keys() if key.startswith("random/")}  # noqa: SIM118
+            states.append(RandomState.from_tensors(tensors, manifest.random[comm.rank]))
+
+        together(comm, f"reading the random states of {reader.path}", look)
+        return states[0]
+
+
+def _values(reader: Reader, what: str, value: Any) -> dict[str, Any]:
+    decoded = reader.value(value)
+    if not isinstance(decoded, dict):
+        raise CheckpointError(f"{reader.path} holds a {what} that is no dict.")
+    return decoded
+
+
+def _restore_schedule(scheduler: Any, state: dict[str, Any], reader: Reader) -> None:
+    try:
+        if isinstance(scheduler, LRScheduler):
+            lr.restore(scheduler, state)
+        else:
+            scheduler.load_state_dict(state)
+    except Exception as error:
+        raise CheckpointError(
+            f"{reader.path}: {type(scheduler).__name__} does not take the state of the schedule "
+            f"({type(error).__name__}: {shown(error)}). The weights are loaded already; pass "
+            f"load_lr_scheduler_states=False to leave it out."
+        ) from error
 
 
 def _loader_state(loader: Loader, start: WindowStart, *, within: bool) -> dict[str, Any]:

@@ -21,6 +21,9 @@ from torch import Tensor
 
 from shardline.checkpoint.capture import Captured
 from shardline.checkpoint.commit import Alone, Content, commit
+from shardline.checkpoint.extra import EXTRA_KEY
+from shardline.checkpoint.files import read_limited
+from shardline.checkpoint.manifest import check_tag
 from shardline.checkpoint.pickled import Opaque, load
 from shardline.checkpoint.values import encode, name_of
 from shardline.errors import CheckpointError
@@ -63,15 +66,16 @@ def import_deepspeed(source: str | os.PathLike[str], out: str | os.PathLike[str]
     root = Path(source)
     if tag is None:
         try:
-            tag = (root / "latest").read_text(encoding="utf-8").strip()
-        except OSError:
+            tag = read_limited(root / "latest", 1000).decode().strip()
+        except (OSError, UnicodeDecodeError):
             raise CheckpointError(f"{root} has no file 'latest'. Say which checkpoint with --tag.") from None
-    path = root / tag
+    path = root / check_tag(tag)
     models = _by_rank(path, r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
     optims = _by_rank(path, r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
     if not models:
         raise CheckpointError(f"{path} holds no model_states.pt: it is no DeepSpeed checkpoint that can be imported.")
     first = load(models[0], OPAQUE)
+    extra = {name: first["module"].pop(name) for name in list(first["module"]) if name.split(".")[-1] == EXTRA_KEY}
     states = [load(file, OPAQUE)["optimizer_state_dict"] for file in optims]
     ranks = int(first.get("dp_world_size", len(optims) or 1))
     if optims and len(optims) != ranks:
@@ -85,7 +89,7 @@ def import_deepspeed(source: str | os.PathLike[str], out: str | os.PathLike[str]
     else:
         stage, (trained, groups) = 2, _stage_2(first, states)
     frozen = _frozen(first, models, trained, ranks)
-    return _write(out, tag, first, trained, groups, frozen, stage, ranks)
+    return _write(out, tag, first, trained, groups, frozen, extra, stage, ranks)
 
 
 def _by_rank(path: Path, pattern: str) -> list[Path]:
@@ -260,6 +264,7 @@ def _write(
     trained: Trained,
     groups: list[dict[str, Any]],
     frozen: Mapping[str, Tensor],
+    extra: Mapping[str, Any],
     stage: int,
     ranks: int,
 ) -> Path:
@@ -319,6 +324,10 @@ def _write(
         "scaler": None,
         "loader": None,
         "client_state": encode(client, "client_state", found.tensors),
+        "extra_state": {
+            name.removesuffix(EXTRA_KEY).removesuffix("."): encode(value, f"extra_state[{name!r}]", found.tensors)
+            for name, value in extra.items()
+        },
         "parameters": rows,
         "buffers": {
             name: {"shape": list(buffer.shape), "dtype": name_of(buffer.dtype), "files": [0]}

@@ -274,6 +274,10 @@ class Directory:
         wanted = [each.tag for each in self.checkpoints() if each.latest]  # or named as one that could not be taken
         return list(dict.fromkeys([*filter(None, first), *wanted]))
 
+    def is_checkpoint(self) -> bool:
+        """Whether the path is a checkpoint itself, and no directory of them."""
+        return is_regular(self.path / MANIFEST_SUM) or has_mark(self.path)
+
     def lack(self) -> str:
         """For a directory without a checkpoint: what is there instead."""
         path = self.path
@@ -281,7 +285,7 @@ class Directory:
             return f"{shown(path.absolute())} does not exist"
         if not path.is_dir():
             return f"{shown(path.absolute())} is no directory"
-        if is_regular(path / MANIFEST_SUM) or has_mark(path):
+        if self.is_checkpoint():
             return (
                 f"{shown(path.absolute())} is itself a checkpoint, not a directory of them: give the directory "
                 f"{shown(path.absolute().parent)} and the tag {shown(repr(path.absolute().name))}"

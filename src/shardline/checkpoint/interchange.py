@@ -11,6 +11,7 @@ itself. Only tensors travel: what ``torch.distributed.checkpoint`` would pickle 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from dataclasses import replace
@@ -47,6 +48,8 @@ from shardline.modes import outside_modes
 
 __all__ = ["Reader", "Writer", "state_of"]
 
+logger = logging.getLogger("shardline")
+
 
 def state_of(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Tensor]:
     """The tensors of a model and of its optimizer (once it has stepped) under the keys of the format; no copies."""
@@ -64,7 +67,7 @@ class Reader(StorageReader):
     """Reads the checkpoint at ``path`` for ``torch.distributed.checkpoint.load``; its files are verified first.
 
     Args:
-        path: one checkpoint, or a directory of them: then the newest.
+        path: one checkpoint, or a directory of them: then the newest whole one.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -74,13 +77,24 @@ class Reader(StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is None:
             return
-        path = Path(checkpoint_id)
-        order = Directory(path).order()
-        chosen = Directory(path).locate(order[0]) if order else path
-        self._opened = Opened(chosen or path)
-        problems = check_files(self._opened.path, self._opened.manifest, range(len(self._opened.manifest.files)))
-        if problems:
-            raise CheckpointError(f"{self._opened.path} is damaged: {'; '.join(problems)}.")
+        directory = Directory(checkpoint_id)
+        if directory.is_checkpoint():
+            self._opened = _verified(directory.path)
+            return
+        passed_over = []
+        for tag in directory.order():
+            try:
+                path = directory.locate(tag)
+                if path is None:
+                    raise CheckpointError(f"there is no {directory.path / tag}")
+                self._opened = _verified(path)
+            except CheckpointError as error:
+                passed_over.append(str(error).removesuffix("."))
+                continue
+            for reason in passed_over:
+                logger.warning("%s is read and not a later checkpoint: %s", path, reason)
+            return
+        raise CheckpointError(f"there is no whole checkpoint: {'; '.join(passed_over) or directory.lack()}.")
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -135,6 +149,14 @@ class Reader(StorageReader):
         if key != role and key in scalars:
             return torch.as_tensor(self._opened.value(scalars[key]))
         return self._opened.whole(name, role)
+
+
+def _verified(path: Path) -> Opened:
+    opened = Opened(path)
+    problems = check_files(path, opened.manifest, range(len(opened.manifest.files)))
+    if problems:
+        raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}.")
+    return opened
 
 
 def _whole(shape: list[int], dtype: str) -> TensorStorageMetadata:

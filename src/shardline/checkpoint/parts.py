@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -24,6 +23,7 @@ class Parts:
     Attributes:
         runs: this rank's runs, the very tensors that the optimizer holds.
         parked: the optimizer state of frozen parameters, whole on every rank.
+        groups: the param group of every parameter that the optimizer was given, frozen ones too, by first name.
     """
 
     module: nn.Module
@@ -31,6 +31,7 @@ class Parts:
     runs: Sequence[RunTensors]
     optimizer: Optimizer | None
     parked: dict[str, ParamState]
+    groups: Mapping[str, int]
     comm: Comm
 
     @property
@@ -47,6 +48,3 @@ class Parts:
 def optimizer_name(optimizer: Optimizer) -> str:
     """The class whose state it keeps."""
     return type(optimizer).__name__
-
-
-Groups = list[dict[str, Any]]

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardline.checkpoint.capture import DEVICE_KEYS
+from shardline.checkpoint.extra import EXTRA_KEY, takers
 from shardline.checkpoint.files import shown
+from shardline.checkpoint.groups import Groups
 from shardline.checkpoint.parts import Parts, optimizer_name
 from shardline.checkpoint.reader import Reader
 from shardline.checkpoint.values import decode, dtype_named
@@ -29,7 +30,7 @@ class Match:
 
     Attributes:
         params: name in the checkpoint by first name in the model.
-        missing: parameters and buffers of the model that the checkpoint does not hold.
+        missing: parameters, buffers and extra state of the model that the checkpoint does not hold.
         unexpected: those of the checkpoint that the model does not have.
         notes: sentences for the user.
     """
@@ -76,6 +77,9 @@ def match(parts: Parts, reader: Reader, *, strict: bool) -> Match:
         else:
             found.buffers.append(name)
     found.unexpected += [name for name in theirs_buffers if name not in ours]
+    found.missing += [_extra(path) for path in takers(parts.module) if path not in reader.manifest.extra_state]
+    modules = dict(parts.module.named_modules())
+    found.unexpected += [_extra(path) for path in reader.manifest.extra_state if path not in modules]
     if wrong:
         raise CheckpointError(f"{reader.path} does not fit the model: {_some(wrong)}. Nothing was loaded.")
     if found.missing or found.unexpected:
@@ -92,6 +96,10 @@ def match(parts: Parts, reader: Reader, *, strict: bool) -> Match:
             )
         found.notes.append(f"{said}; the rest was loaded")
     return found
+
+
+def _extra(path: str) -> str:
+    return f"{path}.{EXTRA_KEY}" if path else EXTRA_KEY
 
 
 def _some(items: list[str], limit: int = 20) -> str:
@@ -173,14 +181,17 @@ def ages(parts: Parts, reader: Reader, found: Match) -> dict[str, int] | None:
 def _steps(reader: Reader, name: str | None) -> int:
     scalars = reader.parameters[name].scalars if name is not None else {}
     value = decode(scalars.get("step", 0), _no_tensor)
-    return int(value)
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise CheckpointError(f"{shown(repr(name))} has seen {shown(repr(value), 60)} steps in the manifest.") from None
 
 
 def _no_tensor(key: str) -> Tensor:
     raise CheckpointError(f"the manifest refers to a tensor {key!r} where only numbers can be.")
 
 
-def load_optimizer(parts: Parts, reader: Reader, found: Match) -> str | None:
+def load_optimizer(parts: Parts, reader: Reader, found: Match, groups: Groups) -> str | None:
     """Read this rank's part of the optimizer's state and the options of its param groups.
 
     Returns:
@@ -194,10 +205,7 @@ def load_optimizer(parts: Parts, reader: Reader, found: Match) -> str | None:
             f"the checkpoint was written with the optimizer {shown(record.kind)}, and this job has "
             f"{optimizer_name(optimizer)}: the weights were loaded, the optimizer begins anew"
         )
-    groups = [reader.value(group) for group in record.groups]
-    if len(groups) == len(optimizer.param_groups):
-        for group, theirs in zip(optimizer.param_groups, groups, strict=True):
-            group.update({key: value for key, value in theirs.items() if key in group or key not in DEVICE_KEYS})
+    groups.apply(optimizer.param_groups)
     optimizer.state.clear()
     strides = {name: spec.stride for name, spec in parts.specs.items()}
     for run in parts.runs:
@@ -209,11 +217,6 @@ def load_optimizer(parts: Parts, reader: Reader, found: Match) -> str | None:
         theirs_name = found.params.get(name)
         if theirs_name is not None and not spec.trainable and _has_state(reader, theirs_name):
             parts.parked[name] = _parked(reader, theirs_name, spec.stride, parts.units[0].state_device)
-    if len(groups) != len(optimizer.param_groups):
-        return (
-            f"the checkpoint has {len(groups)} param groups and this optimizer {len(optimizer.param_groups)}: the "
-            f"groups' options (learning rates among them) stay as configured"
-        )
     return None
 
 

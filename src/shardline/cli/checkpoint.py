@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -79,24 +79,45 @@ def _say(text: object, file: TextIO | None = None) -> None:
     print(shown(text, 10_000), file=file)
 
 
-def _chosen(args: argparse.Namespace) -> tuple[str, Path]:
-    """The tag and the path of the checkpoint that the arguments name."""
-    from shardline.checkpoint.directory import Directory
-    from shardline.checkpoint.manifest import MANIFEST_SUM
+def _candidates(args: argparse.Namespace) -> Iterator[tuple[str, Path, str | None]]:
+    """Tag, path, and what is wrong at first sight of the checkpoints that the arguments name, the newest first.
 
-    if (args.dir / MANIFEST_SUM).exists() and args.tag is None:
-        return args.dir.name, args.dir
+    Raises:
+        CheckpointError: if there is none.
+    """
+    from shardline.checkpoint.directory import Directory
+
     directory = Directory(args.dir)
-    order = directory.order() or directory.tags()
-    if args.tag is None and not order:
+    if args.tag is None and directory.is_checkpoint():
+        yield args.dir.absolute().name, args.dir, None
+        return
+    if args.tag is not None:
+        path = directory.locate(args.tag)
+        if path is None:
+            raise CheckpointError(
+                f"there is no checkpoint {args.tag!r} in {args.dir}. There are: "
+                f"{', '.join(directory.tags()) or 'none'}."
+            )
+        yield args.tag, path, None
+        return
+    found = {each.tag: each for each in directory.checkpoints()}
+    for tag in directory.order() or list(found):
+        if tag in found:
+            yield tag, found[tag].path, found[tag].problem
+    if not found:
         raise CheckpointError(f"there is no checkpoint: {directory.lack()}.")
-    tag = args.tag if args.tag is not None else order[0]
-    path = directory.locate(tag)
-    if path is None:
-        raise CheckpointError(
-            f"there is no checkpoint {tag!r} in {args.dir}. There are: {', '.join(directory.tags()) or 'none'}."
-        )
-    return tag, path
+
+
+def _chosen(args: argparse.Namespace) -> tuple[str, Path]:
+    """The tag and the path of the checkpoint that the arguments name, or of the newest whole one."""
+    problems: list[str] = []
+    for tag, path, problem in _candidates(args):
+        if problem is None:
+            for each in problems:
+                _say(f"{path} is taken, and not a later one: {each}.", file=sys.stderr)
+            return tag, path
+        problems.append(problem)
+    raise CheckpointError(f"no checkpoint in {args.dir} is whole: {'; '.join(problems)}.")
 
 
 def _size(manifest: Manifest) -> str:
@@ -188,9 +209,11 @@ def _verify(args: argparse.Namespace) -> int:
     from shardline.checkpoint.directory import Directory, check_files
     from shardline.checkpoint.manifest import read_manifest
 
-    chosen = [(each.tag, each.path) for each in Directory(args.dir).checkpoints()] if args.all else [_chosen(args)]
+    chosen = _candidates(args)
+    if args.all:
+        chosen = iter([(each.tag, each.path, each.problem) for each in Directory(args.dir).checkpoints()])
     wrong = 0
-    for tag, path in chosen:
+    for tag, path, _ in chosen:
         try:
             manifest = read_manifest(path)
             problems = check_files(path, manifest, range(len(manifest.files)))
@@ -198,6 +221,8 @@ def _verify(args: argparse.Namespace) -> int:
             problems = [str(error)]
         _say(f"{tag}: {'; '.join(problems) if problems else 'whole'}")
         wrong += bool(problems)
+        if not problems and not args.all:
+            break
     return 1 if wrong else 0
 
 
