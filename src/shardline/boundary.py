@@ -206,6 +206,7 @@ class Boundary:
             clip=self._clip,
             check=self._check,
         )
+        verdict.send()
         return verdict, verdict.read() if self._reads_at_once or self.update.needs_host(hooked) else None
 
     def read(self) -> HostVerdict | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 import torch
@@ -89,6 +89,8 @@ class Verdict:
     found_inf: Tensor
     average: Tensor
     scale: Tensor
+    _host: Tensor | None = field(default=None, init=False, repr=False)
+    _arrived: torch.Event | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def of(cls, rows: Tensor, *, unit_weight: float, loss_scale: float, clip: float, check: bool) -> Verdict:
@@ -108,13 +110,28 @@ class Verdict:
         scale = average * divisor(norm, clip)
         return cls(rows, norm, found_inf.float(), average, scale)
 
+    def send(self) -> Tensor:
+        """Start to bring the host's part here: a later :meth:`read` waits for nothing that is queued after this."""
+        host = found = torch.cat([self.rows.flatten(), torch.stack([self.norm, self.found_inf.double(), self.scale])])
+        if found.device.type != "cpu":
+            host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+            host.copy_(found, non_blocking=True)
+            self._arrived = torch.accelerator.current_stream(found.device).record_event()
+        self._host = host
+        return host
+
     def read(self) -> HostVerdict:
-        """The host's part. On an accelerator this waits for the device."""
-        column = dict(zip(_COLUMN, self.rows.t().tolist(), strict=True))
+        """The host's part. On an accelerator this waits for what was queued before :meth:`send`."""
+        host = self.send() if self._host is None else self._host
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        *numbers, norm, found_inf, scale = host.tolist()
+        column = {name: numbers[index :: len(_COLUMN)] for name, index in _COLUMN.items()}
         same = {name: all(value == values[0] for value in values) for name, values in column.items()}
         return HostVerdict(
-            skipped=bool(self.found_inf.item()),
-            norm=float(self.norm),
+            skipped=bool(found_inf),
+            norm=norm,
+            scale=scale,
             diverged=not same["transitions"],
             same_orders=same["orders"],
             late=any(column["late"]),
@@ -131,6 +148,7 @@ class HostVerdict:
 
     skipped: bool
     norm: float
+    scale: float
     diverged: bool
     same_orders: bool
     late: bool
@@ -242,13 +260,14 @@ class Update:
         self.attach(runs)
         self.applying = True
         try:
-            scale = verdict.scale
+            scale, known = verdict.scale, None if host is None else host.scale
             if before is not None:
                 self.unscale(float(verdict.average))
                 before()
                 total = self.comm.rows(square_sum(self._own_grads(), self.device).view(1)).sum()
                 scale = divisor(total.sqrt(), clip)
-            self._step(scale, verdict.found_inf, host)
+                known = float(scale)
+            self._step(scale, verdict.found_inf, known)
         finally:
             self.applying = False
             self.detach(runs)
@@ -264,9 +283,10 @@ class Update:
                 own.append(flat[first - run.run.start : max(first, last) - run.run.start])
         return own
 
-    def _step(self, scale: Tensor, found_inf: Tensor, host: HostVerdict | None) -> None:
+    def _step(self, scale: Tensor, found_inf: Tensor, known: float | None) -> None:
+        """``known`` is the value of ``scale`` where the host has it: then gradients are finite, too."""
         optimizer = self.optimizer
-        if host is not None and float(scale) == 1.0:
+        if known == 1.0:
             optimizer.step()
         elif takes_grad_scale(optimizer):
             taken: Tensor | None = scale.float()  # what fused kernels take
@@ -279,5 +299,5 @@ class Update:
             finally:
                 del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
         else:
-            self.unscale(float(scale))
+            self.unscale(scale if known is None else known)
             optimizer.step()
