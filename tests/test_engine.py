@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -454,7 +456,91 @@ def test_what_is_told_of_steps(ranks) -> None:
     for losses, done, notices in ranks(listen, 2, setup.config(1)):
         means = [sum(losses[:2]) / 2, sum(losses[2:]) / 2]
         assert done == [(i + 1, pytest.approx(mean, rel=1e-6), [5e-2], 16, None) for i, mean in enumerate(means)]
-        assert len(notices) == 1 and "destroy() discards" in notices[0]
+        assert notices == ["destroy() discards the gradients of a backward, which no step has applied"]
+
+
+def follow(config, decay, by_data, steps):
+    """What is told of a frozen bf16 teacher that follows its student, and what a save of the module needs."""
+    engine = start(Taught, config)
+    events = []
+    engine.events.subscribe(events.append)
+    for seed in range(steps):
+        engine.backward(mse(engine, engine.module, regression(4, seed=seed)))
+        engine.step()
+        with engine.gathered_parameters(write=True), torch.no_grad():
+            model = engine.module
+            for ours, theirs in zip(model.teacher.parameters(), model.student.parameters(), strict=True):
+                (ours.data if by_data else ours).mul_(decay).add_(theirs, alpha=1 - decay)
+    engine.destroy()
+    return [e.message for e in events if isinstance(e, Notice)]
+
+
+class Taught(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = nn.Linear(32, 32), nn.Linear(32, 32).requires_grad_(False)
+
+    def forward(self, x):
+        x = x.to(self.student.weight.dtype)
+        return self.student(x) + self.teacher(x)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_frozen_weight_that_rounding_holds_back_is_told_once(ranks, stage) -> None:
+    bf16 = Setup("bf16", "SGD").config(stage)
+    for by_data in (False, True):
+        for (notice,) in ranks(follow, 2, bf16, 0.999, by_data, 55):
+            assert "'teacher." in notice and "torch.bfloat16 rounds away" in notice and "module_dtypes" in notice
+    assert ranks(follow, 2, bf16, 0.5, False, 55) == [[], []], "an average that moves"
+    assert ranks(follow, 2, bf16, 0.999, False, 20) == [[], []], "too early to tell"
+    fp32 = bf16 | {"data_types": {"module_dtypes": {"Linear": "fp32"}}}
+    assert ranks(follow, 2, fp32, 0.999, False, 55) == [[], []], "what the notice advises"
+
+
+def leave(config):
+    """Ways in which an engine is copied, pickled, moved or wrapped; and its module, saved and loaded elsewhere."""
+    engine = start(Mlp, config)
+    said = {
+        "deepcopy": attempt(copy.deepcopy, engine),
+        "copy": attempt(copy.copy, engine),
+        "pickle": attempt(pickle.dumps, engine),
+        "save": attempt(torch.save, engine, io.BytesIO()),
+        "ddp": attempt(nn.parallel.DistributedDataParallel, engine),
+        "half": attempt(engine.half),
+    }
+    kinds = [type(p) for p in engine.parameters()]
+    assert engine.to("cpu") is engine and engine.float() is engine and engine.to("cpu", torch.float32) is engine
+    assert kinds == [type(p) for p in engine.parameters()]
+    saved = io.BytesIO()
+    with engine.gathered_parameters():
+        torch.save(engine.module, saved)
+        weights = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+        copied = copy.deepcopy(engine.module)
+    again = io.BytesIO()
+    torch.save(copied, again)
+    names = b"shardline" in saved.getvalue(), b"shardline" in again.getvalue()
+    loaded = []
+    for file in (saved, again):
+        file.seek(0)
+        loaded.append(torch.load(file, weights_only=False))
+    right = []
+    for model in loaded:
+        right.append(all(torch.equal(p, weights[name]) for name, p in model.named_parameters()))
+        right.append(all(type(p) is nn.Parameter for p in model.parameters()))
+        model(regression(4)[0]).sum().backward()
+    train(engine)
+    engine.destroy()
+    return said, names, right
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_an_engine_is_neither_copied_nor_wrapped_and_its_module_is_saved_without_it(ranks, stage) -> None:
+    for said, names, right in ranks(leave, 2, SGD.config(stage)):
+        for way in ("deepcopy", "copy", "pickle", "save"):
+            assert is_sentence(said[way], "UsageError", "an engine cannot be", "full_state_dict"), said[way]
+        assert is_sentence(said["ddp"], "UsageError", "averages gradients itself"), said["ddp"]
+        assert is_sentence(said["half"], "SealedError" if stage == 3 else "ModelError", "before shardline.initialize")
+        assert names == (False, False) and right == [True] * 4
 
 
 # --- destroy ----------------------------------------------------------------------------------------------------------

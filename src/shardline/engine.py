@@ -470,6 +470,14 @@ class Engine(nn.Module):
         torch.autograd.graph.increment_version(self._trainable)
         for unit in self._layout.units:
             unit.settle_versions()
+            for slab in unit.slabs:
+                if slab.standing is not None:
+                    self._tell_once(
+                        f"frozen parameter {slab.standing!r} is edited again and again, and most of its elements stay "
+                        f"what they were: {slab.plan.dtype} rounds away what a moving average adds to them. Keep its "
+                        f"modules in fp32 (data_types.module_dtypes).",
+                        key="standing",
+                    )
         if self.lr_scheduler is not None:
             self._step_scheduler(lr_kwargs)
         self._reporter.done(
@@ -835,6 +843,27 @@ class Engine(nn.Module):
             found = getattr(self.module, name)
         return self._method(found) if isinstance(found, MethodType) and found.__self__ is self.module else found
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise self._no_copy("copied")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise self._no_copy("pickled")
+
+    def _no_copy(self, done: str) -> UsageError:
+        return UsageError(
+            f"an engine cannot be {done}: it holds the process groups of its ranks and their parts of the model. Copy "
+            f"or save engine.module inside engine.gathered_parameters(), take engine.full_state_dict(), or call "
+            f"save_checkpoint() to go on later."
+        )
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> Any:
+        """Read by DistributedDataParallel alone, of a module that it is about to wrap."""
+        raise UsageError(
+            "an engine was given to DistributedDataParallel (accelerator.prepare(engine) does that). The engine "
+            "averages gradients itself: use it as it is, and give prepare() the data loaders alone."
+        )
+
     @property
     def global_steps(self) -> int:
         """Optimizer steps so far, skipped ones included."""
@@ -943,7 +972,8 @@ class Engine(nn.Module):
             return
         window = self._window
         if window.backwards:
-            self.events.emit(Notice(f"destroy() discards {window.steps} micro-steps that no step has applied"))
+            what = "a backward" if window.backwards == 1 else f"{window.backwards} backwards"
+            self.events.emit(Notice(f"destroy() discards the gradients of {what}, which no step has applied"))
         self._drop_gradients()
         self._resolve()
         if self._boundary is not None and self._boundary.refused:
@@ -961,9 +991,9 @@ class Engine(nn.Module):
         if self.training_dataloader is not None:
             self.training_dataloader.close()
 
-    def _tell_once(self, message: str) -> None:
-        if message not in self._told:
-            self._told.add(message)
+    def _tell_once(self, message: str, key: str | None = None) -> None:
+        if (key or message) not in self._told:
+            self._told.add(key or message)
             self.events.emit(Notice(message))
 
     def _check_alive(self, what: str) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -82,18 +82,14 @@ class _Hook:
         self._call(*self._first, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _nothing
+        return _NOTHING
 
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _left_behind, ()
-
-
-def _nothing(*args: Any) -> None:
-    """What is left of a hook in a copy."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _NOTHING.__reduce__()  # type: ignore[return-value]
 
 
-def _left_behind() -> Callable[..., None]:
-    return _nothing
+_NOTHING: Callable[..., None] = nullcontext().__exit__
+"""What is left of a hook in a copy: nothing, of the standard library, so that a pickled module needs no Shardline."""
 
 
 class Hooks:

@@ -278,10 +278,12 @@ class _SealedData(_Sealed):
 
 
 def _error(tensor: Any, operation: str) -> SealedError:
+    converts = operation in ("to", "cpu", "cuda", "type", *(cast.__name__ for cast in _CASTS))
     return SealedError(
         f"{operation}: parameter {tensor._shardline.name!r} is sharded and not gathered here. Read or change it inside "
         f"`with engine.gathered_parameters():` (write=True to change it), or take the whole weights from "
         f"engine.full_state_dict() instead of state_dict()."
+        + (" A model is moved or converted before shardline.initialize." if converts else "")
     )
 
 

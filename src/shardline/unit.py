@@ -34,6 +34,7 @@ from shardline.parameter import Record, assign, let_go, seal, show
 from shardline.placement import Placement, Stage, Transition, transition
 from shardline.plan import Entry, Fragment, Run, SlabPlan, UnitPlan
 from shardline.precision import Precision
+from shardline.rounding import Standstill
 
 __all__ = ["Residence", "RunTensors", "Slab", "Unit"]
 
@@ -73,6 +74,7 @@ class Slab:
         generation: raised whenever the weights change other than by an edit, which a parameter's version tells; what
             was saved under an older one is stale.
         before: the masters before an edit, until training goes on: where a weight comes back, its master does.
+        standing: the name of a frozen parameter that is edited again and again and stands still.
     """
 
     def __init__(
@@ -110,6 +112,8 @@ class Slab:
         self._handed: dict[int, list[ref[Tensor]]] = {}  # by index: what was read as .data and may be written to
         self._converted: set[int] = set()  # indices of those whose data is not a view for now
         self.before: Tensor | None = None
+        self.standing: str | None = None
+        self._standstill: dict[int, Standstill] = {}  # of frozen parameters in low precision that were edited
 
     # -- which part of the slab a buffer in a given placement covers ------------------------------------------------
 
@@ -222,6 +226,7 @@ class Slab:
                 first = self._range(self.row.weights)[0]
                 self.weights[start - first : stop - first].copy_(whole[start:stop])
         self._raise_masters(whole, spans, keep=keep)
+        self._watch(whole)
 
     def _spans(self, changed: Collection[int] | None) -> list[tuple[int, int]]:
         """The ranges of the slab in which parameters of these indices lie; neighbours make one."""
@@ -292,6 +297,17 @@ class Slab:
                     if not torch.equal(self.gathered[start:stop], self.weights[start - low : stop - low]):
                         found.add(index)
         return [self.plan.entries[index].param.name for index in sorted(found)]
+
+    def _watch(self, whole: Tensor) -> None:
+        """Notice edits of frozen weights that rounding loses. Trained ones have masters for that."""
+        if self.plan.trainable or not self.plan.dtype.is_floating_point or self.plan.dtype.itemsize > 2:
+            return
+        edited = set(self.edited())
+        for index in edited | set(self._handed):
+            entry = self.plan.entries[index]
+            watch = self._standstill.setdefault(index, Standstill())
+            if watch.edited(whole[entry.offset : entry.stop], certain=index in edited):
+                self.standing = entry.param.name
 
     # -- what users do to parameters; see parameter.Owner ------------------------------------------------------------
 
@@ -372,6 +388,7 @@ class Slab:
         changed = self.changed()
         if changed:
             self._raise_masters(self.weights, self._spans(changed), keep=keep)
+            self._watch(self.weights)
             self.note_versions()
             self._forget_dead()
 
