@@ -415,15 +415,18 @@ def in_half_of_the_world():
     engine.backward(mse(engine, engine.module, regression(4, seed=half)))
     engine.step()
     state = engine.full_state_dict()
-    sizes = engine.comm.world_size, engine.train_batch_size()
+    sizes = engine.world_size, engine.train_batch_size()
+    places = engine.global_rank, engine.topology.rank, bool(engine.events._sinks)
     engine.destroy()
-    return state["head.weight"], sizes, said
+    return state["head.weight"], sizes, said, places
 
 
 def test_a_mesh_names_the_ranks(ranks) -> None:
     results = ranks(in_half_of_the_world, 4)
-    weights = [weight for weight, _, _ in results]
+    weights = [weight for weight, *_ in results]
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[2], weights[3])
     assert not torch.equal(weights[0], weights[2])
-    for _, sizes, said in results:
+    for _, sizes, said, _ in results:
         assert sizes == (2, 8) and "2 dimensions" in said
+    # Of its engine's group, of the job; and whether it writes to the console: one rank of each group does.
+    assert [places for *_, places in results] == [(0, 0, True), (1, 1, False), (0, 2, True), (1, 3, False)]

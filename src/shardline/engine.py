@@ -28,6 +28,7 @@ from shardline.config import Config
 from shardline.containers import replace_tensors
 from shardline.data import Loader
 from shardline.data.place import Place
+from shardline.data.short import ShortBatches
 from shardline.data.split import Position
 from shardline.errors import UsageError
 from shardline.events import Events, Notice
@@ -78,7 +79,7 @@ class Engine(nn.Module):
         lr_scheduler: stepped after every applied step; may be set to ``None`` to step it oneself.
         training_dataloader: the loader of ``training_data``, or ``None``.
         config: the typed configuration.
-        topology: rank, world size, device of this process.
+        topology: rank, world size, device of this process in the whole job.
         events: the stream of what happens; ``events.subscribe(fn)`` to listen.
         progress: how many steps and samples there were, and what the last step did.
     """
@@ -122,6 +123,7 @@ class Engine(nn.Module):
         self._before: list[StepHook] = []
         self._after: list[StepHook] = []
         self._told: set[str] = set()
+        self._short = ShortBatches(config.train_micro_batch_size_per_gpu)
         self._first_loss = True
         self._grad_scale: Tensor | None = None  # of a GradScaler that was left in the loop
         self._scheduled: int | None = None  # where the scheduler was after the last step
@@ -162,6 +164,8 @@ class Engine(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on inputs whose floating tensors are cast to the compute dtype. Returns what it returns."""
         self._check_alive("forward")
+        if self.training_dataloader is None and torch.is_grad_enabled():
+            self._short.see(args, kwargs)
         if self.precision.cast_inputs:
             args, kwargs = self.precision.cast(args), self.precision.cast(kwargs)
         try:
@@ -387,11 +391,14 @@ class Engine(nn.Module):
     def step(self, weight: float | None = None, *, boundary: bool | None = None, lr_kwargs: Any = None) -> None:
         """End a micro-step; at the accumulation boundary, update the weights.
 
-        Gradients are averaged over the ranks, each counting as much as it holds samples, clipped and applied; then they
-        are zero and the scheduler has stepped. A backward was divided by the configured accumulation, and several of
-        them in one micro-step are a sum. A window that ends by counting is averaged over the micro-steps that it holds.
-        Where the caller says that it ends, by ``boundary`` or :meth:`set_gradient_accumulation_boundary`, its gradient
-        is the sum of what its backwards gave, however many calls of this method lay between.
+        Gradients are averaged over the ranks, clipped and applied; then they are zero and the scheduler has stepped. A
+        backward was divided by the configured accumulation, and several of them in one micro-step are a sum. A window
+        that ends by counting is averaged over the micro-steps that it holds. Where the caller says that it ends, by
+        ``boundary`` or :meth:`set_gradient_accumulation_boundary`, its gradient is the sum of what its backwards gave,
+        however many calls of this method lay between.
+
+        A batch of the engine's own loader counts for the samples in it, any other as a full one whatever it holds:
+        which dimension of its tensors is the batch, and what a loss is the mean of, cannot be seen.
 
         Args:
             weight: of this micro-step, where the losses given to ``backward`` were **sums** over ``weight`` samples or
@@ -421,6 +428,12 @@ class Engine(nn.Module):
             self._join_reductions()
         if ends and not window.backwards and self.comm.world_size == 1:
             raise no_backward()
+        if (rows := self._short.take()) is not None and weight is None:
+            self._tell_once(
+                f"a batch of {rows} samples counts as one of {self._short.full} like those before: only the engine's "
+                f"own loader knows how much a batch holds. Give initialize the dataset as training_data, or make "
+                f"losses sums and call engine.step(weight=samples)."
+            )
         window.add_step(share, None if weight is None else float(weight), self._samples_seen())
         self.progress.micro_steps += 1
         self._note_loader()
@@ -907,11 +920,13 @@ class Engine(nn.Module):
 
     @property
     def global_rank(self) -> int:
-        return self.topology.rank
+        """The number of this process among those that train this model: the job's, or those of ``mesh=``."""
+        return self.comm.rank
 
     @property
     def world_size(self) -> int:
-        return self.topology.world_size
+        """How many processes train this model; ``engine.topology`` has the numbers of the whole job."""
+        return self.comm.world_size
 
     @property
     def device(self) -> torch.device:

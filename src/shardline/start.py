@@ -151,7 +151,7 @@ def initialize(
         engine._note_loader()
         engine.training_dataloader.on_batch = engine._batch_comes
         engine.training_dataloader.on_error = comm.give_up
-    Console().attach(engine.events, settings, topology)
+    Console().attach(engine.events, settings, comm.rank)
     if settings.no_effect:
         engine.events.emit(
             Notice("these configuration keys have no effect here: " + ", ".join(sorted(settings.no_effect)))

@@ -32,7 +32,7 @@ def said(caplog, monkeypatch):
 def attach(steps_per_print=None, wall_clock_breakdown=False, rank=0):
     events, console = Events(), Console()
     config = SimpleNamespace(steps_per_print=steps_per_print, wall_clock_breakdown=wall_clock_breakdown)
-    console.attach(events, config, SimpleNamespace(rank=rank))
+    console.attach(events, config, rank)
     return events, console
 
 

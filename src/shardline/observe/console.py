@@ -1,4 +1,4 @@
-"""The console sink: a progress line, phase times, skipped steps and notices, as standard logging on rank 0."""
+"""The console sink: a progress line, phase times, skipped steps and notices, as standard logging on one rank."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections import defaultdict
 
 from shardline.config import Config
 from shardline.events import Event, Events, Notice, PhaseTimes, StepDone, StepSkipped
-from shardline.topology import Topology
 
 __all__ = ["Console"]
 
@@ -33,9 +32,9 @@ class Console:
         self._phase_seconds: defaultdict[str, float] = defaultdict(float)
         self._phase_steps = 0
 
-    def attach(self, events: Events, config: Config, topology: Topology) -> None:
-        """Listen to ``events`` as ``config`` says; on other ranks than 0 this does nothing."""
-        if topology.rank != 0:
+    def attach(self, events: Events, config: Config, rank: int) -> None:
+        """Listen to ``events`` as ``config`` says; on other ranks of the engine's group than 0 this does nothing."""
+        if rank != 0:
             return
         self.detach()
         self._every = config.steps_per_print or None
