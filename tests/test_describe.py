@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shardline.describe import blocks, chosen_units, describe_modules, describe_params, first_names
-from shardline.errors import ModelError
+from shardline.errors import ConfigError, ModelError
 from shardline.precision import Precision
 from tests.models import Block, ConvNet, Mlp, TinyGpt
 
@@ -93,9 +95,59 @@ def test_absent_parameters_are_skipped() -> None:
 def test_units_are_chosen_by_class_name_path_or_ending() -> None:
     modules = describe_modules(Mlp(depth=2))
     assert chosen_units(modules, ["Block"], [], []) == ["blocks.0", "blocks.1"]
-    assert chosen_units(modules, [], ["head", "no.such"], []) == ["head"]
+    assert chosen_units(modules, [], ["head", "blocks"], []) == ["blocks", "head"]
     assert chosen_units(modules, [], [], [".up", "1.down"]) == ["blocks.0.up", "blocks.1.up", "blocks.1.down"]
     assert chosen_units(modules, [], [], []) == []
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ((["Blok"], [], []), r"leaf_module\.classes names 'Blok', which means no parameter .* did you mean 'Block'\?"),
+        ((["GELU"], [], []), r"classes names 'GELU', which means no parameter"),
+        (([], ["block"], []), r"leaf_module\.names names 'block', .* did you mean 'blocks'\?"),
+        (([], [], ["block"]), r"leaf_module\.name_suffixes names 'block', .* did you mean 'blocks'\?"),
+    ],
+)
+def test_a_unit_that_no_module_is_refused_with_the_nearest(chosen, said) -> None:
+    modules = describe_modules(nn.Sequential(Mlp(depth=2), nn.GELU()))
+    with pytest.raises(ConfigError, match=said):
+        chosen_units(describe_modules(Mlp(depth=2)) if chosen[1] else modules, *chosen)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "in_fp32"),
+    [
+        ({"LayerNorm": "fp32"}, r".*norm.*"),
+        ({"GptBlock": "fp32"}, r"blocks\..*"),
+        ({"blocks": "fp32"}, r"blocks\..*"),
+        ({"blocks.1": "fp32"}, r"blocks\.1\..*"),
+        ({"blocks.1.up.bias": "fp32"}, r"blocks\.1\.up\.bias"),
+        ({"up": "fp32"}, r"blocks\..\.up\..*"),
+        ({"up.bias": "fp32"}, r"blocks\..\.up\.bias"),
+        ({"norm": "fp32"}, r"norm\..*"),  # a full name: not the ends of others
+        ({"head": "fp32"}, r"embed\.weight"),  # tied
+        ({"position": "fp32"}, r"position"),
+        ({"TinyGpt": "fp32", "blocks": "bf16", "blocks.0.up": "fp32"}, r"(?!blocks).*|blocks\.0\.up\..*"),
+        ({"blocks": "fp32", "Linear": "bf16"}, r"blocks\..\.norm.*"),
+    ],
+)
+def test_dtypes_by_name_or_class_hold_for_all_below(wanted, in_fp32) -> None:
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    precision = Precision(compute=torch.bfloat16, modules={name: dtypes[dtype] for name, dtype in wanted.items()})
+    specs = specs_of(TinyGpt(), precision)
+    found = [name for name, spec in specs.items() if spec.dtype is torch.float32]
+    assert found == [name for name in specs if re.fullmatch(in_fp32, name)]
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("LayerNorms", "LayerNorm"), ("block.1", "blocks.1"), ("heads", "head"), ("blocks.0.u", "blocks.0.up"), ("x", "")],
+)
+def test_a_dtype_of_nothing_is_refused_with_the_nearest(name, nearest) -> None:
+    with pytest.raises(ConfigError, match=f"module_dtypes names '{name}', which means no parameter") as raised:
+        specs_of(TinyGpt(), Precision(modules={"embed": torch.float32, name: torch.float32}))
+    assert f"did you mean '{nearest}" in str(raised.value) or not nearest
 
 
 def test_blocks_are_the_outermost_repeated_modules() -> None:

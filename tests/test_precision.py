@@ -69,10 +69,10 @@ def test_param_dtype(compute, module, stored, expected) -> None:
     assert Precision(compute=compute).param_dtype(module, torch.zeros(2, dtype=stored)) is expected
 
 
-def test_dtype_of_a_module_class_wins() -> None:
-    precision = Precision(compute=BF16, modules={"LayerNorm": FP32, "BatchNorm1d": BF16})
-    assert precision.param_dtype(nn.LayerNorm(1), torch.zeros(1)) is FP32
-    assert precision.param_dtype(nn.BatchNorm1d(1), torch.zeros(1)) is BF16
+def test_a_chosen_dtype_wins() -> None:
+    assert Precision(compute=BF16).param_dtype(nn.LayerNorm(1), torch.zeros(1), FP32) is FP32
+    assert Precision(compute=BF16).param_dtype(nn.BatchNorm1d(1), torch.zeros(1), BF16) is BF16
+    assert Precision().param_dtype(nn.Linear(1, 1), torch.zeros(1, dtype=torch.int64), BF16) is torch.int64
 
 
 NORMS = {

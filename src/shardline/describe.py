@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from shardline.errors import ModelError
+from shardline.config.sentences import nearest
+from shardline.errors import ConfigError, ModelError
 from shardline.plan import ModuleSpec, ParamSpec
 from shardline.precision import Precision
 
@@ -33,12 +34,14 @@ def describe_params(
 
     Raises:
         ModelError: for a parameter that cannot lie in a flat buffer.
+        ConfigError: for a name in ``precision.modules`` that concerns no parameter.
     """
     dtypes: dict[nn.Parameter, torch.dtype] = {}
+    chosen = _chosen_dtypes(model, precision.modules)
     for module in model.modules():
         for param in module._parameters.values():
             if param is not None:
-                dtypes.setdefault(param, precision.param_dtype(module, param))
+                dtypes.setdefault(param, precision.param_dtype(module, param, chosen.get(param)))
     specs, params = [], {}
     for param, names in first_names(model).items():
         if isinstance(param, nn.parameter.UninitializedParameter):
@@ -63,6 +66,53 @@ def describe_params(
             )
         )
     return specs, params
+
+
+def _chosen_dtypes(model: nn.Module, wanted: Mapping[str, torch.dtype]) -> dict[nn.Parameter, torch.dtype]:
+    """What ``wanted`` says of each floating parameter: by the innermost module around it that is meant, or itself.
+
+    A module or parameter is meant by its full name; by the end of its name, where nothing has that as its full name; or
+    by its class. All that is below it is meant as well. A name goes before a class.
+
+    Raises:
+        ConfigError: for a key that means no parameter.
+    """
+    if not wanted:
+        return {}
+    kinds = {path: type(module).__name__ for path, module in model.named_modules(remove_duplicate=False)}
+    names = first_names(model)
+    full = {*kinds, *(name for aliases in names.values() for name in aliases)}
+
+    def meant_by(path: str) -> list[str]:
+        by_name = [key for key in wanted if key == path or (key not in full and path.endswith(f".{key}"))]
+        return by_name + [key for key in wanted if key == kinds.get(path) and key not in by_name]
+
+    chosen: dict[nn.Parameter, torch.dtype] = {}
+    used: set[str] = set()
+    for param, aliases in names.items():
+        keys = [key for name in aliases for path in _outwards(name) for key in meant_by(path)]
+        if keys and param.is_floating_point():
+            used.update(keys)
+            chosen[param] = wanted[keys[0]]
+    for key in wanted:
+        if key not in used:
+            raise _meaningless("data_types.module_dtypes", key, {*full, *kinds.values()})
+    return chosen
+
+
+def _outwards(path: str) -> Iterator[str]:
+    """``"a.b"``, ``"a"``, ``""``."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield ""
+
+
+def _meaningless(where: str, name: str, known: Iterable[str]) -> ConfigError:
+    ends = {path.rpartition(".")[2] for path in known}
+    close = nearest(name, known) or nearest(name, ends)
+    hint = f"; did you mean {close!r}?" if close and close != name else "."
+    return ConfigError(f"{where} names {name!r}, which means no parameter of the model{hint}")
 
 
 def _dense_stride(param: Tensor) -> tuple[int, ...]:
@@ -93,12 +143,30 @@ def describe_modules(model: nn.Module) -> list[ModuleSpec]:
 def chosen_units(
     modules: Iterable[ModuleSpec], classes: Iterable[str], names: Iterable[str], suffixes: Iterable[str]
 ) -> list[str]:
-    """Paths of the modules that the user wants as units: by class name, full path or end of path."""
-    classes, names, suffixes = set(classes), set(names), tuple(suffixes)
+    """Paths of the modules that the user wants as units: by class name, full path or end of path.
+
+    A unit is all that is below its module.
+
+    Raises:
+        ConfigError: for a name that means no module with parameters.
+    """
+    modules = list(modules)
+    full = {path for module in modules if module.params for path in _outwards(module.path)}
+    kinds = {module.kind for module in modules if module.path in full}
+    for where, wanted, known in (
+        ("classes", classes, kinds),
+        ("names", names, full),
+        ("name_suffixes", suffixes, {path.rpartition(".")[2] for path in full}),
+    ):
+        for name in wanted:
+            if name not in known and not (where == "name_suffixes" and any(path.endswith(name) for path in full)):
+                raise _meaningless(f"zero_optimization.leaf_module.{where}", name, known)
+    classes, names, ends = set(classes), set(names), tuple(suffixes)
     return [
         module.path
         for module in modules
-        if module.kind in classes or module.path in names or (suffixes and module.path.endswith(suffixes))
+        if module.path in full
+        and (module.kind in classes or module.path in names or (ends and module.path.endswith(ends)))
     ]
 
 

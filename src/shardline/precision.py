@@ -38,7 +38,8 @@ class Precision:
         autocast: dtype of ``torch.autocast`` around forward, or ``None``.
         cast_inputs: whether floating tensors given to ``engine(...)`` are cast to ``compute``.
         buffers: dtype to which floating buffers are cast, or ``None`` to leave them.
-        modules: dtype by module class name, over ``compute``.
+        modules: dtype over ``compute`` by the name of a module or parameter, or by module class; see
+            :mod:`shardline.describe`.
     """
 
     compute: torch.dtype = torch.float32
@@ -70,11 +71,14 @@ class Precision:
             modules={name: dtype_of(dtype) for name, dtype in types.module_dtypes.items()},
         )
 
-    def param_dtype(self, module: nn.Module, param: Tensor) -> torch.dtype:
-        """The dtype in which ``param``, held by ``module``, takes part in forward and backward."""
+    def param_dtype(self, module: nn.Module, param: Tensor, chosen: torch.dtype | None = None) -> torch.dtype:
+        """The dtype in which ``param``, held by ``module``, takes part in forward and backward.
+
+        Args:
+            chosen: what ``modules`` say of it.
+        """
         if not param.is_floating_point():
             return param.dtype
-        chosen = self.modules.get(type(module).__name__)
         if chosen is not None:
             return chosen
         if self.compute is torch.float32:

@@ -454,9 +454,11 @@ def module_dtypes(config):
     return dtypes, losses
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_dtypes_by_module_class(ranks, stage):
-    more = {"data_types": {"module_dtypes": {"LayerNorm": "fp32"}}}
+@pytest.mark.parametrize(
+    ("stage", "names"), [*((stage, ["LayerNorm"]) for stage in STAGES), (3, ["norm1", "norm2", "norm"])]
+)
+def test_dtypes_by_module_class_or_name(ranks, stage, names):
+    more = {"data_types": {"module_dtypes": dict.fromkeys(names, "fp32")}}
     for dtypes, losses in ranks(module_dtypes, 2, Setup("bf16", more=more).config(stage)):
         assert {dtype for name, dtype in dtypes.items() if "norm" in name} == {"torch.float32"}
         assert {dtype for name, dtype in dtypes.items() if "norm" not in name} == {"torch.bfloat16"}

@@ -56,13 +56,16 @@ class DataTypes(Section):
     )
     buffer_dtype: Dtype | None = key(None, "Dtype of the model's floating buffers; null leaves them as they are.")
     module_dtypes: dict[str, Dtype] = key(
-        dict, 'Parameter dtype by module class, such as {"LayerNorm": "fp32"}.', own=True
+        dict,
+        "Parameter dtype by name of a module or parameter, or by module class, and of all below it, such as "
+        '{"LayerNorm": "fp32", "head": "fp32"}; the innermost counts. The end of a name, "mlp.gate", will do.',
+        own=True,
     )
 
 
 class LeafModule(Section):
-    classes: Strings = key((), "Class names of modules that are one unit each, not split further.")
-    names: Strings = key((), "Full names of modules that are one unit each.")
+    classes: Strings = key((), "Class names of modules that are one unit each with all below them.")
+    names: Strings = key((), "Full names of modules that are one unit each with all below them.")
     name_suffixes: Strings = key((), "Ends of names of modules that are one unit each.")
 
 
