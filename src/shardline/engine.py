@@ -173,6 +173,7 @@ class Engine(nn.Module):
                 output = self._under_autocast(self.module, *args, **kwargs)
         except BaseException as error:
             self._hooks.unwind()
+            self._hooks.explain(error)
             self.precision.explain(error, self.module)
             raise
         if torch.is_grad_enabled() and self._trainable:

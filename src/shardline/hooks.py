@@ -221,9 +221,21 @@ class Hooks:
         pushed = self._saves and unwatched is None and torch.is_grad_enabled() and self._push()
         try:
             yield
+        except BaseException as error:
+            self.explain(error)
+            raise
         finally:
             if pushed:
                 self._pop()
+
+    def explain(self, error: BaseException) -> None:
+        """Say on torch's refusal of saved-tensor hooks under ``torch.func`` whose these hooks are."""
+        if self._saves and isinstance(error, RuntimeError) and "saved tensor hooks" in str(error):
+            error.add_note(
+                "At stage 3 the engine has such hooks inside a forward of the model and inside gathered_parameters(). "
+                "Take the transform of engine(...) itself, or torch.autograd.grad(..., create_graph=True) in the "
+                "model; around gathered_parameters(), torch.no_grad() keeps the hooks away."
+            )
 
     def touch(self, unit: Unit) -> bool:
         """A sealed parameter of ``unit`` is used. Gathers it where all ranks can be doing the same; whether it did."""

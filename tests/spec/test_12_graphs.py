@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 
 from shardline.errors import SealedError
-from tests.harness import Setup, check_against_twin, is_whole, spread, start, train_twin
+from tests.harness import Setup, check_against_twin, is_whole, seeded, spread, start, train_twin
 from tests.models import Block, Mlp, mse, regression
 
 
@@ -202,6 +202,42 @@ TRANSFORMS = (jvp, grad, jacrev, per_sample, vjp_and_plain, hessian_product)
 @pytest.mark.parametrize("loss_of", TRANSFORMS)
 def test_transforms_around_the_engine(ranks, loss_of):
     check_against_twin(ranks, Mlp, loss_of, regression, stages=(2, 3), setup=Setup(accumulation=2), steps=2)
+
+
+class Forces(Mlp):
+    """Takes a transform inside of its forward."""
+
+    def forward(self, x):
+        return torch.func.grad(lambda x: super(Forces, self).forward(x).sum())(x)
+
+
+def transforms_inside(config):
+    notes = []
+    engine, x = start(Forces, config), torch.ones(2, 32)
+    for call in (lambda: engine(x), lambda: in_gathered(engine, x)):
+        try:
+            call()
+        except RuntimeError as error:
+            notes.append(" ".join(error.__notes__))
+    with torch.no_grad():
+        seen = in_gathered(engine, x)
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    engine.destroy()
+    return notes, seen, hooks
+
+
+def in_gathered(engine, x):
+    with engine.gathered_parameters():
+        return torch.func.grad(lambda w: (x @ w).square().sum())(engine.module.head.weight)
+
+
+def test_a_transform_inside_of_a_forward_says_what_to_do(ranks):
+    weight = seeded(Forces).head.weight.detach().requires_grad_()
+    (expected,) = torch.autograd.grad((torch.ones(2, 32) @ weight).square().sum(), weight)
+    for notes, seen, hooks in ranks(transforms_inside, 2, Setup().config(3)):
+        assert len(notes) == 2 and all("torch.autograd.grad" in note and "stage 3" in note for note in notes)
+        torch.testing.assert_close(seen, expected)
+        assert hooks is None
 
 
 @pytest.mark.parametrize("loss_of", [by_method, grad])
