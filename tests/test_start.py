@@ -89,6 +89,18 @@ def test_every_way_to_configure(ranks, tmp_path) -> None:
     assert len(found) == 7 and all(value == (4, "SGD", None, None) for value in found.values())
 
 
+def local_rank_after_initialize(given):
+    args = SimpleNamespace(local_rank=given)
+    engine = shardline.initialize(args=args, model=seeded(Mlp), config=config_of(optimizer=SGD))[0]
+    engine.destroy()
+    return args.local_rank
+
+
+@pytest.mark.parametrize("given", [-1, 0], ids=["the usual default", "the same on all ranks"])
+def test_args_hold_the_local_rank(ranks, given) -> None:
+    assert ranks(local_rank_after_initialize, 2, given) == [0, 1]
+
+
 def test_one_configuration_is_enough() -> None:
     with pytest.raises(shardline.ShardlineError, match="more than once: by config and by config_params"):
         _one_config(None, {}, {})

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from shardline import topology
 from shardline.errors import LaunchError, UsageError
 from shardline.testing import run_distributed
+from tests.sockets import listening
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"}
 SRUN = {
@@ -38,7 +39,7 @@ def environment(monkeypatch):
 
     def set_to(variables):
         for name in list(os.environ):
-            if name.startswith(("SLURM_", "OMPI_", "MASTER_")) or name in TORCHRUN:
+            if name.startswith(("SLURM_", "OMPI_", "MASTER_", "GLOO_", "NCCL_")) or name in TORCHRUN:
                 monkeypatch.delenv(name)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -111,6 +112,8 @@ def test_device_follows_the_local_rank(environment, accelerators):
     accelerators(4)
     environment(TORCHRUN)
     assert topology.discover().device == torch.device("cuda", 1)
+    assert topology.discover(local_rank=3).device == torch.device("cuda", 1)  # 0 is many a script's default
+    environment({"RANK": "5", "WORLD_SIZE": "8"})
     assert topology.discover(local_rank=3).device == torch.device("cuda", 3)
     assert topology.discover(local_rank=-1).device == torch.device("cuda", 1)
     assert topology.discover().backend == "cpu:gloo,cuda:nccl"
@@ -146,7 +149,7 @@ def test_init_distributed_alone_needs_no_environment(environment, cpu):
         dist.all_reduce(value)
         assert value.item() == 3.0
         assert topology.discover() == topology.Topology(0, 1, 0, 1, 0, torch.device("cpu"), "gloo")
-        assert dict(os.environ) == before
+        assert dict(os.environ) == before | {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}
     finally:
         dist.destroy_process_group()
 
@@ -200,6 +203,56 @@ def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("variables", "one_host"),
+    [
+        ({}, True),
+        (TORCHRUN, False),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, False),  # nothing tells
+        ({**MPIRUN, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, True),
+        ({**SRUN, "SLURM_NTASKS_PER_NODE": "4"}, False),  # a limit
+        ({**SRUN, "SLURM_STEP_NUM_NODES": "1"}, True),
+    ],
+)
+def test_what_is_on_one_host(environment, variables, one_host):
+    environment(variables)
+    place = topology._read_environment(os.environ)
+    assert topology._is_on_one_host(os.environ, place, place.world_size) is one_host
+
+
+def test_what_listens_where_a_choice_was_made(environment, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    topology.listen_on("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
+    topology.listen_on("203.0.113.1")  # of no interface: left to gloo
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME")
+
+
+def sockets_after_joining(variables):
+    rejoin(variables)
+    return sorted({str(address) for address, _ in listening()})
+
+
+def test_the_store_of_rank_zero_listens_on_its_address_alone():
+    variables = {"RANK": "{rank}", "WORLD_SIZE": "{world}", "LOCAL_RANK": "{rank}", "MASTER_ADDR": "127.0.0.2"}
+    found = run_distributed(sockets_after_joining, 2, {**variables, "MASTER_PORT": free_port()}, timeout=90)
+    assert found == [["127.0.0.1", "127.0.0.2"], ["127.0.0.1"]]  # gloo's; the store's
+
+
+def test_a_name_that_only_this_host_understands_is_warned_of(monkeypatch, caplog):
+    monkeypatch.setattr(topology, "is_loopback_by_name", lambda host: True)
+    with caplog.at_level("WARNING"):
+        store = topology._store("127.0.0.1", 0, True, False, timedelta(seconds=10))
+    assert "the store of the ranks listens on all interfaces" in caplog.text
+    assert [address.is_unspecified for address, _ in listening()] == [True]
+    del store
+    store = topology._store("127.0.0.1", 0, True, True, timedelta(seconds=10))
+    assert [address.is_loopback for address, _ in listening()] == [True]
+    del store
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])

@@ -67,7 +67,8 @@ def initialize(
     """Turn ``model`` into an engine over all ranks of the job. Collective: every rank calls it alike.
 
     Args:
-        args: a namespace with ``shardline_config`` or ``deepspeed_config`` (a path), and perhaps ``local_rank``.
+        args: a namespace with ``shardline_config`` or ``deepspeed_config`` (a path), and perhaps ``local_rank``, which
+            afterwards holds this process's.
         model: an ``nn.Module`` on any device. Its parameters become views of the engine's buffers; rank 0's weights
             and buffers win on every rank. On ``meta`` it is filled as its constructor would have, a part at a time.
         optimizer: a ``torch.optim.Optimizer`` over the model's parameters, taken over in place, or a callable that
@@ -101,6 +102,8 @@ def initialize(
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     topology = discover(getattr(args, "local_rank", None))
     make_current(topology.device)  # a script that makes its own process group need not have done it
+    if hasattr(args, "local_rank"):
+        args.local_rank = topology.local_rank
     group = _group(mesh)
     world = 1 if group is None else dist.get_world_size(group)
     settings = load_config(source, world, batches=training_data is not None)

@@ -40,7 +40,8 @@ import torch
 import torch.distributed as dist
 
 from shardline.errors import ShardlineError, UsageError
-from shardline.topology import default_backend
+from shardline.network import LOOPBACK, interface, join_store, open_store
+from shardline.topology import DEFAULT_TIMEOUT, default_backend
 
 __all__ = ["Pool", "RankFailed", "RankTimeout", "run_distributed"]
 
@@ -310,8 +311,8 @@ def _spawn(number: int, world_size: int, env: Mapping[str, str], preload: Sequen
         "LOCAL_RANK": number,
         "LOCAL_WORLD_SIZE": world_size,
         "GROUP_RANK": 0,
-        "MASTER_ADDR": "127.0.0.1",
-        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+        "MASTER_ADDR": LOOPBACK,
+        "GLOO_SOCKET_IFNAME": interface(LOOPBACK),
         "OMP_NUM_THREADS": 1,
         **env,
     }
@@ -367,14 +368,13 @@ def _serve(number: int, world_size: int, pipe_fd: int, stacks_fd: int, preload: 
 
 
 def _join_group(number: int, world_size: int, pipe: Connection) -> None:
-    address = "127.0.0.1"
     if number == 0:  # port 0: the system chooses a free one, and it is bound from then on
-        store = dist.TCPStore(address, 0, None, True, wait_for_workers=False, multi_tenant=True)  # type: ignore[attr-defined]
+        store = open_store(LOOPBACK, 0, DEFAULT_TIMEOUT)
         pipe.send_bytes(pickle.dumps(_Report(store.port)))
     port = pipe.recv()
     os.environ["MASTER_PORT"] = str(port)
     if number != 0:
-        store = dist.TCPStore(address, port, None, False, wait_for_workers=False)  # type: ignore[attr-defined]
+        store = join_store(LOOPBACK, port, DEFAULT_TIMEOUT)
     dist.init_process_group(default_backend(), store=store, rank=number, world_size=world_size)
 
 

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from shardline.errors import LaunchError, UsageError
+from shardline.network import LOOPBACK, Store, interface, is_loopback, is_loopback_by_name, join_store, open_store
 
-__all__ = ["Topology", "default_backend", "discover", "fault", "init_distributed", "make_current"]
+__all__ = ["Topology", "default_backend", "discover", "fault", "init_distributed", "listen_on", "make_current"]
 
 logger = logging.getLogger("shardline")
 
@@ -130,8 +131,8 @@ def discover(local_rank: int | None = None) -> Topology:
     """The place of this process: from the process group if there is one, else from the environment, else alone.
 
     Variables of torchrun (``shardline run`` sets the same), of Slurm's ``srun`` and of Open MPI are understood.
-    ``local_rank`` overrides what they say. Where nothing tells the local rank, all processes are taken to be on one
-    node (or, with accelerators, to fill nodes in order of rank, one process for each device).
+    ``local_rank`` counts where they do not tell it. Where nothing does, all processes are taken to be on one node (or,
+    with accelerators, to fill nodes in order of rank, one process for each device).
 
     Raises:
         LaunchError: the environment contradicts itself, or names a local rank for which there is no device.
@@ -143,8 +144,10 @@ def discover(local_rank: int | None = None) -> Topology:
     if dist.is_initialized():
         rank, world_size = dist.get_rank(), dist.get_world_size()
     local_world_size = place.local_world_size or min(world_size, devices or world_size)
-    if local_rank is None or local_rank < 0:  # -1 is argparse's customary "not given"
-        local_rank = rank % local_world_size if place.local_rank is None else place.local_rank
+    if place.local_rank is not None:  # a script's own option often has 0 as its default, on every rank
+        local_rank = place.local_rank
+    elif local_rank is None or local_rank < 0:  # -1 is argparse's customary "not given"
+        local_rank = rank % local_world_size
     node_rank = rank // local_world_size if place.node_rank is None else place.node_rank
     return Topology(
         rank,
@@ -199,8 +202,9 @@ def init_distributed(
 ) -> None:
     """Make the default process group, unless there is one; works under any launcher and without one.
 
-    Without launcher and arguments this process is a world of one, whose group needs no network. On a machine with
-    accelerators this process's device becomes the current one.
+    Without launcher and arguments this process is a world of one, whose group needs no network. Where all ranks are on
+    one host, gloo and NCCL listen on the loopback interface, unless GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME are set.
+    On a machine with accelerators this process's device becomes the current one.
 
     Args:
         dist_backend: backend of the group; the default is :func:`default_backend`.
@@ -214,7 +218,7 @@ def init_distributed(
         rank, world_size: override the environment where they are not -1.
 
     Raises:
-        LaunchError: the environment is incomplete or contradicts itself.
+        LaunchError: the environment is incomplete or contradicts itself, or rank 0 cannot listen on MASTER_ADDR.
         UsageError: ``dist_init_required=False`` without a process group.
     """
     _leave_at_exit()
@@ -233,6 +237,10 @@ def init_distributed(
     if not 0 <= rank < world_size:
         raise LaunchError(f"Rank {rank} in a world of {world_size}: a rank is at least 0 and below the world size.")
 
+    timeout = timeout or DEFAULT_TIMEOUT
+    one_host = _is_on_one_host(os.environ, place, world_size)
+    if one_host:
+        listen_on(LOOPBACK)
     rendezvous: dict[str, Any]
     if init_method is not None:
         rendezvous = {"init_method": init_method}
@@ -241,13 +249,14 @@ def init_distributed(
     elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's agent already hosts the store that env:// finds
         rendezvous = {"init_method": "env://"}
     else:
-        rendezvous = {"init_method": f"tcp://{_master(os.environ, place, distributed_port)}"}
+        host, port = _master(os.environ, place, distributed_port)
+        rendezvous = {"store": _store(host, port, rank == 0, one_host, timeout)}
 
     dist.init_process_group(
         dist_backend or default_backend(),
         rank=rank,
         world_size=world_size,
-        timeout=timeout or DEFAULT_TIMEOUT,
+        timeout=timeout,
         **rendezvous,
     )
     make_current(discover().device)
@@ -271,7 +280,38 @@ def _leave_at_exit() -> None:
     atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
 
 
-def _master(env: Mapping[str, str], place: _Place, default_port: int) -> str:
+def listen_on(address: str) -> None:
+    """Have gloo listen on the interface of ``address``, one of this machine's, unless the user chose another.
+
+    For a loopback address NCCL as well; between hosts it may know a faster interface than the one of the rendezvous.
+    """
+    name = interface(address)
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        if is_loopback(address):
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+
+
+def _is_on_one_host(env: Mapping[str, str], place: _Place, world_size: int) -> bool:
+    if place.launcher == "srun":  # its tasks per node are a limit, not a count
+        return world_size == 1 or env.get("SLURM_STEP_NUM_NODES") == "1"
+    return world_size in (1, place.local_world_size)
+
+
+def _store(host: str, port: int, is_server: bool, one_host: bool, timeout: timedelta) -> Store:
+    if not is_server:
+        return join_store(host, port, timeout)
+    if one_host or not is_loopback_by_name(host):
+        return open_store(host, port, timeout)
+    logger.warning(
+        "%s is this host's name for itself alone, so the store of the ranks listens on all interfaces. "
+        "Set MASTER_ADDR to this host's address in the network, and it listens there alone.",
+        host,
+    )
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timeout)  # type: ignore[attr-defined]
+
+
+def _master(env: Mapping[str, str], place: _Place, default_port: int) -> tuple[str, int]:
     host = env.get("MASTER_ADDR")
     port = _integer(env, "MASTER_PORT") if "MASTER_PORT" in env else None
     if place.launcher == "srun":
@@ -283,7 +323,7 @@ def _master(env: Mapping[str, str], place: _Place, default_port: int) -> str:
             "A world of more than one process needs the address of rank 0, but MASTER_ADDR is not set. "
             "Start the script with `shardline run` or torchrun, or set MASTER_ADDR and MASTER_PORT on every process."
         )
-    return f"{f'[{host}]' if ':' in host else host}:{port or default_port}"
+    return host, port or default_port
 
 
 def _first_slurm_host(nodelist: str) -> str | None:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from shardline.cli import main
 from shardline.errors import LaunchError
-from shardline.launch.run import Launch, _happened_at, _Logs, launch
+from shardline.launch.run import Launch, _check, _first, _Logs, _Record, launch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # see gc.collect() below
@@ -36,7 +37,12 @@ class Done:
 @pytest.fixture
 def run(monkeypatch, capfd):
     """Runs the command in this process, which has paid for importing torch; the ranks are real processes."""
-    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_SIGNALS_TO_HANDLE"):  # what the launcher may set
+    for name in (  # what the launcher may set
+        "OMP_NUM_THREADS",
+        "TORCHELASTIC_SIGNALS_TO_HANDLE",
+        "GLOO_SOCKET_IFNAME",
+        "NCCL_SOCKET_IFNAME",
+    ):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -238,6 +244,38 @@ def test_restarts(run, script, tmp_path, monkeypatch):
     assert list(temporary.iterdir()) == []  # no scratch file is left
 
 
+@pytest.mark.parametrize(
+    "master",
+    [
+        pytest.param((), id="no address", marks=pytest.mark.slow),
+        pytest.param(("--master", "127.0.0.1:{port}"), id="one"),
+    ],
+)
+def test_ranks_find_each_other_after_a_restart(run, script, master):
+    """What the last attempt left in its store, such as the addresses of its ranks, must not be found by the next."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    file = script(
+        "import torch, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "total = torch.ones(1)\n"
+        "dist.all_reduce(total)\n"
+        "if rank == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "    raise OSError('once')\n"
+        "dist.barrier()\n"
+        "dist.destroy_process_group()\n"
+        "print('met', os.environ['MASTER_ADDR'], os.environ['MASTER_PORT'])\n"
+    )
+    done = run("--nproc", 2, "--max-restarts", 1, *(part.format(port=port) for part in master), file)
+    assert done.stderr == "shardline run: OSError: once; restart 1 of 1.\n"
+    assert done.returncode == 0
+    first, second = done.stdout.replace("[rank 1] ", "").splitlines()
+    assert first == second
+    assert first.startswith("met 127.0.0.1 ")
+    assert first.endswith(f" {port}") or not master
+
+
 def test_a_module(run, script, tmp_path, monkeypatch):
     script("print(__name__, sys.argv[1:], rank)", name="some_module.py")
     monkeypatch.chdir(tmp_path)
@@ -283,10 +321,19 @@ def test_two_nodes_on_one_machine(script):
         (Launch(__file__, nproc=0), "--nproc is 0"),
         (Launch(__file__, grace=-1.0), "--grace is -1"),
         (Launch(__file__, grace=float("nan")), "--grace is nan"),
-        (Launch(__file__, nnodes=2), "needs --master"),
+        (Launch(__file__, nnodes=2), "Several nodes need --master"),
         (Launch(__file__, nnodes=2, node_rank=2, master="a"), "node ranks go from 0 to nnodes - 1"),
+        (Launch(__file__, nnodes=0), "--nnodes is 0; it must be at least 1"),
+        (Launch(__file__, nnodes=2, max_nnodes=1, master="a"), "--nnodes is 2:1"),
+        (Launch(__file__, nnodes=1, max_nnodes=2, master="a", node_rank=1), "nodes get theirs"),
+        (Launch(__file__, nnodes=1, max_nnodes=2, master="a"), "need a secret: --secret-file FILE"),
         (Launch(__file__, master="a:b"), "HOST or HOST:PORT"),
-        (Launch(__file__, log_dir=Path(__file__)), "is not a directory"),
+        (Launch(__file__, master="127.0.0.1:99999"), "a port of 1 to 65535"),
+        (Launch(__file__, master="127.0.0.1:0"), "a port of 1 to 65535"),
+        (Launch(__file__, max_restarts=-1), "--max-restarts is -1"),
+        (Launch(__file__, join_timeout=float("nan")), "--join-timeout is nan"),
+        (Launch(__file__, log_dir=Path("/proc/x")), "Cannot write to --log-dir /proc/x"),
+        (Launch(__file__, log_dir=Path(__file__)), "Cannot write to --log-dir"),
     ],
 )
 def test_impossible_jobs_are_said(job, words):
@@ -294,28 +341,157 @@ def test_impossible_jobs_are_said(job, words):
         launch(job)
 
 
-def failure(local_rank, code, error_file, timestamp=100):
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+def test_a_port_that_is_taken(run, script):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("--nproc", 1, "--master", f"127.0.0.1:{port}", script("print('ran')"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"shardline: Cannot listen on 127.0.0.1, port {port}: Address already in use. "
+        f"Another program has this port; choose another one.\n"
+    )
 
-    made = ProcessFailure(local_rank, 1, code, str(error_file))
-    if not error_file.exists():
-        made.timestamp = timestamp
-    return made
+
+def test_the_secret_of_a_job(tmp_path, monkeypatch):
+    def job(file=None):
+        return Launch(__file__, nnodes=1, max_nnodes=2, master="127.0.0.1", secret_file=file)
+
+    secret = "0123456789abcdef"
+    monkeypatch.setenv("SHARDLINE_SECRET", f"{secret}\n")
+    meeting = _check(job())
+    assert meeting.secret == secret.encode()
+    assert secret not in repr(meeting)  # torch logs it
+    assert "SHARDLINE_SECRET" not in os.environ  # ranks do not get it
+    monkeypatch.setenv("SHARDLINE_SECRET", secret[1:])
+    with pytest.raises(LaunchError, match="shorter than 16 characters"):
+        _check(job())
+    monkeypatch.delenv("SHARDLINE_SECRET", raising=False)
+
+    file = tmp_path / "secret"
+    file.write_text(secret)
+    for mode in (0o640, 0o604, 0o620):
+        file.chmod(mode)
+        with pytest.raises(LaunchError, match="is open to other users"):
+            _check(job(file))
+    file.chmod(0o600)
+    assert _check(job(file)).secret == secret.encode()
+    os.mkfifo(tmp_path / "fifo", 0o600)
+    with pytest.raises(LaunchError, match="is not a file"):
+        _check(job(tmp_path / "fifo"))
+    with pytest.raises(LaunchError, match="No such file"):
+        _check(job(tmp_path / "absent"))
 
 
-def test_which_failure_was_first(tmp_path):
-    record = '{{"message": {{"message": "m", "extraInfo": {{"py_callstack": "m", "timestamp": "100"}}}}, "time": {}}}'
-    early, late = tmp_path / "early", tmp_path / "late"
-    early.write_text(record.format(100.25))
-    late.write_text(record.format(100.75))
-    none = tmp_path / "none"
-    raised_early, raised_late = failure(0, 1, early), failure(1, 1, late)
-    killed = failure(2, -9, none)  # noticed in the same second: the others raised because of it
-    ended = failure(3, -15, none, timestamp=90)  # by the agent
-    killed_much_later = failure(4, -9, none, timestamp=130)
-    assert min([raised_late, raised_early, ended, killed_much_later], key=_happened_at) is raised_early
-    assert min([raised_late, raised_early, killed, ended], key=_happened_at) is killed
-    assert min([ended], key=_happened_at) is ended
+def failure(local_rank, code, pid=0):
+    return ProcessFailure(local_rank, pid, code, "")
+
+
+def record(time, lost_peer=False, gone=()):
+    return _Record(lost_peer, time, 1, "", frozenset(gone))
+
+
+@pytest.mark.parametrize(
+    ("failures", "records", "first"),
+    [
+        ([(1, 1), (0, 1)], {0: record(1.0), 1: record(2.0)}, 0),
+        ([(1, 1), (0, -15)], {0: record(1.0), 1: record(2.0)}, 0),  # ended by the agent while it left
+        ([(1, 1), (0, 1)], {0: record(2.0), 1: record(1.0, lost_peer=True)}, 0),  # slow to leave
+        ([(1, 1), (0, 1)], {0: record(1.0, lost_peer=True), 1: record(2.0, lost_peer=True)}, 0),
+        ([(0, 1), (1, -9)], {0: record(1.0, gone=[101])}, 1),
+        ([(0, 1), (1, -15)], {0: record(1.0, gone=[101])}, 1),  # by somebody else
+        ([(0, 1), (1, -9)], {0: record(1.0)}, 0),
+        ([(0, 1), (1, -15), (2, -9)], {0: record(1.0, gone=[101, 102])}, 2),
+        ([(1, -6), (0, 1)], {0: record(1.0, gone=[101])}, 0),  # aborted when rank 0 let go of it
+        ([(1, -6), (0, 1)], {0: record(1.0, lost_peer=True, gone=[101])}, 1),
+        ([(1, -15), (0, 3)], {}, 0),
+        ([(1, -15)], {}, 1),
+    ],
+)
+def test_which_failure_was_first(failures, records, first):
+    assert _first({rank: failure(rank, code, 100 + rank) for rank, code in failures}, records) == first
+
+
+LINK = """
+import atexit, signal, socket
+path = sys.argv[1]
+def linked():
+    # rank 1 sees when rank 0 is gone, and the reverse
+    if rank == 0:
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(path + '.new')
+        server.listen()
+        os.rename(path + '.new', path)
+        return server.accept()[0]
+    client = socket.socket(socket.AF_UNIX)
+    while not os.path.exists(path):
+        time.sleep(0.005)
+    client.connect(path)
+    return client
+link = linked()
+def wait():
+    if link.recv(1) == b'':
+        raise RuntimeError('Connection closed by peer')
+def die(number):
+    os.kill(os.getpid(), number)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("guilty", "other", "code", "words"),
+    [
+        ("raise ValueError('mine')", "wait()", 1, "failed first, with exit code 1"),
+        (
+            "atexit.register(time.sleep, 600); atexit.register(link.close); raise ValueError('mine')",
+            "wait()",
+            1,
+            "failed first, with exit code 1",
+        ),
+        (
+            "try: raise ValueError('mine')\n    finally: link.close(); time.sleep(1)",
+            "try: wait()\n    finally: time.sleep(600)",
+            1,
+            "failed first, with exit code 1",
+        ),
+        (
+            "try: raise ValueError('mine')\n    finally: link.close(); time.sleep(0.5)",
+            "wait()",
+            1,
+            "failed first, with exit code 1",
+        ),
+        (
+            "atexit.register(time.sleep, 1); atexit.register(link.close); raise ValueError('mine')",
+            "link.recv(1); die(9)",
+            1,
+            "failed first, with exit code 1",
+        ),
+        (
+            "raise ValueError('mine')",
+            "signal.signal(15, lambda *_: sys.exit(5)); time.sleep(600)",
+            1,
+            "failed first, with exit code 1",
+        ),
+        ("sys.exit(7)", "wait()", 7, "failed first, with exit code 7"),
+        ("os._exit(7)", "wait()", 7, "failed first, with exit code 7"),
+        (
+            "os._exit(7)",
+            "link.recv(1); raise KeyError('not a word of connections')",
+            7,
+            "failed first, with exit code 7",
+        ),
+        ("die(9)", "wait()", 137, "was killed by SIGKILL"),
+        ("die(11)", "wait()", 139, "was killed by SIGSEGV"),
+        ("die(15)", "wait()", 143, "was killed by SIGTERM"),
+        ("die(9)", "signal.signal(15, lambda *_: sys.exit(5)); time.sleep(600)", 137, "was killed by SIGKILL"),
+    ],
+)
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_the_head_line_is_of_the_rank_that_failed_by_itself(run, script, tmp_path, rank, guilty, other, code, words):
+    file = script(f"{LINK}if rank == {rank}:\n    {guilty}\nelse:\n    {other}\n")
+    done = run("--nproc", 2, file, tmp_path / "link")
+    assert (done.returncode, f"\nshardline run: rank {rank} {words}" in done.stderr) == (code, True), done.stderr
+    if "mine" in guilty:
+        assert done.stderr.endswith("ValueError: mine\n")
 
 
 def test_rank_zero_keeps_the_terminal(tmp_path):

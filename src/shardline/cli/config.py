@@ -11,7 +11,7 @@ from pathlib import Path
 from shardline.config import Config, load_config
 from shardline.config.explain import explain, ineffective
 from shardline.config.json_schema import json_schema
-from shardline.errors import ShardlineError
+from shardline.errors import ShardlineError, UsageError
 
 __all__ = ["add_parser"]
 
@@ -76,7 +76,10 @@ def _schema(args: argparse.Namespace) -> int:
     if args.file is None:
         print(text)
     else:
-        Path(args.file).write_text(text + "\n", encoding="utf-8")
+        try:
+            Path(args.file).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"Cannot write {args.file}: {error.strerror}.") from None
     return 0
 
 

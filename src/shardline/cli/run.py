@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 __all__ = ["add_parser"]
+
+_UNDERSTOOD = {
+    "--nproc": ("--nproc-per-node", "--num-gpus"),
+    "--nnodes": ("--num-nodes",),
+}
+"""Options of torchrun and of DeepSpeed's launcher that mean what ours mean. All may be spelt with underscores."""
+
+_ANSWERED = {
+    "CUDA_VISIBLE_DEVICES chooses the devices of a node, --nproc how many": ("--include", "-i", "--exclude", "-e"),
+    "start this command on every node, with --nnodes N --node-rank R --master HOST, or the script by srun": (
+        *("--hostfile", "-H", "--launcher", "--launcher-args", "--ssh-port", "--no-ssh"),
+    ),
+    "--master HOST:PORT says where the nodes meet, and one node needs nothing": (
+        *("--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--rdzv-conf", "--standalone"),
+    ),
+    "--log-dir DIR writes the output of each rank to files": ("--redirects", "-r", "--tee", "-t"),
+    "SCRIPT is a Python file, or a module after -m": ("--no-python",),
+}
+"""Options of the same two that mean nothing here, by what to do instead."""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -17,33 +38,79 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Start a script on several processes. Rank 0 writes to the terminal, lines of the other ranks are "
         "prefixed. If a rank fails, the others are ended and the first failing rank's traceback is printed last; its "
         "exit code is the command's.",
+        allow_abbrev=False,
     )
-    parser.add_argument(
+
+    def option(name: str, **keywords: Any) -> None:
+        action = parser.add_argument(name, **keywords)
+        others = _spellings(name, *_UNDERSTOOD.get(name, ())) - {name}
+        if others:
+            parser.add_argument(*sorted(others), dest=action.dest, **(keywords | {"help": argparse.SUPPRESS}))
+
+    option(
         "--nproc",
         type=_nproc,
         metavar="N|auto",
         help="processes on this node; auto (default): one per accelerator, else 1",
     )
-    parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="number of nodes (default 1)")
-    parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="number of this node, from 0")
-    parser.add_argument("--master", metavar="HOST[:PORT]", help="address of node 0; needed with several nodes")
-    parser.add_argument("--log-dir", type=Path, metavar="DIR", help="write each rank's output to files in DIR")
-    parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help="start again after a failure, N times")
-    parser.add_argument(
+    option(
+        "--nnodes",
+        type=_nnodes,
+        default=(1, None),
+        metavar="N|MIN:MAX",
+        help="number of nodes (default 1); with MIN:MAX nodes may come and go, which needs a secret",
+    )
+    option("--node-rank", type=int, default=0, metavar="R", help="number of this node, from 0")
+    option("--master", metavar="HOST[:PORT]", help="address of node 0; needed with several nodes")
+    option("--master-addr", metavar="HOST", help=argparse.SUPPRESS)
+    option("--master-port", type=int, metavar="PORT", help=argparse.SUPPRESS)
+    option(
+        "--join-timeout", type=float, default=900.0, metavar="S", help="seconds to wait for other nodes (default 900)"
+    )
+    option(
+        "--secret-file",
+        type=Path,
+        metavar="FILE",
+        help="the job's secret, the same on all nodes; else SHARDLINE_SECRET in the environment",
+    )
+    option("--log-dir", type=Path, metavar="DIR", help="write each rank's output to files in DIR")
+    option("--max-restarts", type=int, default=0, metavar="N", help="start again after a failure, N times")
+    option(
         "--grace",
         type=float,
         default=600.0,
         metavar="SECONDS",
         help="from a SIGTERM until ranks are killed; a step and a save must fit into it (default 600; Ctrl-C: 5)",
     )
+    for answer, names in _ANSWERED.items():
+        hidden: dict[str, Any] = {"nargs": "?", "dest": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        parser.add_argument(*sorted(_spellings(*names)), action=_Answer, const=answer, **hidden)
     parser.add_argument("-m", "--module", action="store_true", help="SCRIPT is the name of a module")
     parser.add_argument("script", metavar="SCRIPT")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
     parser.set_defaults(func=_main)
 
 
+def _spellings(*names: str) -> set[str]:
+    """The names, and those of several letters with underscores."""
+    return {*names, *(f"--{name[2:].replace('-', '_')}" for name in names if name.startswith("--"))}
+
+
+class _Answer(argparse.Action):
+    """Refuses an option by saying what to do instead."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        parser.error(f"there is no {option_string} here: {self.const}")
+
+
 def _nproc(text: str) -> int | None:
-    if text == "auto":
+    if text in ("auto", "gpu"):  # torchrun's word
         return None
     try:
         return int(text)
@@ -51,20 +118,44 @@ def _nproc(text: str) -> int | None:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
+def _nnodes(text: str) -> tuple[int, int | None]:
+    least, colon, most = text.partition(":")
+    try:
+        return int(least), int(most) if colon else None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor MIN:MAX") from None
+
+
+def _master(parsed: argparse.Namespace) -> str | None:
+    """``--master``, or torchrun's two options for it."""
+    host, port = parsed.master_addr, parsed.master_port
+    if host is None and port is not None and parsed.nnodes == (1, None):
+        host = "127.0.0.1"
+    if parsed.master is not None or host is None:
+        return parsed.master  # type: ignore[no-any-return]
+    if ":" in host:
+        host = f"[{host}]"
+    return host if port is None else f"{host}:{port}"
+
+
 def _main(parsed: argparse.Namespace) -> int:
     from shardline.launch.run import Launch, launch  # torch takes seconds to import: not for --help
 
+    nnodes, max_nnodes = parsed.nnodes
     return launch(
         Launch(
             parsed.script,
             tuple(parsed.arguments),
-            parsed.module,
-            parsed.nproc,
-            parsed.nnodes,
-            parsed.node_rank,
-            parsed.master,
-            parsed.log_dir,
-            parsed.max_restarts,
-            parsed.grace,
+            module=parsed.module,
+            nproc=parsed.nproc,
+            nnodes=nnodes,
+            max_nnodes=max_nnodes,
+            node_rank=parsed.node_rank,
+            master=_master(parsed),
+            join_timeout=parsed.join_timeout,
+            secret_file=parsed.secret_file,
+            log_dir=parsed.log_dir,
+            max_restarts=parsed.max_restarts,
+            grace=parsed.grace,
         )
     )

@@ -10,12 +10,13 @@ import os
 import re
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -26,13 +27,16 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from shardline.errors import LaunchError
+from shardline.launch.rendezvous import BACKEND, Meeting, NotNeeded, register
+from shardline.network import LOOPBACK
 from shardline.topology import DEFAULT_PORT
 
 __all__ = ["Launch", "launch"]
 
-_MASTER = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:\[\]]+)(?::(?P<port>\d+))?")
+_MASTER = re.compile(r"(\[(?P<ipv6>[0-9a-fA-F:]+)\]|(?P<host>[^\s:\[\]]+))(?::(?P<port>\d{1,5}))?")
 _INTERRUPT_SECONDS = 5.0  # from Ctrl-C until ranks that have not ended are killed: somebody waits
-_RENDEZVOUS_SECONDS = 900  # nodes of a job do not start at once
+_SECRET = "SHARDLINE_SECRET"
+_SECRET_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,17 @@ class Launch:
     nproc: int | None = None
     """Processes on this node; None: one for each accelerator, else one."""
     nnodes: int = 1
+    max_nnodes: int | None = None
+    """More nodes than ``nnodes`` may come, up to this many, and go again; None: exactly ``nnodes``."""
     node_rank: int = 0
+    """Number of this node. Where nodes come and go they get their numbers by themselves."""
     master: str | None = None
-    """``HOST`` or ``HOST:PORT`` of node 0; needed with several nodes. On one node a free port is found without."""
+    """``HOST`` or ``HOST:PORT`` of node 0, which listens there alone; needed with several nodes. On one node it may be
+    left out for a free port of the loopback interface."""
+    join_timeout: float = 900.0
+    """Seconds to wait for the other nodes."""
+    secret_file: Path | None = None
+    """Holds the secret of the job, needed where nodes come and go; None: the environment's SHARDLINE_SECRET."""
     log_dir: Path | None = None
     """Where each rank's output goes, as ``rank3.out`` and ``rank3.err``; None: to the terminal."""
     max_restarts: int = 0
@@ -71,7 +83,7 @@ def launch(job: Launch) -> int:
     Raises:
         LaunchError: the job cannot be started as described.
     """
-    _check(job)
+    meeting = _check(job)
     nproc = job.nproc if job.nproc is not None else _one_per_accelerator()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // nproc)))
     for stream in (sys.stdout, sys.stderr):
@@ -86,9 +98,11 @@ def launch(job: Launch) -> int:
     logs = _Logs(scratch, job.log_dir)
     try:
         with _signals(job.grace):
-            elastic_launch(_elastic_config(job, nproc, logs), sys.executable)(*runner)
+            elastic_launch(_elastic_config(job, meeting, nproc, logs), sys.executable)(*runner)
     except ChildFailedError as error:
         return _report(error.failures, logs)
+    except NotNeeded:
+        print("shardline run: the job had enough nodes without this one, and has ended.", file=sys.stderr)
     except SignalException as error:
         print(f"\nshardline run: ended by {error.sigval.name}.", file=sys.stderr)
         return 128 + error.sigval
@@ -97,23 +111,84 @@ def launch(job: Launch) -> int:
     return 0
 
 
-def _check(job: Launch) -> None:
+def _check(job: Launch) -> Meeting:
     if not job.module and not os.path.isfile(job.script):
         raise LaunchError(f"There is no script {job.script!r}. Give the path of a Python file, or a module with -m.")
     if job.nproc is not None and job.nproc < 1:
         raise LaunchError(f"--nproc is {job.nproc}; it must be at least 1, or auto.")
+    if job.max_restarts < 0:
+        raise LaunchError(f"--max-restarts is {job.max_restarts}; it must be at least 0.")
+    if not job.join_timeout > 0:
+        raise LaunchError(f"--join-timeout is {job.join_timeout:g}; it must be a number of seconds above 0.")
+    most = job.nnodes if job.max_nnodes is None else job.max_nnodes
+    if not 1 <= job.nnodes <= most:
+        given = job.nnodes if job.max_nnodes is None else f"{job.nnodes}:{job.max_nnodes}"
+        raise LaunchError(f"--nnodes is {given}; it must be at least 1, and MIN:MAX in this order.")
+    changing = job.nnodes < most
+    if changing and job.node_rank != 0:
+        raise LaunchError(f"--node-rank is {job.node_rank}, but with --nnodes {job.nnodes}:{most} nodes get theirs.")
     if not 0 <= job.node_rank < job.nnodes:
         raise LaunchError(
             f"--node-rank is {job.node_rank} and --nnodes is {job.nnodes}: node ranks go from 0 to nnodes - 1."
         )
-    if job.nnodes > 1 and job.master is None:
-        raise LaunchError(f"--nnodes {job.nnodes} needs --master HOST[:PORT], the address of node 0, on every node.")
+    if most > 1 and job.master is None:
+        raise LaunchError("Several nodes need --master HOST[:PORT], the address of node 0, on every node.")
     if not 0 <= job.grace < threading.TIMEOUT_MAX:
         raise LaunchError(f"--grace is {job.grace:g}; it must be a number of seconds from 0.")
-    if job.master is not None:
-        _port_of(job.master)
-    if job.log_dir is not None and job.log_dir.exists() and not job.log_dir.is_dir():
-        raise LaunchError(f"--log-dir {job.log_dir} exists and is not a directory.")
+    if job.log_dir is not None:
+        _make_writable(job.log_dir)
+    host, port = (LOOPBACK, 0) if job.master is None else _address(job.master)
+    secret = _secret(job.secret_file) if changing else b""
+    return Meeting(host, port, (job.nnodes, most), job.node_rank, job.join_timeout, secret)
+
+
+def _address(master: str) -> tuple[str, int]:
+    match = _MASTER.fullmatch(master)
+    if match is None or not 1 <= int(match["port"] or DEFAULT_PORT) <= 65535:
+        raise LaunchError(
+            f"--master is {master!r}; it must be HOST or HOST:PORT, with a port of 1 to 65535 and an IPv6 address in "
+            f"brackets."
+        )
+    return match["ipv6"] or match["host"], int(match["port"] or DEFAULT_PORT)
+
+
+def _make_writable(log_dir: Path) -> None:
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=log_dir):
+            pass
+    except OSError as error:
+        raise LaunchError(f"Cannot write to --log-dir {log_dir}: {error.strerror}.") from None
+
+
+def _secret(file: Path | None) -> bytes:
+    """What the launchers of a job know and nobody else."""
+    how = "Make one with `(umask 077; openssl rand -hex 32 > FILE)`, the same on every node."
+    if file is None and _SECRET not in os.environ:
+        raise LaunchError(
+            f"Nodes that come and go need a secret: --secret-file FILE, or {_SECRET} in the environment. {how}"
+        )
+    if file is None:
+        # the ranks need it not, and what they start or log the less
+        where, secret = f"{_SECRET} in the environment", os.environ.pop(_SECRET).encode()
+    else:
+        where, secret = f"--secret-file {file}", _read_own(file)
+    if len(secret.strip()) < _SECRET_BYTES:
+        raise LaunchError(f"{where} is shorter than {_SECRET_BYTES} characters. {how}")
+    return secret.strip()
+
+
+def _read_own(file: Path) -> bytes:
+    try:
+        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
+            status = os.fstat(opened.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise LaunchError(f"--secret-file {file} is not a file.")
+            if status.st_mode & 0o077 or status.st_uid not in (0, os.geteuid()):
+                raise LaunchError(f"--secret-file {file} is open to other users. `chmod 600` it, and own it.")
+            return opened.read(1 << 16)
+    except OSError as error:
+        raise LaunchError(f"Cannot read --secret-file {file}: {error.strerror}.") from None
 
 
 def _one_per_accelerator() -> int:
@@ -130,12 +205,15 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _elastic_config(job: Launch, nproc: int, logs: LogsSpecs) -> LaunchConfig:
+def _elastic_config(job: Launch, meeting: Meeting, nproc: int, logs: LogsSpecs) -> LaunchConfig:
+    register()
     config = LaunchConfig(
-        min_nodes=job.nnodes,
-        max_nodes=job.nnodes,
+        min_nodes=meeting.nodes[0],
+        max_nodes=meeting.nodes[1],
         nproc_per_node=nproc,
-        run_id="shardline",  # the same on all nodes
+        run_id=BACKEND,  # the same on all nodes
+        rdzv_backend=BACKEND,
+        rdzv_configs={"meeting": meeting},
         max_restarts=job.max_restarts,
         logs_specs=logs,
         log_line_prefix_template="[rank ${rank}] ",
@@ -143,21 +221,7 @@ def _elastic_config(job: Launch, nproc: int, logs: LogsSpecs) -> LaunchConfig:
     )
     if hasattr(config, "shutdown_timeout"):  # torch 2.13; the agent kills ranks 30 seconds after a signal otherwise
         config.shutdown_timeout = math.ceil(job.grace) + 30
-    if job.master is None:
-        config.rdzv_backend, config.rdzv_endpoint = "c10d", "127.0.0.1:0"  # port 0: the system chooses a free one
-        config.local_addr = "127.0.0.1"  # the host's own name may not resolve
-    else:
-        port = "" if _port_of(job.master) else f":{DEFAULT_PORT}"
-        config.rdzv_backend, config.rdzv_endpoint = "static", f"{job.master}{port}"
-        config.rdzv_configs = {"rank": job.node_rank, "timeout": _RENDEZVOUS_SECONDS}
     return config
-
-
-def _port_of(master: str) -> str | None:
-    match = _MASTER.fullmatch(master)
-    if match is None:
-        raise LaunchError(f"--master is {master!r}; it must be HOST or HOST:PORT, with an IPv6 address in brackets.")
-    return match["port"]
 
 
 class _Logs(LogsSpecs):
@@ -167,6 +231,8 @@ class _Logs(LogsSpecs):
         super().__init__(str(log_dir or scratch))
         self._scratch = scratch
         self._log_dir = log_dir
+        self._attempts = self._restarts = 0
+        self.ranks: dict[int, int] = {}
         self.error_files: dict[int, Path] = {}
 
     @property
@@ -174,12 +240,15 @@ class _Logs(LogsSpecs):
         return str(self._root_log_dir)
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        attempt = int(envs[0]["TORCHELASTIC_RESTART_COUNT"])
+        attempt = self._attempts
         if attempt > 0:
-            self._say_why_again(attempt, int(envs[0]["TORCHELASTIC_MAX_RESTARTS"]))
-        ranks = {local: int(env["RANK"]) for local, env in envs.items()}
+            self._say_why_again(int(envs[0]["TORCHELASTIC_RESTART_COUNT"]), envs[0]["TORCHELASTIC_MAX_RESTARTS"])
+        self._attempts += 1
+        self.ranks = ranks = {local: int(env["RANK"]) for local, env in envs.items()}
         suffix = f".attempt{attempt}" if attempt > 0 else ""
-        self.error_files = {local: self._scratch / f"rank{rank}{suffix}.json" for local, rank in ranks.items()}
+        said = self._scratch / f"attempt{attempt}"  # ranks read what others wrote there
+        said.mkdir()
+        self.error_files = {local: said / f"rank{rank}.json" for local, rank in ranks.items()}
         for local, file in self.error_files.items():
             envs[local]["TORCHELASTIC_ERROR_FILE"] = str(file)
         folder = self._log_dir or self._scratch
@@ -201,18 +270,53 @@ class _Logs(LogsSpecs):
             error_files={local: str(file) for local, file in self.error_files.items()},
         )
 
-    def _say_why_again(self, attempt: int, attempts: int) -> None:
-        _, why = min(filter(None, map(_read, self.error_files.values())), default=(0.0, "a process died"))
-        print(f"shardline run: {why.strip().splitlines()[-1]}; restart {attempt} of {attempts}.", file=sys.stderr)
+    def _say_why_again(self, restarts: int, most: str) -> None:
+        if restarts == self._restarts:
+            print("shardline run: nodes came or went, so all ranks start again.", file=sys.stderr)
+            return
+        self._restarts = restarts
+        first = min(self.records().values(), default=None)
+        why = first.text.strip().splitlines()[-1] if first else "a process died"
+        print(f"shardline run: {why}; restart {restarts} of {most}.", file=sys.stderr)
+
+    def records(self) -> dict[int, _Record]:
+        """What ranks of the last attempt that failed said, by local rank."""
+        read = {local: _read(file) for local, file in self.error_files.items()}
+        return {local: record for local, record in read.items() if record is not None}
+
+    def crash(self, local_rank: int) -> str:
+        """The Python stacks that faulthandler wrote while the process died of its own signal."""
+        with suppress(OSError):
+            return Path(f"{self.error_files[local_rank]}.crash").read_text()
+        return ""
 
 
-def _read(error_file: str | Path) -> tuple[float, str] | None:
-    """When a rank failed and what it said; None where it could say nothing."""
+@dataclass(frozen=True, order=True)
+class _Record:
+    """What a rank wrote down when it failed by an exception or ``sys.exit``; the least one came first."""
+
+    lost_peer: bool
+    """It failed because another rank was gone, so that one failed before, even if it took longer to say so."""
+    time: float
+    code: int
+    """The exit code it was about to end with; the launcher may have ended it by a signal before."""
+    text: str
+    gone: frozenset[int] = field(compare=False)
+    """Process ids of ranks that had ended when this one failed."""
+
+
+def _read(error_file: Path) -> _Record | None:
     try:
-        record = json.loads(Path(error_file).read_text())
-    except (OSError, ValueError):
+        record = json.loads(error_file.read_text())
+        return _Record(
+            record["lost_peer"],
+            record["time"],
+            record["code"],
+            record["message"]["message"],
+            frozenset(record["gone"]),
+        )
+    except (OSError, ValueError, LookupError, TypeError):  # none, or one of another kind: torch's decorator writes too
         return None
-    return record["time"], record["message"]["message"]
 
 
 @contextmanager
@@ -247,31 +351,34 @@ def _kill_children() -> None:
 
 def _report(failures: dict[int, ProcessFailure], logs: _Logs) -> int:
     """Print the first failure; its exit code."""
-    rank = min(failures, key=lambda rank: _happened_at(failures[rank]))
-    failure = failures[rank]
-    _, text = _read(failure.error_file) or (0.0, _crash(logs.error_files[failure.local_rank]))
-    if failure.exitcode < 0:
-        code, how = 128 - failure.exitcode, f"was killed by {failure.signal_name()}"
-        if -failure.exitcode == signal.SIGKILL:
-            how += " (often the system's answer to a lack of memory)"
+    by_local_rank = {failure.local_rank: failure for failure in failures.values()}
+    records = logs.records()
+    first = _first(by_local_rank, records)
+    record, failure = records.get(first), by_local_rank.get(first)
+    if record is not None:
+        code, how, text = record.code, f"failed first, with exit code {record.code}", record.text
     else:
-        code, how = failure.exitcode, f"failed first, with exit code {failure.exitcode}"
-    print(f"\nshardline run: rank {rank} {how}.\n\n{text}".rstrip(), file=sys.stderr)
+        assert failure is not None
+        code, how, text = failure.exitcode, f"failed first, with exit code {failure.exitcode}", logs.crash(first)
+        if code < 0:
+            code, how = 128 - code, f"was killed by {failure.signal_name()}"
+            if -failure.exitcode == signal.SIGKILL:
+                how += " (often the system's answer to a lack of memory)"
+    print(f"\nshardline run: rank {logs.ranks[first]} {how}.\n\n{text}".rstrip(), file=sys.stderr)
     return code
 
 
-def _crash(error_file: Path) -> str:
-    """The Python stacks that faulthandler wrote while the process died of its own signal."""
-    try:
-        return Path(f"{error_file}.crash").read_text()
-    except FileNotFoundError:
-        return ""
-
-
-def _happened_at(failure: ProcessFailure) -> tuple[bool, float]:
-    """Key to find the failure that caused the others."""
-    if record := _read(failure.error_file):
-        return False, record[0]
-    # A process that died without a word is noticed up to a polling interval later, in whole seconds; its peers raise
-    # because it died, never the reverse. SIGTERM is what the agent sends to the others after a failure.
-    return -failure.exitcode == signal.SIGTERM, failure.timestamp - 1.0
+def _first(failures: Mapping[int, ProcessFailure], records: Mapping[int, _Record]) -> int:
+    """The local rank that failed by itself, before the others and not because of them."""
+    # in the order in which the agent noticed them, but what it ended itself, by SIGTERM, last
+    silent = [rank for rank in failures if rank not in records]
+    silent.sort(key=lambda rank: -failures[rank].exitcode == signal.SIGTERM)
+    if not records:
+        return silent[0]
+    first = min(records, key=lambda rank: records[rank])
+    for rank in silent:
+        # C libraries abort when a peer is lost; who aborted after that did not come first
+        consequence = -failures[rank].exitcode == signal.SIGABRT and not records[first].lost_peer
+        if failures[rank].pid in records[first].gone and not consequence:
+            return rank
+    return first

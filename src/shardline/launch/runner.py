@@ -11,6 +11,7 @@ import faulthandler
 import io
 import json
 import os
+import re
 import runpy
 import signal
 import sys
@@ -19,6 +20,8 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
+_LOSS = re.compile("Connection (closed|reset) by peer|Broken pipe|remote process exited|[Cc]ommunicator was aborted")
+_CAUSE_SECONDS = 3.0  # from the loss of a peer, which is closing files and groups, to its own message
 _EXIT_SECONDS = 30.0  # for a failed rank's exit handlers; a thread or destructor that waits for other ranks hangs there
 
 
@@ -35,6 +38,7 @@ def main(arguments: list[str]) -> None:
     sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.abspath(target))
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
+        Path(f"{error_file}.pid").write_text(str(os.getpid()))
         faulthandler.enable(open(f"{error_file}.crash", "w"))  # noqa: SIM115 (for the stacks at a segmentation fault)
     try:
         try:
@@ -43,7 +47,7 @@ def main(arguments: list[str]) -> None:
             else:
                 runpy.run_path(target, run_name="__main__")
         except SystemExit as error:
-            if not _is_success(error):
+            if _exit_code(error) != 0:
                 raise
         saves = sys.modules.get("shardline.checkpoint.background")
         if saves is not None:  # a save that failed since the script's last word is its failure
@@ -51,27 +55,28 @@ def main(arguments: list[str]) -> None:
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except BaseException as error:
-        if _is_success(error) or not error_file:
-            raise
         code = _exit_code(error)
-        _record(error, code, Path(error_file))
+        if code == 0 or not error_file:
+            raise
+        if _record(error, code, Path(error_file)):
+            _wait_for_the_cause(Path(error_file).parent)
         faulthandler.dump_traceback_later(_EXIT_SECONDS, exit=True)
         raise SystemExit(code) from None
 
 
-def _is_success(error: BaseException) -> bool:
-    return isinstance(error, SystemExit) and error.code in (None, 0)
-
-
 def _exit_code(error: BaseException) -> int:
-    if not isinstance(error, SystemExit):
-        return 1
-    return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, SystemExit) and isinstance(error.code, int | None):
+        return (error.code or 0) & 0xFF
+    return 1
 
 
-def _record(error: BaseException, code: int, file: Path) -> None:
-    """Write the error in torch elastic's format, with the time in fractions of a second beside it."""
-    now = time.time()
+def _record(error: BaseException, code: int, file: Path) -> bool:
+    """Write the error in torch elastic's format, and beside it what tells whose failure was the first.
+
+    Returns:
+        Whether another rank, which has not ended yet, is to blame.
+    """
+    now, gone, lost_peer = time.time(), _gone(file.parent), _is_loss_of_a_peer(error)
     if isinstance(error, SystemExit):
         said = "" if isinstance(error.code, int) else f": {error.code}"
         text = f"The script exited with code {code}{said}"
@@ -83,9 +88,62 @@ def _record(error: BaseException, code: int, file: Path) -> None:
     record = {
         "message": {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(now))}},
         "time": now,
+        "code": code,
+        "lost_peer": lost_peer,
+        "gone": gone,
     }
     with contextlib.suppress(OSError):  # a full disk must not hide the error itself: the exit code still tells
-        file.write_text(json.dumps(record))
+        whole = file.with_suffix(".new")
+        whole.write_text(json.dumps(record))
+        whole.replace(file)  # a rank that is killed here leaves no half of it
+    return lost_peer and not gone
+
+
+def _wait_for_the_cause(folder: Path) -> None:
+    """Give a rank that let go of its peers before it has said why the time to say so.
+
+    The launcher ends all ranks when the first has ended.
+    """
+    deadline = time.monotonic() + _CAUSE_SECONDS
+    while time.monotonic() < deadline and not _gone(folder):
+        for file in folder.glob("*.json"):
+            with contextlib.suppress(OSError, ValueError, LookupError):  # torch's own decorator writes there, too
+                if not json.loads(file.read_text())["lost_peer"]:
+                    return
+        time.sleep(0.05)
+
+
+def _gone(folder: Path) -> list[int]:
+    """Ranks of this launcher that have ended or are ending: what they broke may be why this one fails.
+
+    A process that ends is marked so before the kernel closes its sockets. Clocks could not tell: a rank that raises
+    because another was killed may write down its time before the launcher has noticed the other's end.
+    """
+    if sys.platform != "linux":
+        return []
+    gone = []
+    for file in folder.glob("*.pid"):
+        with contextlib.suppress(ValueError):  # a rank that has just begun to write it
+            pid = int(file.read_text())
+            if _is_ending(pid):
+                gone.append(pid)
+    return gone
+
+
+def _is_ending(pid: int) -> bool:
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    PF_EXITING = 0x4
+    return state in "ZX" or bool(int(fields[5]) & PF_EXITING)
+
+
+def _is_loss_of_a_peer(error: BaseException) -> bool:
+    """Whether all began with a message that a connection broke: the other end, still at its exit, failed before."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return type(error).__name__ == "LostRankError" or _LOSS.search(str(error)) is not None
 
 
 def _is_machinery(trace: TracebackType) -> bool:
