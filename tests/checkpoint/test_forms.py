@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -24,7 +25,7 @@ from shardline.checkpoint.tensorfile import CODES
 from shardline.checkpoint.values import name_of
 from shardline.cli import main
 from shardline.errors import CheckpointError, ShardlineError, UsageError
-from tests.checkpoint import disk
+from tests.checkpoint import cases, disk
 
 ALONE = disk.Ring(0, [])
 
@@ -355,3 +356,91 @@ def test_a_manifest_that_is_read_is_the_one_that_was_written(saved):
     for key, value in wanted.items():
         if key != "parameters":
             assert seen[key] == value, key
+
+
+# -- a whole engine that loads it -------------------------------------------------------------------------------------
+
+
+def engine_places(data):
+    """Leaves and branches of a real manifest, without the many pieces and words that are alike."""
+    for place in places(data):
+        if place and place[0] not in ("config", "files") and not (place[0] == "parameters" and len(place) > 4):
+            yield place
+
+
+def load_any(path, settings, seed):
+    """Load a real checkpoint with one field changed after the other: our own errors, or a whole load."""
+    built = cases.engine(settings)
+    cases.train(built, 1)
+    built.save_checkpoint(path, tag="good", client_state={"x": (1, float("inf"))})
+    good = content(Path(path, "good"))
+    draw = random.Random(seed)
+    values = [None, True, -1, 1 << 40, 1 << 70, 1e300, "x", [], {}, [[]], {"$float": "y"}, {"$tensor": "none"},
+              {"$dict": [1]}, {"$scalar": "z", "dtype": "float32"}, {"$counter": 5}, {"$tuple": 1}]  # fmt: skip
+    outcomes, wrong = {"refused": 0, "loaded": 0}, []
+    every = list(engine_places(good))
+    chosen = draw.sample(every, min(len(every), 70)) + [place for place in every if place[0] in ("random", "counters")]
+    for place in chosen:
+        changed = json.loads(json.dumps(good))
+        inner = changed
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = draw.choice(values)
+        sign(Path(path, "good"), changed)
+        try:
+            built.load_checkpoint(path, "good")
+            cases.train(built, built.global_steps + 1)
+            outcomes["loaded"] += 1
+        except ShardlineError:
+            outcomes["refused"] += 1
+        except Exception as error:
+            wrong.append(f"{place}: {inner[place[-1]]!r}: {type(error).__name__} {error}")
+        sign(Path(path, "good"), good)
+        built.load_checkpoint(path, "good")
+    sign(Path(path, "good"), good | {"counters": good["counters"] | {"leaving": True, "norm": "x"}})
+    built.load_checkpoint(path, "good")
+    cases.train(built, 2)
+    steps = built.global_steps
+    built.destroy()
+    return steps, outcomes, wrong
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_an_engine_that_loads_any_manifest(ranks, tmp_path, seed):
+    half = cases.config(1, 1, "fp16")
+    ((steps, outcomes, wrong),) = ranks(load_any, 1, str(tmp_path), half, seed)
+    assert not wrong
+    assert steps == 2 and outcomes["refused"] > 40 and outcomes["loaded"] > 0
+
+
+def lack(path, settings):
+    """What is said of directories that hold no checkpoint, and of tags that are not there."""
+    built = cases.engine(settings)
+    said = []
+    built.events.subscribe(lambda event: said.append(getattr(event, "message", "")))
+    Path(path, "full", "src").mkdir(parents=True)
+    Path(path, "empty").mkdir()
+    built.save_checkpoint(path + "/run", tag="one")
+    for each in ("nowhere", "empty", "full", "run/one"):
+        assert built.load_checkpoint(f"{path}/{each}") == (None, None)
+    for tag in ("two", "../run/one", "/etc"):
+        try:
+            built.load_checkpoint(path + "/full", tag)
+        except ShardlineError as error:
+            said.append(str(error))
+    os.mkfifo(path + "/full/latest")
+    assert built.load_checkpoint(path + "/full") == (None, None)
+    Path(path, "run", "latest").unlink()
+    os.mkfifo(path + "/run/latest")
+    assert built.load_checkpoint(path + "/run")[0] == path + "/run/one"
+    built.destroy()
+    return said
+
+
+def test_a_directory_without_checkpoints_says_what_it_lacks(ranks, tmp_path):
+    for said in ranks(lack, 1, str(tmp_path), cases.config(0, 1)):
+        nowhere, empty, full, itself, two, up, etc, fifo, newest = said
+        assert "nowhere does not exist" in nowhere and "empty has no folder" in empty and "it is empty" in empty
+        assert "it holds src" in full and "run/one is itself a checkpoint" in itself and "the tag 'one'" in itself
+        assert "there is no" in two and "cannot be the name" in up and "cannot be the name" in etc
+        assert "it is a FIFO" in fifo and "it is a FIFO" in newest and "run/one and not a later" in newest

@@ -29,7 +29,16 @@ from shardline.checkpoint.manifest import Manifest, check_tag, read_manifest
 from shardline.checkpoint.parts import Parts, optimizer_name
 from shardline.checkpoint.randomness import RandomState, derive_states
 from shardline.checkpoint.reader import Reader
-from shardline.checkpoint.restore import Match, ages, load_buffers, load_optimizer, load_weights, match, settle_weights
+from shardline.checkpoint.restore import (
+    Match,
+    ages,
+    check_states,
+    load_buffers,
+    load_optimizer,
+    load_weights,
+    match,
+    settle_weights,
+)
 from shardline.checkpoint.staging import Staging
 from shardline.checkpoint.values import encode, name_of
 from shardline.checkpoint.window import WindowStart, persistent_buffers
@@ -359,6 +368,8 @@ class Checkpointer:
         # Everything that can be refused is, before anything changes.
         kind = None if manifest.optimizer is None else manifest.optimizer.kind
         same_kind = parts.optimizer is not None and kind == optimizer_name(parts.optimizer)
+        if optimizer and same_kind:
+            check_states(reader)
         groups = match_groups(parts, reader) if same_kind else Groups()
         scheduler = scheduler and (not optimizer or same_kind or parts.optimizer is None)
         schedule = self._schedule(reader, parts, groups, found) if scheduler else None

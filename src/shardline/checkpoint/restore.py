@@ -21,7 +21,7 @@ from shardline.fragments import ParamState, flat
 from shardline.plan import Fragment
 from shardline.unit import RunTensors
 
-__all__ = ["Match", "ages", "load_buffers", "load_optimizer", "load_weights", "match"]
+__all__ = ["Match", "ages", "check_states", "load_buffers", "load_optimizer", "load_weights", "match"]
 
 
 @dataclass
@@ -160,6 +160,29 @@ def load_buffers(parts: Parts, reader: Reader, found: Match) -> None:
 
 
 # -- the optimizer ----------------------------------------------------------------------------------------------------
+
+
+def check_states(reader: Reader) -> None:
+    """Parameters whose optimizer state has the same tensors have the same numbers beside them.
+
+    Raises:
+        CheckpointError: if not; names the parameter.
+    """
+    forms: dict[tuple[str, ...], dict[str, str]] = {}
+    for name, row in reader.parameters.items():
+        if row.state:
+            form = {key: _form(key, value) for key, value in row.scalars.items()}
+            if forms.setdefault(tuple(sorted(row.state)), form) != form:
+                raise CheckpointError(
+                    f"{reader.path} holds other optimizer state of {shown(repr(name))} than of the other "
+                    f"parameters: it is of no optimizer. Nothing was loaded."
+                )
+
+
+def _form(key: str, value: Any) -> str:
+    """What kind of value it is. Tensors without dimensions become numbers while a parameter is frozen, steps do not."""
+    number = type(value) in (int, float) or (isinstance(value, dict) and "$scalar" in value)
+    return "number" if number and key != "step" else type(value).__name__
 
 
 def ages(parts: Parts, reader: Reader, found: Match) -> dict[str, int] | None:
