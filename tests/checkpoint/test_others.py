@@ -190,3 +190,38 @@ def test_only_whole_ones_count(tmp_path):
     assert Directory(tmp_path).tags() == ["s4", "s3", "s2"]
     disk.save(ALONE, tmp_path, "s5", 5, keep=2)
     assert Directory(tmp_path).tags() == ["s5", "s4", "s3", "s2"]
+
+
+def test_an_export_writes_through_no_link(tmp_path):
+    """Its unfinished files have names of our own; the old ones were those of any program."""
+    import torch
+
+    from shardline.checkpoint.export import TEMP, Exporter, Item
+
+    (tmp_path / "file").write_text("three years of work")
+    out = tmp_path / "out"
+    make(out / ".tmp-model-00001", "file", tmp_path)
+    make(out / f"{TEMP}model-00001", "link to a file", tmp_path)
+    before = state(tmp_path)
+    with pytest.raises(OSError, match="symbolic links"):
+        Exporter(out, {"w": Item(torch.float32, (2,))}, {})
+    assert state(tmp_path) == before
+    (out / f"{TEMP}model-00001").unlink()
+    exporter = Exporter(out, {"w": Item(torch.float32, (2,))}, {})
+    exporter.add("w", torch.ones(2))
+    assert len(exporter.finish()) == 2
+    assert (out / ".tmp-model-00001").read_text() == (tmp_path / "file").read_text() == "three years of work"
+
+
+def test_a_lock_that_was_refused_closes_its_file_once(tmp_path):
+    """The number of the file belongs to another one soon."""
+    (tmp_path / names.LOCK).write_text("three years of work")
+    refused = Lock.__new__(Lock)
+    with pytest.raises(CheckpointError, match="holds something else"):
+        refused.__init__(tmp_path)
+    reader, writer = os.pipe()  # one of them has its number now
+    del refused
+    os.write(writer, b"x")
+    assert os.read(reader, 1) == b"x"
+    os.close(reader)
+    os.close(writer)

@@ -434,19 +434,20 @@ class Lock:
 
     def __init__(self, path: Path) -> None:
         self.busy = threading.Lock()  # one save at a time, also of several engines in one process
+        self._file = -1
         self._file = _open_lock(path / LOCK)
         try:
             # Not flock: that one lives on in forked loader workers when their parent was killed.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             owner = self._line(0) or "another process"
-            os.close(self._file)
+            self._close()
             raise CheckpointError(
                 f"another job writes checkpoints to {shown(path)} ({shown(owner)}). Two jobs would overwrite each "
                 f"other's: end the other one, or save to a directory of this job's own."
             ) from None
         if self._line(0) and not self._line(0).startswith(_OWNER):
-            os.close(self._file)
+            self._close()
             raise CheckpointError(
                 f"{shown(path / LOCK)} holds something else than a save writes there. Move it away, or save to another "
                 f"directory."
@@ -476,11 +477,13 @@ class Lock:
     def _write(self, number: int, text: str) -> None:
         os.pwrite(self._file, text.encode()[: _LINE - 1].ljust(_LINE - 1) + b"\n", number * _LINE)
 
+    def _close(self) -> None:
+        file, self._file = self._file, -1  # once: another file may have its number afterwards
+        if file >= 0:
+            os.close(file)
+
     def __del__(self) -> None:
-        file = getattr(self, "_file", None)
-        if file is not None:
-            with contextlib.suppress(OSError):
-                os.close(file)
+        self._close()
 
 
 def _open_lock(file: Path) -> int:

@@ -28,6 +28,7 @@ __all__ = ["Exporter", "Item", "export_checkpoint", "export_model"]
 
 SHARD_BYTES = 5_000_000_000
 NAME = "model"
+TEMP = ".shardline-export-"
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Exporter:
             head = header_of(
                 {name: (item.dtype, item.shape) for name, item in file.names.items()}, {"format": "pt", **mine}
             )
-            file.descriptor = os.open(self._temporary(number), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            file.descriptor = _create(self._temporary(number))
             _write(file.descriptor, memoryview(head), 0)
             position = len(head)
             for name, item in file.names.items():
@@ -116,8 +117,9 @@ class Exporter:
         index = self.path / f"{self._stem}.safetensors.index.json"
         weight_map = {name: file.name for each, file in zip(self._files, written, strict=True) for name in each.names}
         total = sum(each.bytes for each in self._files)
-        temporary = index.with_name(f".tmp-{index.name}")
-        temporary.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
+        temporary = index.with_name(f"{TEMP}{index.name}")
+        with os.fdopen(_create(temporary), "w", encoding="utf-8") as opened:
+            opened.write(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
         os.replace(temporary, index)
         sync(self.path)
         return [*written, index]
@@ -131,7 +133,12 @@ class Exporter:
                 self._temporary(number).unlink(missing_ok=True)
 
     def _temporary(self, number: int) -> Path:
-        return self.path / f".tmp-{self._stem}-{number + 1:05d}"
+        return self.path / f"{TEMP}{self._stem}-{number + 1:05d}"
+
+
+def _create(path: Path) -> int:
+    """A file of a name of our own; what a killed export left there is written over, but nothing through a link."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
 
 
 def _write(descriptor: int, data: memoryview, position: int) -> None:
