@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def rows(*values: tuple[float, ...]) -> torch.Tensor:
-    """Per rank: squares, weight, transitions, orders, late, samples, backwards (1), leaving, alike, on_device (0)."""
+    """Per rank: squares, weight, left, late, samples, backwards (1), leaving, alike, on_device (0)."""
     order = (0, 1, 3, 4, 5, 6, 7, 2, 8, 9)  # of the row
     full = [[*row, *[1.0, 0.0, 0.0, 0.0][len(row) - 6 :]] for row in values]
     return torch.tensor([[row[place] for place in order] for row in full], dtype=torch.float64)
@@ -37,7 +37,7 @@ def test_a_row_is_what_it_says() -> None:
     row = Row(
         squares=torch.tensor(2.5, dtype=torch.float64),
         weight=3.0,
-        orders=7,
+        left=True,
         late=1,
         samples=40,
         backwards=2,
@@ -48,18 +48,18 @@ def test_a_row_is_what_it_says() -> None:
     )
     stacked = row.stack(CPU)
     assert stacked.dtype is torch.float64
-    assert stacked.tolist() == [2.5, 3.0, 7, 1, 40, 2, 1, 2**32 - 1, 2**32 - 2, 0]
+    assert stacked.tolist() == [2.5, 3.0, 1, 1, 40, 2, 1, 2**32 - 1, 2**32 - 2, 0]
     known = replace(row, on_device=torch.tensor(9.0, dtype=torch.float64)).stack(CPU)
     assert known.tolist() == [*stacked.tolist()[:-1], 9]
 
 
 def test_norm_and_average() -> None:
     """Sums of gradients whose squares are 9 and 16, from 2 + 4 micro-steps of 1/2 each, under a scale of 8."""
-    found = verdict((9, 2, 5, 6, 0, 8), (16, 4, 5, 6, 0, 16), unit_weight=2, loss_scale=8)
+    found = verdict((9, 2, 5, 0, 0, 8), (16, 4, 5, 0, 0, 16), unit_weight=2, loss_scale=8)
     assert float(found.average) == 6 / 2 * 8
     assert float(found.norm) == pytest.approx(5 / 24) and float(found.scale) == pytest.approx(24)
     host = found.read()
-    assert (host.skipped, host.diverged, host.same_orders, host.late, host.samples) == (False, False, True, False, 24)
+    assert (host.skipped, host.diverged, host.left, host.late, host.samples) == (False, False, False, False, 24)
     assert host.norm == pytest.approx(5 / 24)
 
 
@@ -80,8 +80,8 @@ def test_found_inf_where_it_is_looked_for(bad) -> None:
 def test_ranks_that_did_different_things_do_not_step() -> None:
     host = verdict((1, 1, 5, 6, 0, 1), (1, 1, 4, 6, 0, 1)).read()
     assert host.diverged and host.skipped
-    host = verdict((1, 1, 5, 6, 0, 1), (1, 1, 5, 7, 0, 1)).read()
-    assert not host.diverged and not host.skipped and not host.same_orders
+    host = verdict((1, 1, 5, 0, 0, 1), (1, 1, 5, 1, 0, 1)).read()
+    assert not host.diverged and not host.skipped and host.left
     host = verdict((1, 1, 5, 6, 0, 1), (1, 1, 5, 6, 2, 1)).read()
     assert host.late and host.skipped and not host.diverged
 

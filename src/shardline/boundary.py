@@ -13,7 +13,7 @@ from shardline.comm import digest
 from shardline.config import Config
 from shardline.errors import DisagreementError, UsageError
 from shardline.precision import LossScaler
-from shardline.schedule import Record, Schedule
+from shardline.schedule import Schedule
 from shardline.step import HostVerdict, Row, Update, Verdict
 
 __all__ = ["Boundary", "Progress", "Window", "no_backward"]
@@ -125,7 +125,7 @@ class Boundary:
         self._check = config.bf16.check_grad_overflow or not config.bf16.enabled
         # Reading a verdict waits for the device: done at once where that is free (CPU) or needed (the loss scale).
         self._reads_at_once = update.device.type == "cpu" or scaler.dynamic
-        self._pending: tuple[Verdict, Record, Statement] | None = None  # of the step before, with what it is about
+        self._pending: tuple[Verdict, Statement] | None = None  # of the step before, with what it is about
         self._known: HostVerdict | None = None  # the same verdict, once somebody has read it
         self._log: dict[str, array[int]] = {}
 
@@ -156,11 +156,12 @@ class Boundary:
             unit.adopt(keep=False)
         if window.unreduced:
             self.schedule.reduce_now(reversed(self.units))
-        record, statement = self.schedule.record(), self.alike.state()
-        verdict, host = self._judge(window, record, statement, leaving, hooked=before is not None)
-        if host is not None and host.late:
+        left, statement = self.schedule.end_step(), self.alike.state()
+        verdict, host = self._judge(window, left, statement, leaving, hooked=before is not None)
+        late = host is not None and host.late
+        if late:
             self._reduce_late()
-            verdict, host = self._judge(window, record, statement, leaving, hooked=before is not None)
+            verdict, host = self._judge(window, left, statement, leaving, hooked=before is not None)
         if host is not None:
             if host.diverged:
                 raise self._refusal()
@@ -170,17 +171,17 @@ class Boundary:
                 raise no_backward()
             self.scaler.update(overflow=host.skipped)
             self._count(host)
-            self._adopt(host, record)
+            self._adopt(host, late=late)
         for work in [work for unit in self.units for work in unit.share_grads()]:
             work.wait()
         self.update.apply(verdict, host, self._clip, before, after)
-        self._pending = (verdict, record, statement) if host is None else None
+        self._pending = (verdict, statement) if host is None else None
         self.progress.norm = verdict.norm if host is None else host.norm
         self.progress.applied = host is None or not host.skipped
         return host
 
     def _judge(
-        self, window: Window, record: Record, statement: Statement, leaving: bool, *, hooked: bool
+        self, window: Window, left: bool, statement: Statement, leaving: bool, *, hooked: bool
     ) -> tuple[Verdict, HostVerdict | None]:
         """One small collective: what the ranks' gradients, weights and doings say together."""
         self.schedule.finish_reductions()
@@ -190,7 +191,7 @@ class Boundary:
         row = Row(
             squares=self.update.squares(),
             weight=window.weight,
-            orders=record.digest(),
+            left=left,
             late=sum(unit.has_partial() for unit in self.units),
             samples=window.samples,
             backwards=window.backwards,
@@ -239,7 +240,7 @@ class Boundary:
         if self._pending is None:
             return
         self.read()
-        host, (_, record, statement) = self._known, self._pending
+        host, (_, statement) = self._known, self._pending
         self._pending = self._known = None
         if host is None or host.diverged:
             raise DisagreementError(
@@ -248,7 +249,7 @@ class Boundary:
             )
         if not host.alike:
             raise self.alike.refusal(statement, self.comm.exchange, "the step before")
-        self._adopt(host, record)
+        self._adopt(host, late=host.late)
 
     def forget(self) -> None:
         """The step before does not count any more: other states were loaded."""
@@ -260,13 +261,12 @@ class Boundary:
         self.progress.skipped_steps += host.skipped
         self.progress.global_samples += host.samples
 
-    def _adopt(self, host: HostVerdict, record: Record) -> None:
-        """What ranks decide together."""
+    def _adopt(self, host: HostVerdict, *, late: bool) -> None:
+        """What ranks decide together. ``late``: some rank had late gradients."""
         self.progress.leaving = self.progress.leaving or host.leaving
-        if host.same_orders:
-            self.schedule.adopt(record)
-        else:
-            self.schedule.distrust()
+        if host.left or late:  # some rank did not do what was agreed, or cannot: all hear of it
+            untrusted = self.comm.exchange(sorted(self.schedule.untrusted))
+            self.schedule.distrust({index for indices in untrusted for index in indices})
 
     def _reduce_late(self) -> None:
         """A second round for gradients that came after their unit was reduced, on every rank alike."""

@@ -146,7 +146,7 @@ class Engine(nn.Module):
         units = self._layout.units
         self.schedule = Schedule(
             units,
-            self.comm.all_alike,
+            self.comm.ask,
             prefetch=zero.stage3_prefetch_bucket_size > 0,
             reshard_after_forward=zero.reshard_after_forward,
             max_kept=zero.stage3_max_live_parameters,

@@ -188,7 +188,7 @@ class Hooks:
         if not self._stack:  # the hook before it did not get as far
             return
         self._leave(*self._stack.pop())
-        if is_model:
+        if is_model and not self._stack:  # a model may call itself
             self.schedule.end_forward()
 
     def _leave(self, held: list[Unit], pushed: bool) -> None:

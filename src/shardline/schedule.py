@@ -1,13 +1,12 @@
-"""When units are gathered, released and reduced, in orders that are the same on all ranks.
+"""When units are gathered, released and reduced.
 
-Two ranks that gather units of one size in different orders would swap weights without any error, so the order of
-collectives is agreed, never improvised:
+A rank runs passes: forwards with and without gradients, and backwards. The first one of a kind is negotiated with the
+other ranks gather by gather; if all turn out to do the same, what they did is the order that the next ones follow, and
+nothing is said any more (:mod:`shardline.passes`). After a step in which ranks differed the next step is negotiated.
 
-* **gather order**: the order in which a forward uses the units, and the one in which its backward needs them. At first
-  the plan's and its reverse; later what every rank recorded alike. In a forward with gradients, and in a backward, a
-  rank that jumps ahead first issues the gathers it skipped, and at the end the rest.
-* **reduce order**: at first the reverse of the plan, later the order in which units became ready, if all ranks saw the
-  same. A unit that is ready early waits for its turn. An unused unit counts as zero gradients.
+* **gathers** come in the order of their uses.
+* **reductions** come in the order in which units get ready, once that was alike on all ranks, at first in the reverse
+  of the forward. A unit that is ready early waits for its turn. An unused unit counts as zero gradients.
 
 "Ready" is a hint: the gradient of a unit's inputs is complete, so those of its parameters nearly always are. Gradients
 that come later are kept and reduced in a second round at the step.
@@ -15,51 +14,31 @@ that come later are kept and reduced in a second round at the step.
 
 from __future__ import annotations
 
-import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from enum import Enum
 
 from shardline.comm import digest
+from shardline.negotiation import Negotiation
+from shardline.orders import Order, fill_in
+from shardline.passes import Negotiated, Pass, Reductions, Replayed
 from shardline.unit import Residence, Unit
 
-__all__ = ["Record", "Schedule"]
+__all__ = ["Schedule"]
 
-_SHORT, _LONG, _NAP = 0.02, 2.0, 5e-5
-"""Seconds to wait for a reduction before it looks as if another rank waited for a gather: where orders are known to be
-alike it is much more likely just slow."""
+_END_OF_FORWARD, _BEGIN_OF_BACKWARD, _END_OF_BACKWARD = range(3)
 
-
-@dataclass(frozen=True)
-class Record:
-    """The orders of one step on this rank, as unit indices."""
-
-    uses: tuple[int, ...] = ()  # of the last forward with gradients
-    needs: tuple[int, ...] = ()  # of the last backward
-    ready: tuple[int, ...] = ()
-
-    def digest(self) -> int:
-        return digest(self.uses, self.needs, self.ready)
+_MOST_DOUBT = 8
+"""Steps that are negotiated before an order is followed again, where ranks keep differing: as many as they differed."""
 
 
-class _Walk:
-    """A position in an agreed order of gathers. What was issued is not issued again, even if it was released since."""
+class Kind(Enum):
+    """Passes that may follow one order."""
 
-    def __init__(
-        self, order: Sequence[int], *, strict: bool, here: Collection[int] = (), stays: Collection[int] = ()
-    ) -> None:
-        self.order, self.strict = order, strict
-        self.here = here  # units that need no gather, on any rank: they have stayed from what came before
-        self.stays = stays  # units that are not released, on any rank: what follows needs them
-        self.position = 0  # what is before it was used, or passed over
-        self.issued = 0  # the gathers before it were started: at most one ahead of ``position``
-
-    def find(self, unit: int) -> int | None:
-        """Where ``unit`` stands, not before the position."""
-        try:
-            return self.order.index(unit, self.position)
-        except ValueError:
-            return None
+    FORWARD = "a forward"
+    EVALUATION = "a forward without gradients"
+    BACKWARD = "a backward"
+    FOLDING = "a backward that does not reduce"
 
 
 class _Hints:
@@ -80,12 +59,13 @@ class Schedule:
         reducing: whether this backward's gradients are reduced, or only added up on this rank: in a world of one always
             that.
         factor: what gradients are multiplied by when they are collected.
+        untrusted: units whose gradients came after their hint.
     """
 
     def __init__(
         self,
         units: Sequence[Unit],
-        all_alike: Callable[[list[int]], bool],
+        ask: Callable[[Sequence[int]], list[list[int]]],
         *,
         prefetch: bool,
         reshard_after_forward: bool,
@@ -93,39 +73,40 @@ class Schedule:
         on_host: bool,
     ) -> None:
         self.units = units
-        self._all_alike = all_alike  # whether every rank has the same list; collective
+        self._negotiation = Negotiation(units, ask)
         self._local = all(unit.local for unit in units)  # nothing is ever reduced
+        self._prefetch, self._reshard, self._max_kept = prefetch, reshard_after_forward, max_kept
         self._on_host = on_host
-        self._first = True  # no backward has run yet
-        self._alike = False  # all ranks have last used their units in the same order
-        self._max_kept = max_kept  # elements of units that were gathered for other ranks' sake
-        self._kept: deque[Unit] = deque()
+        self._sharded = [unit.index for unit in units if unit.sharded]
+        self._reduce_order = [unit.index for unit in reversed(units) if unit.trainable]
+        # What ranks agree on. It changes at the end of a negotiated pass and at a step, on all of them alike.
+        self._orders: dict[Kind, list[Order | None]] = {kind: [] for kind in Kind}  # by the pass's place in its step
+        self._last = frozenset(self._sharded[-1:])  # what a forward uses last
+        self._resting: set[int] = set()  # what is here between two passes, on every rank
+        self._doubt = 0  # steps that are negotiated whole
+        self._disagreements = 0
+        self._differed = False  # ranks did, in this step
+        # What this rank does.
+        self._passes: Counter[Kind] = Counter()  # of this step
+        self._left = False  # this rank left an order in this step
+        self._forward: Pass | None = None
+        self._backward = Pass()
+        self._running: tuple[Kind, int] = (Kind.FORWARD, 0)
+        self._uses: dict[int, None] = {}  # of forwards since the last backward, in order
+        self._last_used: int | None = None  # in the forward that runs, or ran last
+        self._with_grad = True  # that forward
+        self._holding = 0
         self.in_backward = False
         self.reducing = True
         self.factor = 1.0
-        self._prefetch, self._reshard = prefetch, reshard_after_forward
-        self._sharded = [unit.index for unit in units if unit.sharded]
-        self._forward_order = list(self._sharded)
-        self._backward_order = self._forward_order[::-1]
-        self._reduce_order = [unit.index for unit in reversed(units) if unit.trainable]
-        self._use_counts: Counter[int] | None = None  # uses of each unit in a recorded forward
-        self._last_used = self._forward_order[-1:]  # one unit, or none
-        self._largest = max((unit.plan.numel for unit in units), default=0)
-        # Units whose modules lie apart, or that are used outside of their modules, stay until the forward ends.
-        self._scattered = {unit.index for unit in units if not _compact(unit)}
-        self._walk: _Walk | None = None  # of the forward that runs
-        self._back = _Walk((), strict=True)
-        self._uses: list[int] = []
-        self._done: Counter[int] = Counter()
-        self._needs: dict[int, None] = {}  # unit indices, in order
+        self.untrusted: set[int] = set()
+        self._reductions = Reductions(units)
         self._hints = [_Hints() for _ in units]
+        self._hints_are_fresh = False  # a forward has run since the last backward: this is no second one of a graph
         self._almost_ready: list[Unit] = []
         self._at_end: list[Callable[[], None]] = []
-        self._untrusted: set[int] = set()  # units whose gradients came after their hint
-        self._ready: dict[int, None] = {}  # unit indices, in order
-        self._turn = 0
-        self._in_flight: deque[tuple[Unit, _Walk]] = deque()
-        self._holding = 0
+        self._ready: set[int] = set()  # units whose gradients are complete
+        self._all_ready = False
         self._converted: list[Unit] = []
         for unit in units:
             unit.on_convert = self._convert
@@ -134,25 +115,33 @@ class Schedule:
 
     def begin_forward(self, *, with_grad: bool) -> None:
         """The model's own forward begins."""
-        if self.in_backward or self._walk is not None:
+        if self.in_backward or self._forward is not None:
             return
+        self._let_go_but(self._resting)
         # A backward begins with what was used last: to let that go would only bring it again.
-        stays = self._sharded if not self._reshard else self._last_used if with_grad else ()
-        self._walk = _Walk(self._forward_order, strict=with_grad, here=self._resident(), stays=stays)
-        self._uses, self._done = ([] if with_grad else self._uses), Counter()
+        stays = frozenset(self._sharded) if not self._reshard else self._last if with_grad else frozenset()
+        if all(self.units[index].holds for index in self._sharded):
+            self._forward = Pass(stays)
+        else:
+            self._forward = self._start(Kind.FORWARD if with_grad else Kind.EVALUATION, stays)
+        self._last_used, self._with_grad = None, with_grad
 
     def end_forward(self) -> None:
         """The model's own forward is over, with or without an error."""
-        if self.in_backward or self._walk is None:
+        if self.in_backward or self._forward is None:
             return
-        walk = self._walk
-        self._catch_up(walk, len(walk.order), keep=False)
-        self._walk = None
-        self._end_conversions()
-        self.release_all(but=walk.stays)
-        if self._reshard:
-            for index in walk.stays:
-                self.units[index].hide()
+        current, self._forward = self._forward, None
+        try:
+            current.drain()
+            self._conclude(current, _END_OF_FORWARD)
+        finally:
+            self._end_conversions()
+            stays = self._last & set(current.stays) if self._reshard else current.stays
+            self._resting = {index for index in stays if self.units[index].residence is not Residence.SHARDED}
+            self._let_go_but(self._resting)
+            if self._reshard:
+                for index in self._resting:
+                    self.units[index].hide()
 
     def use(self, unit: Unit) -> bool:
         """A module that uses ``unit`` begins its forward. Returns whether :meth:`done` must follow."""
@@ -162,31 +151,23 @@ class Schedule:
         outermost = not unit.holds
         unit.holds += 1
         self._holding += 1
-        self._hints[unit.index].used = True
+        self._hints[unit.index].used = self._hints_are_fresh = True
         if outermost:
-            self._record_use(unit)
-            if unit.sharded:
-                self._bring(unit, self._walk)
+            self._use(unit)
         return True
 
     def done(self, unit: Unit) -> None:
         """The forward that began with :meth:`use` is over."""
         unit.holds -= 1
         self._holding -= 1
-        if self._converted and self._walk is None and not self._holding and not self.in_backward:
+        if self._converted and self._forward is None and not self._holding and not self.in_backward:
             self._end_conversions()
         if not unit.sharded or unit.holds or self.in_backward:
             return
-        if self._walk is None:
-            if unit.index not in self._scattered:
-                unit.release()
-            return
-        self._done[unit.index] += 1
-        if self._use_counts is None or unit.index not in self._use_counts:
-            last = unit.index not in self._scattered
+        if self._forward is not None:
+            self._forward.let_go(unit)
         else:
-            last = self._done[unit.index] >= self._use_counts[unit.index]
-        if last and unit.index not in self._walk.stays:
+            self._resting.discard(unit.index)
             unit.release()
 
     def touch(self, unit: Unit) -> bool:
@@ -194,16 +175,14 @@ class Schedule:
         if self.in_backward:
             self.need(unit)
             return True
-        if self._walk is None and not self._holding:
+        if self._forward is None and not self._holding:
             return False
-        self._scattered.add(unit.index)
-        self._record_use(unit)
-        self._bring(unit, self._walk)
+        self._use(unit)
         return True
 
     def _convert(self, unit: Unit) -> bool:
         """A parameter of ``unit`` is about to be converted. It may, where a forward or backward ends that."""
-        if not self.in_backward and self._walk is None and not self._holding:
+        if not self.in_backward and self._forward is None and not self._holding:
             return False
         self._converted.append(unit)
         return True
@@ -212,81 +191,162 @@ class Schedule:
         while self._converted:
             self._converted.pop().take_back()
 
-    def _record_use(self, unit: Unit) -> None:
-        if self._walk is not None and self._walk.strict:
-            self._uses.append(unit.index)
+    def _use(self, unit: Unit) -> None:
+        if self._forward is not None:
+            self._last_used = unit.index
+            if self._with_grad:
+                self._uses[unit.index] = None
+        self._bring(unit, again=True)
 
-    def _bring(self, unit: Unit, walk: _Walk | None) -> None:
-        """Gather ``unit`` after everything that comes before it in the agreed order, and start the one behind it."""
-        place = None if walk is None else walk.find(unit.index)
-        if walk is None or place is None:
-            unit.wait()
+    def _bring(self, unit: Unit, *, again: bool = False) -> None:
+        current = self._backward if self.in_backward else self._forward
+        if not unit.sharded:
             return
-        self._catch_up(walk, place)
-        walk.issued = max(walk.issued, place + 1)
-        unit.wait()
-        walk.position = place + 1
-        if self._prefetch and walk.issued == walk.position < len(walk.order):
-            self.units[walk.order[walk.position]].gather()
-            walk.issued += 1
+        if current is not None:
+            current.bring(unit, again=again)
+        elif unit.residence is Residence.SHARDED:  # past the model's own forward, where no pass begins or ends
+            if self._negotiation.want(unit):
+                self._resting.add(unit.index)
+            else:
+                self._differed = True
+        else:
+            unit.wait()
 
-    def _catch_up(self, walk: _Walk, place: int, *, keep: bool = True) -> None:
-        """Take part in the gathers before ``place``, which other ranks need and this one does not, or not yet.
+    def release_all(self) -> None:
+        """Let every unit go that is not in use."""
+        self._let_go_but(())
 
-        With ``keep`` what comes is kept while there is room: if this rank merely uses its units in another order, it
-        needs no gather of its own for them.
+    def _let_go_but(self, stays: Collection[int]) -> None:
+        for index in self._sharded:
+            if index not in stays:
+                self.units[index].release()
+
+    # -- agreement --------------------------------------------------------------------------------------------------
+
+    def _known(self, kind: Kind) -> Order | None:
+        """The order for the next pass of ``kind``: that of its place in the step, or the last one before that."""
+        known = self._orders[kind]
+        if self._doubt or self._differed or not known:
+            return None
+        return known[min(self._passes[kind], len(known) - 1)]
+
+    def _start(self, kind: Kind, stays: Collection[int] = ()) -> Pass:
+        """A pass of ``kind``, by its order if there is one."""
+        order = self._known(kind)
+        self._running = kind, self._passes[kind]
+        self._passes[kind] += 1
+        reductions = self._reductions if kind is Kind.BACKWARD else None
+        if order is None:
+            return Negotiated(
+                self._negotiation, self.units, stays, reductions, self._reduce_order, self._is_ready, self.factor
+            )
+        here = [index for index in self._sharded if self.units[index].residence is not Residence.SHARDED]
+        return Replayed(
+            order,
+            self.units,
+            order.stays | frozenset(stays),
+            here=here,
+            prefetch=self._prefetch,
+            room=self._max_kept,
+            reductions=reductions,
+            ready=self._is_ready,
+            factor=self.factor,
+        )
+
+    def _conclude(self, current: Pass, point: int) -> None:
+        """Everything of a pass was issued: see whether ranks did the same, and remember it."""
+        if isinstance(current, Replayed):
+            self._left = self._left or current.left
+        if not isinstance(current, Negotiated):
+            return
+        kind, place = self._running
+        uses = list(self._uses)
+        said = digest(current.events, uses, [-1 if self._last_used is None else self._last_used])
+        alike = self._negotiation.settle(point, current.issued, said)
+        known = self._orders[kind]
+        known += [None] * (place + 1 - len(known))
+        if not alike and not self._sharded:  # all that ranks could differ in is when they are ready
+            known[place] = Order(tuple(~index for index in self._reduce_order))
+            return
+        self._differed = self._differed or not alike
+        known[place] = self._order(kind, current, uses) if alike else None
+        if alike and kind is Kind.FORWARD and self._last_used is not None:
+            self._last = frozenset([self._last_used]) & set(self._sharded)
+        if alike and kind is Kind.BACKWARD:
+            self._reduce_order = [~event for event in current.events if event < 0]
+
+    def _order(self, kind: Kind, current: Negotiated, uses: Sequence[int]) -> Order | None:
+        """The order of a pass that all ranks saw alike. One that did not use all units is not followed in evaluations:
+        to gather the others as well would cost more than to negotiate."""
+        forward = kind in (Kind.FORWARD, Kind.EVALUATION)
+        # Only what a backward could have needed: it leaves out what its forward used, such as an embedding.
+        idle = [index for index in self._sharded if index not in current.events and (forward or index not in uses)]
+        if kind is Kind.EVALUATION and idle:
+            return None
+        return Order.of(
+            current.events,
+            idle,
+            self._negotiation.repeated if forward else (),
+            plan=self._sharded if forward else self._sharded[::-1],
+            ahead=self._prefetch,
+        )
+
+    def end_step(self) -> bool:
+        """A step ends, on all ranks alike. Says whether this rank left an agreed order in it."""
+        if self._differed:
+            self._disagree()
+        else:
+            self._doubt = max(0, self._doubt - 1)
+        left, self._left, self._differed = self._left, False, False
+        self._passes.clear()
+        return left
+
+    def distrust(self, untrusted: Iterable[int] = ()) -> None:
+        """Some rank left an agreed order, or had late gradients, and all have heard: the next step is negotiated.
+
+        Args:
+            untrusted: units of which any rank had late gradients.
         """
-        for position in range(walk.position, place if walk.strict else walk.position):
-            unit = self.units[walk.order[position]]
-            if position >= walk.issued:
-                if unit.index not in walk.here:
-                    unit.gather()
-                walk.issued = position + 1
-            if unit.residence is Residence.GATHERING:
-                unit.wait()
-            if keep:
-                self._kept.append(unit)
-            elif unit.index not in walk.stays:
-                unit.release()
-        walk.position = place
-        while sum(unit.plan.numel for unit in self._kept) > self._max_kept:
-            self._kept.popleft().release()
+        self.untrusted.update(untrusted)
+        self._disagree()
 
-    def release_all(self, but: Collection[int] = ()) -> None:
-        """Let every unit go that is not in use, ``but`` some."""
-        self._kept.clear()
-        for unit in self.units:
-            if unit.index not in but:
-                unit.release()
-
-    def _resident(self) -> set[int]:
-        """Sharded units whose whole weights are here, or on their way."""
-        return {index for index in self._sharded if self.units[index].residence is not Residence.SHARDED}
+    def _disagree(self) -> None:
+        self._disagreements += 1
+        self._doubt = min(self._disagreements, _MOST_DOUBT)
 
     # -- backward ---------------------------------------------------------------------------------------------------
 
     def begin_backward(self, *, reducing: bool, factor: float) -> None:
         """A backward begins whose gradients are multiplied by ``factor`` and, if ``reducing``, reduced as they come."""
-        if self._first:
-            self._first = False
-            self._follow_first_forward()
         self.in_backward, self.reducing, self.factor = True, reducing and not self._local, factor
-        self._back = _Walk(self._backward_order, strict=True, here=self._resident())
-        self._needs, self._ready, self._turn = {}, {}, 0
+        self._ready, self._all_ready = set(), False
+        self._reductions.begin()
+        self._let_go_but(self._resting)
+        self._resting = set()
+        if not self.reducing and not self._sharded:
+            self._backward = Pass()
+            return
+        kind = Kind.BACKWARD if self.reducing else Kind.FOLDING
+        if self._known(kind) is None:
+            self._follow_forward()
+        self._backward = self._start(kind)
+
+    def _follow_forward(self) -> None:
+        """Before a negotiated backward: units get ready in the reverse of the forward, if all ranks have seen one."""
+        uses = list(self._uses)
+        if self._negotiation.settle(_BEGIN_OF_BACKWARD, 0, digest(uses)) and uses:
+            plan = [unit.index for unit in reversed(self.units) if unit.trainable]
+            used = [index for index in reversed(uses) if index in plan]
+            self._reduce_order = fill_in(used, set(plan) - set(used), plan)
 
     def need(self, unit: Unit) -> None:
-        """Backward (or what runs inside it) needs the whole weights of ``unit``."""
+        """Backward, or what runs inside it, or ``torch.autograd.grad`` needs the whole weights of ``unit``."""
         if unit not in self._almost_ready:
             self._flush_almost_ready()
+        self._hints[unit.index].used = True
         if self._on_host:  # on an accelerator the stream would wait, and not compute meanwhile
-            self._let_go()
-        if not unit.sharded:
-            return
-        if not self.in_backward:  # torch.autograd.grad within a forward
-            unit.wait()
-            return
-        self._needs[unit.index] = None
-        self._bring(unit, self._back)
+            self._reductions.let_go()
+        self._bring(unit)
 
     def expect(self, unit: Unit, inputs: int) -> None:
         """A call of ``unit`` joined the graph; its backward will be over when ``inputs`` gradients are complete."""
@@ -312,7 +372,7 @@ class Schedule:
         self._flush_almost_ready()
         hints = self._hints[unit.index]
         hints.pending -= 1
-        if self.in_backward and not hints.pending and not hints.open_end and unit.index not in self._untrusted:
+        if self.in_backward and not hints.pending and not hints.open_end and unit.index not in self.untrusted:
             if at_once:
                 self._unit_ready(unit)
             else:
@@ -325,146 +385,57 @@ class Schedule:
     def _unit_ready(self, unit: Unit) -> None:
         if unit.index in self._ready:
             return
-        self._ready[unit.index] = None
-        if not unit.trainable:
-            unit.release()
-        elif not self.reducing:
+        self._ready.add(unit.index)
+        if unit.trainable and self.reducing:
+            self._backward.advance(unit)
+            return
+        if unit.trainable:
             unit.fold(self.factor)
-            unit.release()
-        else:
-            self._advance()
+        self._backward.let_go(unit)
 
-    def _advance(self) -> None:
-        """Reduce what is ready and at its turn. A unit that was not used is ready with zeros."""
-        while self._turn < len(self._reduce_order):
-            unit = self.units[self._reduce_order[self._turn]]
-            if unit.index not in self._ready:
-                if self._hints[unit.index].used or unit.index in self._untrusted:
-                    return
-                self._ready[unit.index] = None
-            self._turn += 1
-            while self._in_flight and self._flying() + unit.plan.numel > self._largest:
-                self._finish(*self._in_flight.popleft())
-            unit.reduce(self.factor)
-            self._in_flight.append((unit, self._back))
-            unit.release()
-
-    def _flying(self) -> int:
-        """Elements of the reductions that are started and not over: with the next at most those of one large unit."""
-        return sum(unit.plan.numel for unit, _ in self._in_flight)
-
-    def _let_go(self) -> None:
-        """Give back what reductions that are over held, before the next gradients take memory."""
-        while self._in_flight and self._in_flight[0][0].has_reduced():
-            self._in_flight.popleft()[0].finish_reduce()
-
-    def _finish(self, unit: Unit, back: _Walk) -> None:
-        """Wait for a reduction. The other ranks join it once they have what they gather before: so join that first.
-
-        What that is, one cannot know of a rank that uses its units in another order. So while it takes long, join the
-        next gather, and the next, as far as there is room to keep what comes.
-        """
-        place = back.find(unit.index)
-        if place is not None:
-            self._catch_up(back, place + 1)
-        patience = _LONG if self._alike else _SHORT
-        until = time.monotonic() + patience
-        while not unit.has_reduced() and back.position < len(back.order):
-            ahead = self.units[back.order[back.position]]
-            if sum(each.plan.numel for each in (*self._kept, ahead)) > self._max_kept:
-                break
-            time.sleep(_NAP)
-            if time.monotonic() > until:
-                self._catch_up(back, back.position + 1)
-                until = time.monotonic() + patience
-        unit.finish_reduce()
+    def _is_ready(self, index: int) -> bool:
+        """Whether the gradients of a unit are complete. One that was not used is ready with zeros."""
+        unused = self._hints_are_fresh and not self._hints[index].used and index not in self.untrusted
+        return self._all_ready or index in self._ready or unused
 
     def end_backward(self) -> None:
         """Backward is over: collect what no hint announced, in order, on every rank alike."""
         self._flush_almost_ready()
-        for index in self._reduce_order:
-            if index not in self._ready:
-                self._ready[index] = None
-                if not self.reducing:
-                    self.units[index].fold(self.factor)
-        if self.reducing:
-            self._advance()
+        self._all_ready = True
+        self._backward.drain()
         for unit in self.units:
-            if unit.has_grad():
-                self._untrusted.add(unit.index)
+            if not self.reducing and unit.index not in self._ready:
                 unit.fold(self.factor)
-        self._catch_up(self._back, len(self._back.order), keep=False)
+            elif unit.has_grad():
+                if unit.index not in self._reductions.forced:
+                    self.untrusted.add(unit.index)
+                unit.fold(self.factor)
+        self._conclude(self._backward, _END_OF_BACKWARD)
         self.finish_reductions()
         self._leave_backward()
 
     def abort_backward(self) -> None:
         """An error ended backward: what it showed of the orders is not whole."""
-        self._ready, self._needs = {}, {}
         self._leave_backward()
 
     def _leave_backward(self) -> None:
         """Nothing of this backward's graph is expected any more."""
         self.in_backward = False
+        self._backward = Pass()
         self._end_conversions()
         self._almost_ready.clear()
         while self._at_end:
             self._at_end.pop()()
-        self._hints = [_Hints() for _ in self.units]
+        self._hints, self._hints_are_fresh = [_Hints() for _ in self.units], False
+        self._uses.clear()
         self.release_all()
 
     def finish_reductions(self) -> None:
         """Return when everything that was reduced has arrived."""
-        while self._in_flight:
-            self._in_flight.popleft()[0].finish_reduce()
+        self._reductions.finish()
 
     def reduce_now(self, units: Iterable[Unit]) -> None:
         """Reduce what ``units`` hold, outside of a backward; every rank gives the same units in the same order."""
         for unit in units:
             unit.reduce(1.0)
             unit.finish_reduce()
-
-    def _follow_first_forward(self) -> None:
-        """Before the first backward: its orders are the reverse of the forward just seen, if all ranks saw the same."""
-        self._alike = bool(self._uses) and self._all_alike(self._uses)
-        if self._alike:
-            self.adopt(Record(tuple(self._uses)))
-            behind = list(dict.fromkeys(reversed(self._uses)))
-            self._backward_order = self._forward_order[::-1]
-            self._reduce_order = list(dict.fromkeys([*behind, *self._reduce_order]))
-            self._reduce_order = [index for index in self._reduce_order if self.units[index].trainable]
-
-    # -- agreement --------------------------------------------------------------------------------------------------
-
-    def record(self) -> Record:
-        """The orders seen since the last step, to compare with the other ranks'."""
-        return Record(tuple(self._uses), tuple(self._needs), tuple(self._ready))
-
-    def distrust(self) -> None:
-        """Ranks recorded different orders: the agreed ones stay, and somebody may not follow them."""
-        self._alike = False
-
-    def adopt(self, record: Record) -> None:
-        """Every rank recorded the same: follow it from now on. Every rank calls this at the same place.
-
-        An order always holds every sharded unit, so that a rank which suddenly uses one that all had skipped does not
-        gather alone. Only a backward leaves out what its forward used and it did not need (an embedding).
-        """
-        self._alike = True
-        sharded = self._sharded
-        if record.uses:
-            used = [index for index in record.uses if self.units[index].sharded]
-            self._forward_order = list(dict.fromkeys([*used, *sharded]))
-            self._last_used = used[-1:]
-            self._use_counts = Counter(record.uses)
-        if record.needs:
-            unused = [index for index in reversed(sharded) if index not in record.uses]
-            self._backward_order = list(dict.fromkeys([*record.needs, *unused]))
-        if record.ready:
-            self._reduce_order = [index for index in record.ready if self.units[index].trainable]
-
-
-def _compact(unit: Unit) -> bool:
-    """Whether all users of a unit lie inside one module, so that its forward spans every use."""
-    roots = unit.plan.roots
-    inside = roots[0] + "." if roots[0] else ""
-    return len(roots) == 1 and all(user == roots[0] or user.startswith(inside) for user in unit.plan.users)

@@ -25,7 +25,7 @@ class Row:
     Attributes:
         squares: sum of squares of this rank's shard of the summed, unscaled gradients (0-dim, float64).
         weight: what this rank's gradients count for: micro-steps, samples or tokens.
-        orders: digest of the orders recorded since the last step.
+        left: whether this rank left an agreed order of collectives since the last step.
         late: units with gradients that no reduction has seen yet.
         samples: samples seen.
         backwards: backwards in this window.
@@ -37,7 +37,7 @@ class Row:
 
     squares: Tensor
     weight: float
-    orders: int
+    left: bool
     late: int
     samples: int
     backwards: int
@@ -51,7 +51,7 @@ class Row:
         known = torch.tensor(
             [
                 self.weight,
-                self.orders,
+                self.left,
                 self.late,
                 self.samples,
                 self.backwards,
@@ -133,7 +133,7 @@ class Verdict:
             norm=norm,
             scale=scale,
             diverged=not same["transitions"],
-            same_orders=same["orders"],
+            left=any(column["left"]),
             late=any(column["late"]),
             samples=int(sum(column["samples"])),
             backwards=int(sum(column["backwards"])),
@@ -150,7 +150,7 @@ class HostVerdict:
     norm: float
     scale: float
     diverged: bool
-    same_orders: bool
+    left: bool
     late: bool
     samples: int
     backwards: int

@@ -688,6 +688,13 @@ class Unit:
             self._works.append(self.comm.gather(self.index, whole, slab.plan.boundaries, own=slab.weights))
         self.residence = Residence.GATHERING
 
+    def join(self) -> None:
+        """Take part in a gather for ranks that need it, and let go of what comes. What is here stays as it is."""
+        for slab in self.slabs:
+            whole = self.pool.take(slab.plan.size, slab.plan.dtype)
+            self.comm.gather(self.index, whole, slab.plan.boundaries, own=slab.weights).wait()
+            self.pool.give(whole)
+
     def wait(self) -> None:
         """Return when the whole weights are here and the parameters show them."""
         self.gather()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from datetime import timedelta
 
 import pytest
 import torch
@@ -251,3 +252,41 @@ def test_a_key_that_only_some_have_is_a_disagreement(ranks, values) -> None:
 def test_long_values_are_cut(ranks) -> None:
     for said in ranks(disagree, 2, [{"a": "x" * 10_000}, {"a": "y" * 10_000}]):
         assert len(said) < 1000
+
+
+# --- what ranks ask each other, and for how long ----------------------------------------------------------------------
+
+
+def ask():
+    found = []
+    for transport in ("auto", "gloo"):
+        comm = Comm(dist.group.WORLD, CPU, transport=transport)
+        found += [comm.ask((dist.get_rank(), turn, 2**40)) for turn in range(3)]
+        comm.close()
+    return found
+
+
+def test_answers_are_in_rank_order(ranks) -> None:
+    for found in ranks(ask, 3):
+        assert found == [[[rank, turn, 2**40] for rank in range(3)] for turn in range(3)] * 2
+
+
+def timeouts():
+    given = timedelta(seconds=17)
+    parent = dist.new_group(timeout=given)
+    found = []
+    for transport in ("auto", "gloo"):
+        comm = Comm(parent, CPU, transport=transport)
+        channel = comm.channel()
+        groups = [*comm._groups, *channel._groups]
+        found += [group._get_backend(CPU).options._timeout == given for group in groups]
+        found += [] if comm._peers is None else [comm._peers.timeout == 17]
+        channel.close()
+        comm.close()
+    dist.destroy_process_group(parent)
+    return found
+
+
+def test_every_wait_has_the_timeout_of_the_group_that_was_given(ranks) -> None:
+    for found in ranks(timeouts, 2):
+        assert len(found) >= 8 and all(found)

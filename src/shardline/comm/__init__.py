@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
 from shardline.comm.direct import Peers, attach
 from shardline.comm.transport import DONE, Scratch, Transport, Work, choose
@@ -67,15 +68,16 @@ class Comm:
         # Ranks outside of a mesh do not come here, so only its own can join. Among all ranks the ordinary way is
         # the sounder one: names of groups made locally come back after a destroy, with addresses of the old ones.
         local = len(ranks) < dist.get_world_size()
+        limit = timeout or _timeout_of(group, device)
 
-        def make_group() -> dist.ProcessGroup:
+        def make_group(backend: str | None = backend) -> dist.ProcessGroup:
             return dist.new_group(  # type: ignore[no-any-return]
-                ranks, timeout=timeout, backend=backend, use_local_synchronization=local
+                ranks, timeout=limit, backend=backend, use_local_synchronization=local
             )
 
         self._groups = [make_group()]
         if device.type == "cpu":
-            limit = self._groups[0]._get_backend(device).options._timeout
+            limit = limit or default_pg_timeout
             self._peers = attach(self.rank, self.world_size, self.exchange, limit, wanted=transport == "auto")
         if self._peers is not None:
             gathers, reductions = self._peers.transports
@@ -83,6 +85,15 @@ class Comm:
         else:
             self._groups.append(make_group())
             self._transports = (choose(self._groups[0], device), choose(self._groups[1], device))
+            self._host_group = self._groups[0]
+            if _timeout_of(self._host_group, torch.device("cpu")) is None:  # it has no half for tensors of the host
+                self._host_group = make_group("gloo")
+                self._groups.append(self._host_group)
+            if device.type != "cpu":
+                # A communicator is made at its first use. In the middle of a backward that may wait for ranks which
+                # wait, on the device, for this one.
+                for made in self._groups[:2]:
+                    dist.all_reduce(torch.zeros(1, device="cpu" if self._staged else device), group=made)
 
     def channel(self) -> Comm:
         """Another line between the same ranks, for values on the CPU: what another thread may use. Collective."""
@@ -163,6 +174,19 @@ class Comm:
         else:
             dist.all_gather(list(stacked.unbind()), host, group=self._groups[1])
         return stacked.to(row.device)
+
+    def ask(self, row: Sequence[int]) -> list[list[int]]:
+        """Every rank's ``row`` of int64, in rank order. It waits for no device, and for what was gathered before."""
+        if self._alone():
+            return [list(row)]
+        mine = torch.tensor(row, dtype=torch.int64, device="cpu")
+        rows = torch.empty(self.world_size, len(row), dtype=torch.int64, device="cpu")
+        if self._peers is not None:
+            places = range(0, rows.numel() + 1, len(row))
+            self._peers.transports[0].gather(mine, rows.view(-1), places).wait()
+        else:
+            dist.all_gather(list(rows.unbind()), mine, group=self._host_group)
+        return rows.tolist()
 
     # -- set-up: not in any hot path --------------------------------------------------------------------------------
 
@@ -264,6 +288,14 @@ def check_alike(everyone: Sequence[dict[str, Any]]) -> None:
                     f"{_shorten(other.get(key))}. Every rank must run the same script with the same configuration, "
                     f"model, data and versions."
                 )
+
+
+def _timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
+    """How long its collectives on ``device`` wait for a rank; None if it has none there."""
+    try:
+        return group._get_backend(device).options._timeout
+    except (RuntimeError, AttributeError):
+        return None
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -1,0 +1,88 @@
+"""The order of the collectives of one pass (a forward or a backward): a value that ranks agree on and then follow."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+__all__ = ["Order", "fill_in"]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What every rank issues in a pass, one after the other.
+
+    It holds every sharded unit, so that a rank which suddenly uses one that all had skipped does not gather alone.
+
+    Attributes:
+        events: unit index ``u`` for its gather, ``~u`` (negative) for its reduction.
+        idle: units that nobody used. They are gathered for a rank that may.
+        stays: units that are not released before the pass is over.
+        last: the unit that was used last.
+    """
+
+    events: tuple[int, ...]
+    idle: frozenset[int] = frozenset()
+    stays: frozenset[int] = frozenset()
+    last: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        events: Sequence[int],
+        idle: Sequence[int],
+        stays: Collection[int] = (),
+        last: int | None = None,
+        *,
+        plan: Sequence[int],
+        ahead: bool,
+    ) -> Order:
+        """The order that comes of ``events``, as every rank saw them.
+
+        Args:
+            idle: what nobody used, to be put where ``plan``, an order of all units, has it.
+            stays: what is gathered once although it was gathered again.
+            ahead: whether gathers begin one use ahead.
+        """
+        order: list[int] = []
+        for event in events:
+            if event not in stays or event not in order:
+                order.append(event)
+        order = fill_in(order, idle, plan)
+        if ahead:
+            order = _ahead(order, frozenset(idle))
+        return cls(tuple(order), frozenset(idle), frozenset(stays), last)
+
+
+def fill_in(order: Sequence[int], missing: Collection[int], plan: Sequence[int]) -> list[int]:
+    """``order`` with each unit that is ``missing`` before its reduction, or else behind what it follows in ``plan``."""
+    filled, place = list(order), 0
+    for index in plan:
+        if index not in missing:
+            if index in filled:
+                place = len(filled) - filled[::-1].index(index)
+            continue
+        if ~index in filled:
+            place = filled.index(~index)
+        filled.insert(place, index)
+        place += 1
+    return filled
+
+
+def _ahead(events: Sequence[int], idle: Collection[int]) -> list[int]:
+    """Each first gather moved to right behind the one before it, so that it travels while that one is used."""
+    seen: set[int] = set(idle)
+    slots = []
+    for place, event in enumerate(events):
+        if event >= 0 and event not in seen:
+            seen.add(event)
+            slots.append(place)
+    follower = dict(pairwise(slots))
+    moved: list[int] = []
+    for place, event in enumerate(events):
+        if place not in slots or place == slots[0]:
+            moved.append(event)
+        if place in follower:
+            moved.append(events[follower[place]])
+    return moved
