@@ -276,7 +276,9 @@ def live_bytes() -> int:
         for x in gc.get_objects():
             if issubclass(type(x), torch.UntypedStorage):
                 storages[x._cdata] = x.nbytes()
-            for tensor in (x, x.grad if x.is_leaf else None) if issubclass(type(x), Tensor) else ():
+            for tensor in (
+                (x, torch._C.TensorBase.grad.__get__(x) if x.is_leaf else None) if issubclass(type(x), Tensor) else ()
+            ):
                 if tensor is not None and tensor.device.type != "meta" and tensor.layout == torch.strided:
                     storage = tensor.untyped_storage()
                     storages[storage._cdata] = storage.nbytes()

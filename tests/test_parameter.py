@@ -21,7 +21,7 @@ class Diary:
     """An owner that writes down what it is told."""
 
     def __init__(self, gather=None):
-        self.gather, self.told = gather, []
+        self.gather, self.told, self.collected = gather, [], None
 
     def touched(self):
         self.told.append("touched")
@@ -32,6 +32,9 @@ class Diary:
 
     def assigned(self, index, value):
         self.told.append(("assigned", index, value))
+
+    def grad_of(self, index):
+        return self.collected
 
 
 def record(name="net.w", index=0, gather=None):
@@ -125,6 +128,9 @@ outcomes = {}
 class Owner:
     def touched(self):
         return False
+
+    def grad_of(self, index):
+        return None
 
 
 def fresh():
@@ -366,3 +372,39 @@ def test_copies_of_a_shown_parameter_are_ordinary(kind) -> None:
         assert not {"_shardline"} & set(made.__dict__) and made.data.sum() == 15
     assert type(copies[0]) is kind and type(copies[3]) is kind
     assert copies[1].note == "kept" and param.note == "kept" and record_of(param) is not None
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, Tagged])
+def test_grad_is_what_autograd_left_and_then_what_the_owner_says(kind) -> None:
+    param, _ = shown(kind)
+    known = record_of(param)
+    assert param.grad is None
+    (param * 2).sum().backward()
+    (param * 3).sum().backward()
+    assert bool((param.grad == 5).all()), "autograd adds up as ever"
+    param.grad = None
+    known.owner.collected = torch.ones(3, 2)
+    assert param.grad is known.owner.collected
+    param.grad.mul_(4)
+    param.grad += 1
+    assert bool((known.owner.collected == 5).all())
+    param.grad = torch.full((3, 2), 7.0)
+    assert bool((known.owner.collected == 7).all())
+    del param.grad
+    assert not known.owner.collected.any()
+    (param * 2).sum().backward()
+    assert bool((param.grad == 2).all()), "what is newer and not collected yet"
+    param.grad = None
+    assert param.grad is known.owner.collected
+
+
+def test_a_compiler_sees_no_collected_gradient() -> None:
+    module = nn.Linear(2, 3, bias=False)
+    module.weight, _ = shown()
+    record_of(module.weight).owner.grad_of = None  # a call of it fails
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert bool((compiled(torch.ones(1, 2)) == torch.nn.functional.linear(torch.ones(1, 2), module.weight)).all())
+    torch._dynamo.reset()

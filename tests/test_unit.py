@@ -11,7 +11,7 @@ from shardline.buffer import Pool, view
 from shardline.comm import Comm
 from shardline.describe import describe_modules, describe_params
 from shardline.errors import ModelError, SealedError, UsageError
-from shardline.parameter import is_sealed
+from shardline.parameter import is_sealed, left_grad, set_grad
 from shardline.placement import STAGES
 from shardline.plan import make_plan
 from shardline.precision import Precision
@@ -89,7 +89,7 @@ def test_frozen_parameters_have_no_masters_and_no_gradients() -> None:
     unit, model, _ = make(1, Precision(compute=BF16))
     frozen = next(slab for slab in unit.slabs if not slab.plan.trainable)
     assert frozen.master is None and list(frozen.runs()) == [] and frozen not in unit.trainable
-    model.matrix.grad = torch.ones(9, 11, dtype=BF16)
+    set_grad(model.matrix, torch.ones(9, 11, dtype=BF16))
     unit.fold(1.0)
     assert frozen.grad is None and frozen.partial is None
 
@@ -98,16 +98,16 @@ def test_gradients_are_collected_added_and_dropped() -> None:
     unit, model, _ = make(2)
     (slab,) = unit.trainable
     for turn in (1.0, 2.0):
-        model.matrix.grad = torch.full((9, 11), turn)
-        model.columns.grad = torch.arange(35.0).reshape(5, 7)  # in another order than the weight
+        set_grad(model.matrix, torch.full((9, 11), turn))
+        set_grad(model.columns, torch.arange(35.0).reshape(5, 7))  # in another order than the weight
         unit.reduce(0.5)
-        assert model.matrix.grad is None
+        assert left_grad(model.matrix) is None
     places = {entry.param.name: slab.grad[entry.offset : entry.stop] for entry in slab.plan.entries}
     assert bool((places["matrix"] == 1.5).all()) and bool((places["scalar"] == 0).all())
     assert torch.equal(places["columns"].as_strided((5, 7), (1, 5)), torch.arange(35.0).reshape(5, 7))
     assert float(slab.grad.sum()) == float(places["matrix"].sum() + places["columns"].sum()), "padding stays zero"
     unit.drop_grads()
-    model.scalar.grad = torch.tensor(4.0)
+    set_grad(model.scalar, torch.tensor(4.0))
     unit.reduce(1.0)
     assert float(slab.grad.sum()) == 4.0, "nothing of the window before"
 
@@ -251,7 +251,7 @@ def test_alone_a_large_gradient_is_taken_as_it_is(monkeypatch) -> None:
     unit, model, _ = make()
     made = {name: torch.randn_like(p) for name, p in model.named_parameters() if p.requires_grad}
     for name, p in model.named_parameters():
-        p.grad = made.get(name)
+        set_grad(p, made.get(name))
     places = {name: grad.data_ptr() for name, grad in made.items() if name != "scalar"}
     expected = {name: grad.clone() for name, grad in made.items()}
     del made, p
@@ -265,7 +265,8 @@ def test_alone_a_large_gradient_is_taken_as_it_is(monkeypatch) -> None:
 
     both = torch.randn(9, 11)
     for _ in range(2):  # the second is added to the first
-        model.matrix.grad, model.columns.grad = both[:], both.view(-1)[:35].as_strided((5, 7), (1, 5))
+        set_grad(model.matrix, both[:])
+        set_grad(model.columns, both.view(-1)[:35].as_strided((5, 7), (1, 5)))
         unit.fold(0.25)
     (matrix, columns) = (slab for slab in unit.trainable if slab.plan.entries[0].param.name != "scalar")
     assert torch.equal(matrix.grad, both.view(-1) * 0.5)
@@ -291,9 +292,9 @@ def life(stage, compute):
         unit.settle_versions()
     else:
         unit.wait()
-    model.matrix.grad = torch.full((9, 11), rank + 1.0, dtype=compute)
+    set_grad(model.matrix, torch.full((9, 11), rank + 1.0, dtype=compute))
     if rank == 0:
-        model.columns.grad = torch.ones(5, 7, dtype=compute)
+        set_grad(model.columns, torch.ones(5, 7, dtype=compute))
     unit.reduce(0.5)
     unit.finish_reduce()
     for work in unit.share_grads():
@@ -338,13 +339,13 @@ def accumulate(reduce_dtype):
     unit, model, _ = make(2, Precision(compute=BF16, reduce=reduce_dtype))
     rank = unit.comm.rank
     if rank == 0:
-        model.scalar.grad = torch.tensor(1.0, dtype=BF16)
+        set_grad(model.scalar, torch.tensor(1.0, dtype=BF16))
     unit.fold(1.0)
     waits = [unit.has_partial()]
-    model.scalar.grad = torch.tensor(2.0**-9, dtype=BF16)  # lost if it were added to 1 in bf16
+    set_grad(model.scalar, torch.tensor(2.0**-9, dtype=BF16))  # lost if it were added to 1 in bf16
     unit.reduce(1.0)
     unit.finish_reduce()
-    model.scalar.grad = torch.tensor(4.0, dtype=BF16)
+    set_grad(model.scalar, torch.tensor(4.0, dtype=BF16))
     unit.reduce(1.0)
     unit.finish_reduce()
     waits.append(unit.has_partial())

@@ -18,6 +18,7 @@ from shardline.config import Config
 from shardline.describe import chosen_units, describe_modules, describe_params, first_names
 from shardline.errors import ModelError, OptimizerError
 from shardline.fragments import ParamState, put_states, take_states, whole_slab, whole_weights
+from shardline.gradient import drop_grads
 from shardline.meta import is_on_meta
 from shardline.offload import Offload
 from shardline.optimizer import build as build_optimizer
@@ -229,8 +230,7 @@ def load_model(
     for unit in layout.units:
         unit.allocate()
         for slab in unit.slabs:
-            for param in slab.params:
-                param.grad = None
+            drop_grads(slab.params)
             if any(param.is_meta for param in slab.params):
                 for param, entry in zip(slab.params, slab.plan.entries, strict=True):
                     if not param.is_meta:

@@ -33,6 +33,7 @@ from shardline.data.split import Position
 from shardline.errors import UsageError
 from shardline.events import Events, Notice
 from shardline.fragments import ParamState, StateFragment, local_fragments
+from shardline.gradient import drop_grads
 from shardline.hooks import Hooks, watch_outputs
 from shardline.leftovers import grad_scale, is_divided_by, is_scaled_by
 from shardline.modes import outside_modes
@@ -337,6 +338,8 @@ class Engine(nn.Module):
     def _end_backward(self) -> None:
         with self._reporter.phase("reduce"):
             self.schedule.end_backward()
+        if self._boundary is not None:
+            self._boundary.update.seal(scale_is_out=self._grad_scale is not None)
 
     @outside_modes
     def _foreign_backward(self) -> bool:
@@ -529,6 +532,8 @@ class Engine(nn.Module):
         self.schedule.finish_reductions()
         for unit in self._layout.units:
             unit.drop_grads()
+        if self._boundary is not None:
+            self._boundary.update.unseal()
         self._window = Window()
 
     def _samples_seen(self) -> int:
@@ -556,8 +561,7 @@ class Engine(nn.Module):
         steps = self._window.steps
         self._drop_gradients()
         self._window.steps = steps
-        for param in self.module.parameters():
-            param.grad = None
+        drop_grads(list(self.module.parameters()))
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the current micro-step is the last of its window."""

@@ -432,6 +432,9 @@ class _Owner:
     def assigned(self, index: int, value: Tensor) -> None:
         raise AssertionError("no parameter is shown while a model is filled")
 
+    def grad_of(self, index: int) -> Tensor | None:
+        return None
+
 
 class _Writes(TorchDispatchMode):
     """Notes which of the watched tensors are written, through whatever view or alias."""

@@ -5,6 +5,7 @@ is one made for the purpose from the class that it had, so a subclass of ``nn.Pa
 
 * :func:`show` gives it its data. The class notes what no version tells: that ``.data`` was read, whose writes autograd
   does not count, and that ``.data`` was assigned. All else is done by torch as before, at its own speed.
+* In both states ``.grad`` is what autograd has left there and, once the engine has collected that, what its owner says.
 * :func:`seal` takes its data away. Shape, dtype and device stay true; reading or writing it either gathers its unit
   (during a forward) or raises :class:`SealedError` with its name. It can never crash the process, as reading a view of
   a freed storage would.
@@ -13,7 +14,7 @@ is one made for the purpose from the class that it had, so a subclass of ``nn.Pa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 
 from shardline.errors import SealedError
 
-__all__ = ["Owner", "Record", "assign", "is_sealed", "let_go", "record_of", "seal", "show"]
+__all__ = ["HARMLESS", "Owner", "Record", "assign", "is_sealed", "left_grad", "let_go", "record_of", "seal", "set_grad",
+           "show"]  # fmt: skip
 
 
 class Owner(Protocol):
@@ -41,6 +43,9 @@ class Owner(Protocol):
 
     def assigned(self, index: int, value: Tensor) -> None:
         """``.data = value`` was written for a shown parameter. Raises where that cannot be."""
+
+    def grad_of(self, index: int) -> Tensor | None:
+        """The gradient that was collected of ``.grad``; None if none was. Raises where it is not whole."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,13 @@ def is_sealed(param: Tensor) -> bool:
 
 
 _DATA: Any = torch._C.TensorBase.data
+_GRAD: Any = torch._C.TensorBase.grad
+
+left_grad: Callable[[Tensor], Tensor | None] = _GRAD.__get__
+"""What autograd has left in ``.grad`` and nobody has collected. To be called without torch functions."""
+
+set_grad: Callable[[Tensor, Tensor | None], None] = _GRAD.__set__
+"""``.grad = value`` as autograd does it."""
 
 
 @cache
@@ -127,6 +139,24 @@ def _make_classes(original: type[nn.Parameter]) -> tuple[type[nn.Parameter], typ
             record: Record = self._shardline
             record.owner.assigned(record.index, value)
 
+    def read_grad(self: Any) -> Tensor | None:
+        with torch._C.DisableTorchFunctionSubclass():
+            grad = left_grad(self)
+        if grad is not None or torch._guards.TracingContext.try_get() is not None:  # no compiler is to see the seal
+            return grad
+        record: Record = self._shardline
+        return record.owner.grad_of(record.index)
+
+    def write_grad(self: Any, value: Tensor | None) -> None:
+        collected = read_grad(self)
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            if collected is None or left_grad(self) is not None:
+                set_grad(self, value)
+            elif value is None:
+                collected.zero_()
+            elif value is not collected:
+                collected.copy_(value)
+
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         """Another like it is nobody's: ``type(param)(data)`` is how parameters are copied."""
         return original(*args, **kwargs)
@@ -139,7 +169,12 @@ def _make_classes(original: type[nn.Parameter]) -> tuple[type[nn.Parameter], typ
         with _plain(self):
             return _apart(self.__reduce_ex__(protocol), self.__dict__)
 
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "_unmanaged": original}
+    names = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "_unmanaged": original,
+        "grad": property(read_grad, write_grad, lambda self: write_grad(self, None)),
+    }
     shown = {"data": property(read, write), "__new__": new, "__deepcopy__": deepcopy, "__reduce_ex__": reduce}
     meta: Any = type(original)
     return meta(original.__name__, (original,), names | shown), meta(original.__name__, (_Sealed, original), names)
@@ -191,7 +226,7 @@ def _harmless() -> frozenset[Any]:
     return frozenset(found)
 
 
-_HARMLESS = _harmless()
+HARMLESS = _harmless()
 _LIKE_OTHER = frozenset({Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.expand_as, Tensor.reshape_as})
 """They look at the elements of the first argument alone."""
 _LIKE_SELF = frozenset({Tensor.new_full, Tensor.new_tensor, torch.full_like})
@@ -214,7 +249,7 @@ class _Sealed(Tensor):
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in _HARMLESS and not (func is Tensor.type and len(args) == 1 and not kwargs):
+        if func not in HARMLESS and not (func is Tensor.type and len(args) == 1 and not kwargs):
             if _changes_nothing(func, args, kwargs):
                 return args[0]
             looked_at = args[:1] if func in _LIKE_OTHER else args[1:] if func in _LIKE_SELF else args

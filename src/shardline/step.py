@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from shardline.clip import divisor, square_sum
 from shardline.comm import Comm, Work
+from shardline.gradient import SealedGrad, gradient_error
 from shardline.optimizer import takes_grad_scale
 from shardline.unit import RunTensors, Unit
 
@@ -163,6 +164,17 @@ class HostVerdict:
         return self.diverged or not self.alike
 
 
+def _read(run: RunTensors, operation: str) -> Tensor:
+    """The gradients of ``run`` between backward and step; raises where they are not whole."""
+    name = f"the optimizer's {', '.join(repr(fragment.name) for fragment in run.fragments[:3])}"
+    if run.slab.whole_grad(name, operation) is None:
+        return torch.zeros_like(run.param)
+    grad = run.slab.run_grad(run.run)
+    if grad is None or run.slab.grad_dtype != run.slab.master_dtype:  # a copy: what is done to it would be lost
+        raise gradient_error(name, operation)
+    return grad
+
+
 class Update:
     """Applies the optimizer to this rank's runs and brings the result into everyone's weights.
 
@@ -175,6 +187,7 @@ class Update:
         self.units, self.comm, self.optimizer, self.runs = units, comm, optimizer, runs
         self.device = units[0].state_device if units else comm.device
         self.applying = False
+        self._sealed = self._scale_is_out = False
 
     def squares(self) -> Tensor:
         """Sum of squares of this rank's shard of the gradients, whatever part of them the stage keeps here."""
@@ -195,6 +208,26 @@ class Update:
     def detach(self, runs: Sequence[RunTensors]) -> None:
         for run in runs:
             run.param.grad = None
+
+    def seal(self, *, scale_is_out: bool) -> None:
+        """From backward to step: let a read of ``.grad`` of what the optimizer holds give the gradient, or raise.
+
+        ``scale_is_out``: what a GradScaler multiplied the loss by was taken out: its ``unscale_`` shall do nothing.
+        """
+        self._scale_is_out = scale_is_out
+        if not self._sealed:
+            self._sealed = True
+            for run, sealed in zip(self.runs, self._seals, strict=True):
+                run.param.grad = sealed
+
+    def unseal(self) -> None:
+        if self._sealed:
+            self._sealed = False
+            self.detach(self.runs)
+
+    @cached_property
+    def _seals(self) -> list[SealedGrad]:
+        return [SealedGrad.stand_for(run.param, partial(_read, run), lambda: self._scale_is_out) for run in self.runs]
 
     def unscale(self, scale: float | Tensor) -> None:
         """Divide the attached gradients by ``scale``, a number or a 0-dim tensor where they are."""
@@ -219,6 +252,7 @@ class Update:
             before: called with averaged gradients attached, where the user wants to see or change them.
             after: called when masters and state are new and the weights do not follow from them yet.
         """
+        self.unseal()
         if host is not None and host.skipped:
             return
         works: list[Work] = []

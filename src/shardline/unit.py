@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from shardline.buffer import Pool, empty, has_memory_alone, view
 from shardline.comm import DONE, Comm, Work
 from shardline.errors import ModelError, UsageError
+from shardline.gradient import drop_grads, gradient_error, has_grads, take_grads
 from shardline.modes import outside_modes
 from shardline.offload import Offload
-from shardline.parameter import Record, assign, let_go, seal, show
+from shardline.parameter import Record, assign, left_grad, let_go, seal, show
 from shardline.placement import Placement, Stage, Transition, transition
 from shardline.plan import Entry, Fragment, Run, SlabPlan, UnitPlan
 from shardline.precision import Precision
@@ -96,6 +97,7 @@ class Slab:
         self.start, self.stop = plan.shard(comm.rank)
         self.reduce_dtype = plan.dtype if comm.world_size == 1 else precision.reduce_dtype(plan.dtype, row.gradients)
         self.grad_dtype = precision.grad_dtype(plan.dtype)
+        self._loss_is_scaled = precision.compute is torch.float16
         self.master_dtype = precision.master_dtype(plan.dtype)
         self.masters_are_weights = self.master_dtype == plan.dtype and offload is None
         # A step holds whole gradients beside all else: to free them in between saves no peak and costs page faults.
@@ -415,12 +417,14 @@ class Slab:
         Unless autograd gave the same memory to another parameter (views of one sum): it would be scaled twice.
         """
         param, entry = self.params[0], self.plan.entries[0]
-        found = param.grad
+        with torch._C.DisableTorchFunctionSubclass():
+            found = left_grad(param)
         if found is None or found.layout is not torch.strided or found.dtype != self.grad_dtype:
             return False
         if found.numel() != self.plan.size or found.stride() != entry.param.stride or not has_memory_alone(found):
             return False
-        param.grad, self.grad = None, found.as_strided((self.plan.size,), (1,))
+        drop_grads(self.params)
+        self.grad = found.as_strided((self.plan.size,), (1,))
         if factor != 1.0:
             self.grad.mul_(factor)
         return True
@@ -516,17 +520,36 @@ class Slab:
         if self.partial is not None:
             self.pool.give(self.partial)
         self.partial = self.grad = None
-        for param in self.params:
-            param.grad = None
+        drop_grads(self.params)
 
     def has_grad(self) -> bool:
-        return any(param.grad is not None for param in self.params)
+        return has_grads(self.params)
+
+    def grad_of(self, index: int) -> Tensor | None:
+        """What ``.grad`` of a parameter is since its gradient was collected: None where nothing was.
+
+        Raises:
+            UsageError: where it is not whole, or has a loss scale.
+        """
+        entry = self.plan.entries[index]
+        whole = self.whole_grad(f"parameter {entry.param.name!r}", ".grad")
+        return None if whole is None else view(whole, entry)
+
+    def whole_grad(self, name: str, operation: str) -> Tensor | None:
+        """The gradients of the slab, to be seen and changed; None where none was collected. Raises as :meth:`grad_of`.
+
+        ``name`` and ``operation`` are for the error.
+        """
+        if self.grad is None and self.partial is None:
+            return None
+        if not self.local or self._loss_is_scaled:
+            raise gradient_error(name, operation)
+        return self.grad
 
     def _pack(self, target: Tensor, factor: float, *, add: bool) -> None:
         """Copy or add the parameters' gradients to their places in ``target``, and let go of them."""
         grads, places, missing = [], [], []
-        for param, entry in zip(self.params, self.plan.entries, strict=True):
-            grad, param.grad = param.grad, None
+        for grad, entry in zip(take_grads(self.params), self.plan.entries, strict=True):
             if grad is None:
                 missing.append(target[entry.offset : entry.stop])
             else:
@@ -825,7 +848,7 @@ class Unit:
             if slab.gathered is not None:
                 for param, entry in zip(slab.params, slab.plan.entries, strict=True):
                     let_go(param, view(slab.gathered, entry).clone())
-                    param.grad = None
+                drop_grads(slab.params)
             slab.gathered = slab.master = slab.grad = slab.partial = None
             slab.weights = torch.empty(0)
 
