@@ -192,6 +192,15 @@ def test_data_edits_are_adopted_as_long_as_somebody_holds_it(stage) -> None:
     assert not slab.changed(), "nobody can write to it any more: it is not looked at again"
 
 
+@pytest.mark.parametrize("change", [lambda p: p.t_(), lambda p: p.unsqueeze_(0), lambda p: p.set_(torch.ones(9, 11))])
+def test_a_shape_changed_in_place_is_named(change) -> None:
+    unit, model, _ = make(1)
+    with torch.no_grad():
+        change(model.matrix)
+    with pytest.raises(ModelError, match=r"'matrix' was replaced"):
+        unit.adopt()
+
+
 def test_assigned_data_is_copied_in() -> None:
     unit, model, _ = make(1, Precision(compute=BF16))
     (slab,) = unit.trainable
@@ -408,6 +417,29 @@ def test_edits_of_gathered_weights(ranks) -> None:
     for said, scalar, raised, frozen, _, rest in results:
         assert len(said) == 1 and "'matrix'" in said[0]
         assert scalar == 2.0 and raised == (1, True) and bool((frozen == 5).all()) and rest
+
+
+def edits_by_data():
+    """The same by ``.data``, which no version tells: on this rank's shard, and the names of what was changed."""
+    unit, model, before = make(3, Precision(compute=BF16))
+    unit.wait()
+    named = [unit.edited()]
+    model.frozen.data.fill_(5.0)
+    model.scalar.data  # noqa: B018 - read, not written
+    named.append(unit.edited())
+    unit.release()
+    unit.wait()
+    named.append(unit.edited())
+    right = bool((model.frozen == 5).all()) and same({"matrix": model.matrix}, {"matrix": before["matrix"]}, BF16)
+    unit.comm.close()
+    return named, right
+
+
+def test_edits_of_gathered_weights_by_data(ranks) -> None:
+    results = ranks(edits_by_data, 2)
+    for named, right in results:
+        assert right and named[0] == named[2] == []
+    assert ["frozen"] in [named[1] for named, _ in results], "on the rank whose shard it is in"
 
 
 def early_release():

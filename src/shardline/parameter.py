@@ -87,7 +87,7 @@ def let_go(param: nn.Parameter, data: Tensor) -> None:
 
 def assign(param: nn.Parameter, data: Tensor) -> None:
     """``param.data = data``, whatever the class of ``param``."""
-    with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
+    with torch._C.DisableTorchFunctionSubclass(), torch._C._InferenceMode(False):
         _DATA.__set__(param, data)
 
 

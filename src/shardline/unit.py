@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import reduce
+from operator import attrgetter
 from weakref import ref
 
 import torch
@@ -111,6 +112,9 @@ class Slab:
         self.touched, self._may_convert = touched, converted
         self._records = {entry.param.name: Record(entry.param.name, i, self) for i, entry in enumerate(plan.entries)}
         self._versions: list[int] = []
+        self._places = [  # in bytes; what is empty has no address
+            entry.offset * plan.dtype.itemsize if entry.param.numel else None for entry in plan.entries
+        ]
         self._handed: dict[int, list[ref[Tensor]]] = {}  # by index: what was read as .data and may be written to
         self._converted: set[int] = set()  # indices of those whose data is not a view for now
         self.before: Tensor | None = None
@@ -275,15 +279,14 @@ class Slab:
 
     def note_versions(self) -> None:
         """Remember the parameters as they are now, so that later edits are noticed."""
-        self._versions = [param._version for param in self.params]
+        self._versions = [*map(_VERSION, self.params)]
 
     def edited(self) -> list[int]:
         """Indices of the parameters that were edited in place since :meth:`note_versions`."""
-        return [
-            index
-            for index, (param, before) in enumerate(zip(self.params, self._versions, strict=True))
-            if param._version != before
-        ]
+        versions = [*map(_VERSION, self.params)]
+        if versions == self._versions:
+            return []
+        return [i for i, (now, before) in enumerate(zip(versions, self._versions, strict=True)) if now != before]
 
     def changed(self) -> set[int]:
         """Indices of the parameters that may have changed: edited, or handed out as ``.data``, which has no version."""
@@ -322,6 +325,7 @@ class Slab:
         alive = ((index, [each for each in refs if each() is not None]) for index, refs in self._handed.items())
         self._handed = {index: refs for index, refs in alive if refs}
 
+    @outside_modes
     @outside_modes
     def assigned(self, index: int, value: Tensor) -> None:
         """``param.data = value``: copied in; or, in another dtype, in its place until the forward or backward ends.
@@ -371,6 +375,9 @@ class Slab:
         if whole is None:
             return
         base, size = whole.data_ptr(), whole.element_size()
+        addresses = [0 if place is None else base + place for place in self._places]
+        if [*map(_ADDRESS, self.params)] == addresses and not self.edited():
+            return  # whatever changes a shape raises the version
         for param, entry in zip(self.params, self.plan.entries, strict=True):
             moved = param.data_ptr() != base + entry.offset * size and entry.param.numel
             shaped = param.shape == entry.param.shape and param.stride() == entry.param.stride
@@ -593,6 +600,10 @@ def _cut(buffer: Tensor, run: Run, low: int) -> Tensor:
         return buffer[run.start - low : run.stop - low]
     param = run.entry.param
     return buffer.as_strided(param.shape, param.stride, buffer.storage_offset() + run.start - low)
+
+
+_VERSION: Callable[[Tensor], int] = attrgetter("_version")
+_ADDRESS: Callable[[Tensor], int] = Tensor.data_ptr
 
 
 def _within(spans: Sequence[tuple[int, int]], covered: tuple[int, int]) -> Iterator[tuple[int, int]]:
