@@ -466,7 +466,7 @@ class Engine(nn.Module):
     def _end_window(self, boundary: Boundary, lr_kwargs: dict[str, Any]) -> None:
         self._settle()
         self.checkpoints.before_step()
-        window, rates, scale = self._window, self.get_lr(), self.scaler.scale
+        window, rates, scale = self._window, self._rates(), self.scaler.scale
         before = (lambda: self._call(self._before)) if self._before else None
         after = (lambda: self._call(self._after)) if self._after else None
         self._hooks.unpin()  # its graphs are of weights that now change
@@ -505,6 +505,14 @@ class Engine(nn.Module):
             loss_scale=scale if scaled else None,
             samples=window.samples * self.comm.world_size if host is None else host.samples,
         )
+
+    def _rates(self) -> list[float | Tensor]:
+        """What :meth:`get_lr` gives, but copies of those that lie on a device: reading them would wait for it."""
+        rates = [] if self.optimizer is None else [group["lr"] for group in self.optimizer.param_groups]
+        return [
+            rate.detach().clone() if isinstance(rate, Tensor) and rate.device.type != "cpu" else float(rate)
+            for rate in rates
+        ]
 
     def _step_scheduler(self, lr_kwargs: dict[str, Any]) -> None:
         scheduler = self.lr_scheduler

@@ -16,15 +16,15 @@ __all__ = ["Event", "Events", "Notice", "PhaseTimes", "StepDone", "StepSkipped"]
 class StepDone:
     """One optimizer step was applied.
 
-    ``loss`` and ``grad_norm`` may be zero-dimensional tensors that are still being computed: a sink reads them with
-    ``float()`` when it shows them, so that steps nobody looks at wait for nothing.
+    ``loss``, ``grad_norm`` and what is in ``lr`` may be zero-dimensional tensors that are still being computed: a sink
+    reads them with ``float()`` when it shows them, so that steps nobody looks at wait for nothing.
     """
 
     step: int
     """Number of this step, from 1."""
     loss: float | Tensor | None
     """Mean loss of the window on this rank, before scaling; None where no loss was seen."""
-    lr: list[float]
+    lr: list[float | Tensor]
     """Learning rate of each param group, as used by this step."""
     grad_norm: float | Tensor | None
     """Global L2 norm of the gradients before clipping."""

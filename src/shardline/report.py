@@ -53,7 +53,7 @@ class Reporter:
         step: int,
         *,
         loss: Tensor | None,
-        lr: list[float],
+        lr: list[float | Tensor],
         grad_norm: float | Tensor | None,
         loss_scale: float | None,
         samples: int,

@@ -95,7 +95,7 @@ def step_line(event: StepDone, samples_per_second: float | None) -> str:
     parts = [f"step {event.step}"]
     if event.loss is not None:
         parts.append(f"loss {float(event.loss):.4f}")
-    parts.append(f"lr {', '.join(f'{rate:.2e}' for rate in dict.fromkeys(event.lr))}")
+    parts.append(f"lr {', '.join(f'{rate:.2e}' for rate in dict.fromkeys(map(float, event.lr)))}")
     if event.grad_norm is not None:
         parts.append(f"grad norm {float(event.grad_norm):.3g}")
     if event.loss_scale is not None:
