@@ -40,6 +40,7 @@ test: .venv  ## the test suite
 test-full: .venv  ## the test suite with the whole parity matrix, and what ranks say to each other over gloo alone
 	$(PYTEST) -m "not gpu" $(ARGS)
 	$(PYTEST) -m "not slow and not gpu" --transport gloo tests/spec tests/comm tests/test_parity.py $(ARGS)
+	$(PYTEST) -m "not slow" --arrived --late-verdict tests/spec/test_01_swap.py tests/spec/test_06_edits.py tests/spec/test_07_uneven.py tests/spec/test_paths.py $(ARGS)
 
 test-faults: .venv  ## checkpoints with the full matrices: layouts, kills, damage
 	$(PYTEST) tests/checkpoint $(ARGS)

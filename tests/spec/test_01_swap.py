@@ -1,7 +1,6 @@
 """Swap: two ranks that gather equal-sized units in different orders must not train on each other's weights.
 
-Either the step equals the twin's, in which a block that a rank skipped has a zero gradient there, or every rank raises
-one error that names both sides before anything was updated.
+The step equals the twin's, in which a block that a rank skipped has a zero gradient there.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import pytest
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from tests.harness import STAGES, Setup, assert_close, assert_identical, assert_ranks_agree, seeded, spread, start
+from tests.harness import STAGES, Setup, assert_close, assert_ranks_agree, seeded, spread, start
 from tests.models import Mlp, regression
 
 SKIPS = {
@@ -48,9 +47,9 @@ def branch(plan, argument, batches, config, late=None):
                     assert engine.was_step_applied() and not engine.skipped_steps
     except DisagreementError as raised:
         error = str(raised)
-    state = engine.full_state_dict()
+    state, skipped = engine.full_state_dict(), engine.skipped_steps
     engine.destroy()
-    return state, error
+    return state, error, skipped
 
 
 def expected_state(plan, argument, batches, setup):
@@ -67,14 +66,14 @@ def expected_state(plan, argument, batches, setup):
 def check(ranks, plan, argument, stage, setup, world=2, late=None):
     batches = spread(regression, len(plan), setup, world)
     results = ranks(branch, world, plan, argument, batches, setup.config(stage), late, timeout=20)
-    assert_ranks_agree([state for state, _ in results])
-    if results[0][1] is None:
+    assert_ranks_agree([state for state, _, _ in results])
+    if any(skipped for _, _, skipped in results):
+        # Where verdicts are read late, late gradients of a rank that jumped ahead in a backward cost the step.
+        assert argument == "order" and [skipped for _, _, skipped in results] == [1] * world
+    elif results[0][1] is None:
         assert_close(results[0][0], expected_state(plan, argument, batches, setup))
-        return
-    assert stage == 3, "stages 0 to 2 gather nothing in a forward and have no reason to refuse"
-    for state, error in results:
-        assert error is not None and "rank 0" in error.lower() and "rank 1" in error.lower(), error
-        assert_identical(state, seeded(Mlp).state_dict())
+    else:
+        pytest.fail(f"refused: {results[0][1]}")
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
