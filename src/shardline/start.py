@@ -116,6 +116,7 @@ def initialize(
             "the length of training_data": length(training_data),
         }
     )
+    _refuse_offload_param(settings, comm.device)
     precision = Precision.from_config(settings)
     again = settings.activation_checkpointing
     recomputed = recomputed_blocks(model, again.every) if again.enabled else []
@@ -161,12 +162,23 @@ def initialize(
         )
     if settings.zero_optimization.offload_optimizer.device == "cpu" and offload is None:
         engine.events.emit(Notice("offload_optimizer has no effect: masters and optimizer state are in host memory"))
+    if settings.zero_optimization.offload_param.device == "cpu":
+        engine.events.emit(Notice("offload_param has no effect: weights stay where the model computes"))
     if recomputed:
         if again.offload and comm.device.type == "cpu":
             engine.events.emit(Notice("activation_checkpointing.offload has no effect: the model is in host memory"))
         engine._undo.append(recompute_blocks(recomputed, offload=again.offload and comm.device.type != "cpu"))
     engine.checkpoints.resume()
     return engine, final, engine.training_dataloader, engine.lr_scheduler
+
+
+def _refuse_offload_param(settings: Config, device: torch.device) -> None:
+    zero = settings.zero_optimization
+    if zero.offload_param.device == "cpu" and zero.stage == 3 and device.type != "cpu":
+        raise ConfigError(
+            f'zero_optimization.offload_param.device is "cpu", and weights stay on the {device.type} device here, '
+            f"divided over the ranks. If the model fits, deleting offload_param from the file is all there is to do."
+        )
 
 
 def _one_config(args: Any, config: ConfigLike | None, config_params: ConfigLike | None) -> ConfigLike | None:

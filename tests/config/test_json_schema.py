@@ -46,8 +46,13 @@ def valid(value, schema):
                 ok = not valid(value, rule) or valid(value, schema["then"])
             case "properties":
                 ok = not isinstance(value, dict) or all(valid(value[k], rule[k]) for k in rule if k in value)
+            case "patternProperties":
+                pairs = [(p, k) for p in rule for k in value if re.search(p, k)] if isinstance(value, dict) else []
+                ok = all(valid(value[key], rule[pattern]) for pattern, key in pairs)
             case "additionalProperties":
-                others = [k for k in value if k not in schema.get("properties", {})] if isinstance(value, dict) else []
+                known, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+                keys = [key for key in value if key not in known] if isinstance(value, dict) else []
+                others = [key for key in keys if not any(re.search(pattern, key) for pattern in patterns)]
                 ok = not others if rule is False else all(valid(value[k], rule) for k in others)
             case "required":
                 ok = not isinstance(value, dict) or all(k in value for k in rule)

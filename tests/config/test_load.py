@@ -86,10 +86,56 @@ def test_infinite_steps_per_print_prints_never():
 @pytest.mark.parametrize("raw", [configs.HF_ZERO2, configs.HF_ZERO3])
 def test_auto_that_only_a_trainer_can_fill_is_named(raw):
     found = problems(raw)
-    named = {"neither train_batch_size nor", "gradient_clipping is", "fp16.enabled is"}
+    named = {"train_batch_size and train_micro_batch_size_per_gpu and", "gradient_clipping is", "fp16.enabled is"}
     named |= {"bf16.enabled is"} if "bf16" in raw else set()
     assert len(found) == len(named) and all(any(each.startswith(name) for each in found) for name in named)
-    assert all('"auto"' in each for each in found if "is " in each and "neither" not in each)
+    assert all('"auto"' in each and "--filled-by transformers" in each for each in found)
+    filled = load_config(raw, 2, filled_by="transformers")
+    assert (filled.train_micro_batch_size_per_gpu, filled.gradient_clipping, filled.fp16.enabled) == (2, 1.0, False)
+    assert filled.optimizer.params["lr"] == 5e-5 and filled.bf16.enabled == ("bf16" in raw)
+    assert filled.origins["gradient_clipping"] == "a stand-in for what transformers fills in"
+
+
+def test_what_a_file_says_is_not_filled():
+    given = {"train_batch_size": 6, "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+    filled = load_config(
+        {**given, "fp16": {"enabled": True}, "bfloat16": {"enabled": "auto"}}, 2, filled_by="transformers"
+    )
+    assert (filled.train_batch_size, filled.train_micro_batch_size_per_gpu) == (6, 3)
+    assert filled.fp16.enabled and not filled.bf16.enabled
+    assert load_config({"zero_optimization": {"stage": 1}}, 1, filled_by="transformers").train_batch_size == 2
+
+
+def test_keys_that_are_comments():
+    raw = {"_why": {"any": 1}, "// note": [], "train_batch_size": 2, "zero_optimization": {"stage": 1, "_": None}}
+    raw["optimizer"] = {"type": "SGD", "params": {"lr": 0.1, "_lr": "small"}}
+    config = load_config(raw, 1)
+    assert config.zero_optimization.stage == 1 and config.optimizer.params == {"lr": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({"zero_optimization": {"stage": None}}, "zero_optimization.stage is null; allowed is a whole number"),
+        ({"checkpoint": {"tag_validation": "foo"}}, 'checkpoint.tag_validation is "foo"; allowed is "Ignore"'),
+        ({"compression_training": {"row_pruning": {"shared_parameters": {"enabled": True}}}}, "compression_training: "),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "zero_optimization.offload_param.device: "),
+    ],
+)
+def test_refused(raw, said):
+    (found,) = problems({"train_batch_size": 2, **raw}, 1)
+    assert found.startswith(said)
+
+
+def test_accepted():
+    off = {
+        "weight_quantization": {"shared_parameters": {"enabled": False}, "different_groups": {}},
+        "layer_reduction": {},
+    }
+    raw = {"train_batch_size": 2, "compression_training": off, "checkpoint": {"tag_validation": "WARN"}}
+    raw["torch_autocast"] = {"enabled": True, "dtype": "torch.bfloat16"}
+    raw["zero_optimization"] = {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}
+    assert load_config(raw, 1).torch_autocast.dtype == "bf16"
 
 
 def test_auto_that_can_be_resolved():
@@ -103,7 +149,9 @@ def test_auto_that_can_be_resolved():
     assert not auto.fp16.enabled and auto.origins["fp16.enabled"] == "auto: false, since bf16 is on"
     decay = {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}}
     assert problems({**configs.HF_FILLED, "scheduler": decay}) == [
-        'scheduler.params.total_num_steps is "auto", which nothing here can decide; write a value.'
+        'scheduler.params.total_num_steps is "auto", which Hugging Face\'s Trainer fills in from its own arguments and '
+        "nothing here can decide; write a value (`shardline config check --filled-by transformers` checks the file as "
+        "it would be then)."
     ]
 
 
@@ -119,6 +167,10 @@ def test_deepspeeds_defaults_all_load():
             "sequence_parallel_size",
             "optimizer.params.max_grad_norm",
             "zero_optimization.grad_hooks",
+            "zero_optimization.compute_grad_norm",
+            "zero_optimization.parameter_alignment",
+            "data_types.keep_in_fp32_modules",
+            "disable_python_gc",
             "zero_optimization.offload_optimizer.nvme_path",
             "pipeline",
             "datastates_ckpt",
@@ -307,7 +359,7 @@ def test_what_has_no_effect_is_listed(path):
     base = {"train_batch_size": 8}
     if path.startswith("optimizer"):
         base["optimizer"] = {"type": "AdamW"}
-    value = {"boolean": True, "number": 5e8, "object": {"a": 1}, "any": ["x"]}[row.kind]
+    value = {"boolean": True, "number": 5e8, "object": {"a": 1}, "any": ["x"], "tag validation": "Fail"}[row.kind]
     for good in (value, "auto", None):
         assert load_config(merged(base, path, good), 1).no_effect == (path,)
     if row.kind != "any":
@@ -319,7 +371,8 @@ def test_what_has_no_effect_is_listed(path):
 def test_other_names(other):
     canonical = ALIASES[other]
     values = {"bfloat16": {"enabled": True}, "dataloader_drop_last": True, "checkpoint.async": False}
-    value = values.get(other, 7 if "16" not in other else True)
+    switches = ("16", "all_reduce", "allgather_sequential")
+    value = values.get(other, any(word in other for word in switches) or 7)
     one, two = (load_config(merged({"train_batch_size": 8}, path, value), 1) for path in (other, canonical))
     assert one.to_dict() == two.to_dict()
     assert one.no_effect == ((other,) if two.no_effect else ())

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shardline.config import Config, load_config
+from shardline.config.deepspeed import TRAINERS
 from shardline.config.explain import explain, ineffective
 from shardline.config.json_schema import json_schema
 from shardline.errors import ShardlineError, UsageError
@@ -28,6 +29,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         command.add_argument("file", metavar="FILE", help="a JSON file")
         command.add_argument(
             "--world-size", type=_positive, default=1, metavar="N", help="number of ranks the batch is for (default 1)"
+        )
+        command.add_argument(
+            "--filled-by",
+            choices=sorted(TRAINERS),
+            help='put stand-ins in the place of each "auto" that this trainer fills in from its own arguments',
         )
         command.set_defaults(func=_guarded(func))
     text = "print the JSON Schema of configuration files, for editors"
@@ -56,7 +62,7 @@ def _guarded(command: Callable[[argparse.Namespace], None]) -> Callable[[argpars
 
 
 def _check(args: argparse.Namespace) -> None:
-    config = load_config(Path(args.file), args.world_size)
+    config = load_config(Path(args.file), args.world_size, filled_by=args.filled_by)
     _try_classes(config)
     print(
         f"{args.file} can be used on a world of {args.world_size}: train_batch_size {config.train_batch_size} = "
@@ -68,7 +74,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _explain(args: argparse.Namespace) -> None:
-    print(explain(load_config(Path(args.file), args.world_size)))
+    print(explain(load_config(Path(args.file), args.world_size, filled_by=args.filled_by)))
 
 
 def _schema(args: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-__all__ = ["KEYS", "Batch", "BatchError", "solve"]
+__all__ = ["ACCUMULATION", "KEYS", "MICRO", "TRAIN", "Batch", "BatchError", "solve"]
 
 TRAIN, MICRO, ACCUMULATION = KEYS = (
     "train_batch_size",

@@ -16,10 +16,15 @@ __all__ = [
     "AUTO_IS_A_VALUE",
     "AUTO_MEANS",
     "AUTO_NEEDS",
+    "BY_TRAINER",
+    "CHECK_FILLED",
+    "NOT_NULL",
     "NO_EFFECT",
+    "TRAINERS",
     "UNSUPPORTED",
     "Ineffective",
     "Unsupported",
+    "is_comment",
 ]
 
 ALIASES: dict[str, str] = {
@@ -31,6 +36,9 @@ ALIASES: dict[str, str] = {
     "zero_optimization.model_persistence_threshold": "zero_optimization.stage3_model_persistence_threshold",
     "zero_optimization.max_live_parameters": "zero_optimization.stage3_max_live_parameters",
     "zero_optimization.max_reuse_distance": "zero_optimization.stage3_max_reuse_distance",
+    "zero_optimization.module_granularity_threshold": "zero_optimization.stage3_module_granularity_threshold",
+    "zero_optimization.use_all_reduce_for_fetch_params": "zero_optimization.stage3_use_all_reduce_for_fetch_params",
+    "zero_optimization.allgather_sequential": "zero_optimization.stage3_allgather_sequential",
     "zero_optimization.gather_16bit_weights_on_model_save": (
         "zero_optimization.stage3_gather_16bit_weights_on_model_save"
     ),
@@ -42,7 +50,9 @@ ALIASES: dict[str, str] = {
 # "auto" means the default, except here: it is the value itself, another value, or a decision without a neutral default.
 AUTO_IS_A_VALUE = frozenset({"checkpoint.resume"})
 AUTO_MEANS: dict[str, tuple[Any, str]] = {"scheduler.params.warmup_max_lr": (None, "the optimizer's lr")}
-_BY_TRAINER = "Hugging Face's Trainer fills in from its own arguments and nothing else can"
+BY_TRAINER = "Hugging Face's Trainer fills in from its own arguments"
+CHECK_FILLED = "`shardline config check --filled-by transformers` checks the file as it would be then"
+_BY_TRAINER = f"{BY_TRAINER} and nothing else can ({CHECK_FILLED})"
 AUTO_NEEDS: dict[str, str] = {
     "gradient_clipping": f"{_BY_TRAINER}; write a number, 0.0 for no clipping",
     "fp16.enabled": f"{_BY_TRAINER}; write true or false",
@@ -50,6 +60,29 @@ AUTO_NEEDS: dict[str, str] = {
     "torch_autocast.enabled": "nothing here can decide; write true or false",
     "zero_optimization.stage": "nothing here can decide; write 0, 1, 2 or 3",
 }
+
+
+# Null means the default, except here.
+NOT_NULL = frozenset({"zero_optimization.stage"})
+
+# What a trainer writes in the place of "auto": stand-ins for its arguments.
+TRAINERS: dict[str, dict[str, Any]] = {
+    "transformers": {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 1.0,
+        "bf16.enabled": True,
+        "fp16.enabled": False,
+        "optimizer.params.lr": 5e-5,
+        "scheduler.params.warmup_max_lr": 5e-5,
+        "scheduler.params.total_num_steps": 1000,
+    }
+}
+
+
+def is_comment(name: object) -> bool:
+    """Whether a key of this name is one: people write remarks so, since JSON has no place for them."""
+    return isinstance(name, str) and name.startswith(("_", "//"))
 
 
 @dataclass(frozen=True)
@@ -70,6 +103,8 @@ class Ineffective:
                 return isinstance(value, int | float) and not isinstance(value, bool)
             case "object":
                 return isinstance(value, Mapping | bool)
+            case "tag validation":
+                return isinstance(value, str) and value in JSON_KINDS[self.kind]["enum"]
         return True
 
 
@@ -77,6 +112,9 @@ JSON_KINDS: dict[str, dict[str, Any]] = {
     "boolean": {"type": "boolean"},
     "number": {"type": "number"},
     "object": {"type": ["object", "boolean"]},
+    "tag validation": {
+        "enum": [word for name in ("Ignore", "Warn", "Fail") for word in (name, name.lower(), name.upper())]
+    },
     "any": {},
 }
 
@@ -85,7 +123,8 @@ JSON_KINDS: dict[str, dict[str, Any]] = {
 class Unsupported:
     """A value that Shardline knowingly refuses: everything but ``off``, or, where ``refused`` is given, just that.
 
-    ``switch`` names the key that turns a whole section on; ``present`` says that the section is on without it.
+    ``switch`` names the key that turns a whole section on; ``present`` says that the section is on without it, and
+    ``inside`` that the switches are in the sections inside it.
     """
 
     reason: str
@@ -93,8 +132,11 @@ class Unsupported:
     refused: tuple[Any, ...] = ()
     switch: str | None = None
     present: bool = False
+    inside: bool = False
 
     def accepts(self, value: object) -> bool:
+        if self.inside:
+            return left_out(value) or (isinstance(value, Mapping) and not self._is_on_inside(value))
         if self.refused:
             return not any(_same(value, item) for item in self.refused)
         if self.switch or self.present:
@@ -105,7 +147,18 @@ class Unsupported:
             value = value[self.switch]
         return any(_same(value, item) for item in (None, *self.off))
 
+    def _is_on_inside(self, section: Mapping[Any, Any]) -> bool:
+        return any(
+            self._is_on_inside(value) if isinstance(value, Mapping) else name == self.switch and not left_out(value)
+            for name, value in section.items()
+        )
+
     def schema(self) -> dict[str, Any]:
+        if self.inside:
+            level: dict[str, Any] = {}
+            for _ in range(3):
+                level = {"properties": {self.switch: {"enum": [None, False]}}, "additionalProperties": level}
+            return {"type": ["object", "null", "boolean"], "not": {"const": True}, **level}
         if self.refused:
             return {"not": {"enum": list(self.refused)}}
         if not (self.switch or self.present):
@@ -150,6 +203,7 @@ NO_EFFECT: dict[str, Ineffective] = {
     "disable_allgather": _boolean("DeepSpeed reads it no more"),
     "zero_allow_untested_optimizer": _boolean("every optimizer is classified, and tried out if unknown, at initialize"),
     "zero_force_ds_cpu_optimizer": _boolean("optimizers are torch's and run on every device"),
+    "disable_python_gc": _boolean("Python's garbage collector is left to the script; call gc.disable() in it"),
     "memory_breakdown": _boolean(_PRINTS),
     "dump_state": _boolean("`shardline config explain` prints the resolved configuration"),
     "log_level": Ineffective("any", 'set the level of the standard logger "shardline"'),
@@ -160,6 +214,11 @@ NO_EFFECT: dict[str, Ineffective] = {
     "optimizer.legacy_fusion": _boolean("there is one implementation"),
     "bf16.immediate_grad_update": _boolean("gradients are accumulated as data_types.grad_accum_dtype says"),
     "torch_autocast.lower_precision_safe_modules": Ineffective("any", "torch's autocast decides by operation"),
+    "data_types.keep_in_fp32_modules": Ineffective(
+        "any", "it is about buffers, which keep their dtype unless buffer_dtype is set; module_dtypes is for parameters"
+    ),
+    "zero_optimization.compute_grad_norm": _boolean("the norm is a by-product of the check for overflow"),
+    "zero_optimization.parameter_alignment": _boolean("shards always begin at multiples of 64 elements"),
     "zero_optimization.allgather_partitions": _boolean("weights are always all-gathered"),
     "zero_optimization.allgather_bucket_size": _number(_BUCKETS),
     "zero_optimization.overlap_comm": _boolean("communication always overlaps where the device has streams"),
@@ -205,7 +264,9 @@ NO_EFFECT: dict[str, Ineffective] = {
             "profile",
         )
     },
-    "checkpoint.tag_validation": Ineffective("any", "ranks always agree on the tag before anything is written"),
+    "checkpoint.tag_validation": Ineffective(
+        "tag validation", "ranks always agree on the tag before anything is written"
+    ),
     "checkpoint.load_universal": _boolean(_LAYOUT),
     "checkpoint.parallel_write": Ineffective("object", "every rank always writes its own part"),
     "checkpoint.checkpoint_serialization": _boolean("tensors are never pickled"),
@@ -257,7 +318,7 @@ UNSUPPORTED: dict[str, Unsupported] = {
     "zero_optimization.offload_optimizer.ratio": Unsupported("there is no partial offload", off=(1.0,)),
     "zero_optimization.offload_optimizer.super_offload": Unsupported("there is no partial offload"),
     "zero_optimization.offload_param.device": Unsupported(
-        "weights stay on the device; stage 3 divides them over the ranks", refused=("cpu", "nvme")
+        "weights never go to NVMe; stage 3 divides them over the ranks", refused=("nvme",)
     ),
     "zero_optimization.mics_shard_size": Unsupported(f"MiCS: {_TWO_HOPS}", off=(-1, 0)),
     "zero_optimization.mics_hierarchical_params_gather": Unsupported(f"MiCS: {_TWO_HOPS}"),
@@ -296,6 +357,6 @@ UNSUPPORTED: dict[str, Unsupported] = {
     "eigenvalue": Unsupported("nothing is quantized while training", switch="enabled"),
     "quantize_training": Unsupported("nothing is quantized while training", switch="enabled"),
     "weight_quantization": Unsupported("nothing is quantized while training", present=True),
-    "compression_training": Unsupported("nothing is quantized or pruned while training", present=True),
+    "compression_training": Unsupported("nothing is quantized or pruned while training", switch="enabled", inside=True),
     "sparse_attention": Unsupported("use torch's scaled_dot_product_attention or flex_attention", present=True),
 }

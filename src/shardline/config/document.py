@@ -25,11 +25,13 @@ marked.
 * Every key is known or an error: an unknown one is reported with its path and the nearest known key, all problems of a
   configuration at once. `shardline config check FILE` does the same without a run, `shardline config explain FILE`
   prints every value with its origin, `shardline config schema` a JSON Schema for editors.
-* Files may hold comments (`//`, `#`, `/* */`) and trailing commas, but no key twice. Whole numbers may be written as
-  `5e8`. `null` means the default; a section may be `null` or `false` to leave it out.
+* Files may hold comments (`//`, `#`, `/* */`, keys that begin with `_` or `//`) and trailing commas, but no key twice.
+  Whole numbers may be written as `5e8`. `null` means the default, but for `zero_optimization.stage`; a section may be
+  `null` or `false` to leave it out.
 * Two of `train_batch_size`, `train_micro_batch_size_per_gpu` and `gradient_accumulation_steps` give the third:
   train = micro x accumulation x world size. Without accumulation, train or micro alone stands with accumulation 1.
-* `"auto"` means the default, except where a table below says that it is not taken.
+* `"auto"` means the default, except where a table below says that it is not taken. Where a trainer fills it in,
+  `shardline config check FILE --filled-by transformers` puts stand-ins in its place.
 * `gradient_clipping` is 0.0 unless written: **no key, no clipping**. DeepSpeed 0.19 clips at 1.0 without the key.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shardline.config.catalogue import OPEN, Key, catalogue, fields, join, split, takes_auto
-from shardline.config.deepspeed import ALIASES, UNSUPPORTED
+from shardline.config.deepspeed import ALIASES, NOT_NULL, UNSUPPORTED
 from shardline.config.kinds import Section
 from shardline.config.schema import Config
 
@@ -33,7 +33,9 @@ def _object(path: str, keys: list[Key]) -> JSON:
                 "description": f"Another name of {new}.",
             }
     needed = [split(key.path)[1] for key in here if key.required]
-    return {**_absent(), "properties": properties, "additionalProperties": False, "required": needed}
+    comments = {"^(_|//)": {"description": "A comment."}}
+    closed = {"properties": properties, "patternProperties": comments, "additionalProperties": False}
+    return {**_absent(), **closed, "required": needed}
 
 
 def _absent() -> JSON:
@@ -54,6 +56,8 @@ def _property(key: Key, keys: list[Key]) -> JSON:
     if key.required:
         refused = refusal.refused if refusal else ()
         return {**text, **schema, "not": {"enum": [*refused, "auto"]}}
+    if key.path in NOT_NULL:
+        return {**text, **schema}
     return {**text, "anyOf": [schema, {"enum": [None, "auto"] if takes_auto(key) else [None]}]}
 
 

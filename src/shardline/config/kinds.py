@@ -30,9 +30,9 @@ __all__ = [
 OWN = "Shardline's own key."
 
 DTYPE_SPELLINGS = {
-    **dict.fromkeys(("fp32", "float32"), "fp32"),
-    **dict.fromkeys(("bf16", "bfloat16"), "bf16"),
-    **dict.fromkeys(("fp16", "float16", "half"), "fp16"),
+    **dict.fromkeys(("fp32", "float32", "torch.float32"), "fp32"),
+    **dict.fromkeys(("bf16", "bfloat16", "torch.bfloat16"), "bf16"),
+    **dict.fromkeys(("fp16", "float16", "half", "torch.float16", "torch.half"), "fp16"),
 }
 
 

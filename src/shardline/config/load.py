@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shardline.config import batch
+from shardline.config.deepspeed import ALIASES, BY_TRAINER, CHECK_FILLED, TRAINERS
 from shardline.config.reading import Reading
 from shardline.config.rules import broken
 from shardline.config.schema import Config
@@ -23,7 +24,7 @@ __all__ = ["Source", "load_config"]
 Source = Mapping[str, Any] | str | os.PathLike[str] | Config | None
 
 
-def load_config(source: Source, world_size: int, *, batches: bool = True) -> Config:
+def load_config(source: Source, world_size: int, *, batches: bool = True, filled_by: str | None = None) -> Config:
     """The resolved configuration on ``world_size`` ranks: batch sizes computed, every ``"auto"`` settled.
 
     Args:
@@ -31,12 +32,14 @@ def load_config(source: Source, world_size: int, *, batches: bool = True) -> Con
         world_size: number of ranks that share a global batch.
         batches: whether batches are made from it. Without, a batch size may be missing: a micro-batch then counts as
             one sample.
+        filled_by: a trainer that fills in what is ``"auto"``: ``"transformers"``. Stand-ins take its place.
 
     Raises:
         ConfigError: the source cannot be read, or holds keys, values or combinations that cannot be used: all problems
             at once, one sentence each.
     """
     raw, where = _read(source)
+    filled = _fill(raw, TRAINERS[filled_by]) if filled_by else []
     reading = Reading(Config, origin="file" if where else "given")
     config = Config.model_construct(**reading.values(Config, raw))
     for enabled, other in (("fp16", "bf16"), ("bf16", "fp16")):
@@ -44,6 +47,7 @@ def load_config(source: Source, world_size: int, *, batches: bool = True) -> Con
             reading.origins[f"{other}.enabled"] = f"auto: false, since {enabled} is on"
     update: dict[str, Any] = {}
     if reading.bad.isdisjoint({*batch.KEYS, "data_loader.uneven", "data_loader"}):
+        reading.origins |= dict.fromkeys(filled, f"a stand-in for what {filled_by} fills in")
         try:
             train, micro, accumulation = (getattr(config, name) for name in batch.KEYS)
             if not batches and train is None and micro is None:
@@ -53,7 +57,12 @@ def load_config(source: Source, world_size: int, *, batches: bool = True) -> Con
             update |= zip(batch.KEYS, (solved.train, solved.micro, solved.accumulation), strict=True)
             reading.origins |= solved.origins
         except batch.BatchError as error:
-            reading.problem(batch.KEYS[0], str(error))
+            auto = [name for name in batch.KEYS if reading.origins.get(name, "").startswith("auto")]
+            if auto and train is None and micro is None:
+                says = f'{" and ".join(auto)} {"is" if len(auto) == 1 else "are"} "auto"'
+                reading.problem(auto[0], f"{says}, which {BY_TRAINER}; write numbers ({CHECK_FILLED}).")
+            else:
+                reading.problem(batch.KEYS[0], str(error))
     for sentence, paths in broken(config):
         if reading.bad.isdisjoint(paths):
             reading.problem(paths[0], sentence)
@@ -88,6 +97,31 @@ def _read(source: Source) -> tuple[dict[str, Any], str]:
             '{"train_batch_size": 16, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}.'
         )
     raise ConfigError(f"The configuration is a {type(source).__name__}; allowed is a dict, a path or a Config.")
+
+
+def _fill(raw: dict[str, Any], stand_ins: Mapping[str, Any]) -> list[str]:
+    """Write ``stand_ins`` into ``raw`` where it says "auto"; return the paths. A batch that is given stays."""
+    given = raw.get(batch.TRAIN) not in (None, "auto")
+    if raw.get(batch.MICRO) is None:
+        raw[batch.MICRO] = "auto"  # a trainer has one in any case
+    half = raw.get("fp16")
+    fp16 = isinstance(half, Mapping) and half.get("enabled") is True
+    filled = []
+    for path, value in stand_ins.items():
+        for written in (path, *(old + path.removeprefix(new) for old, new in ALIASES.items() if _is_at(path, new))):
+            *parents, name = written.split(".")
+            holder: Any = raw
+            for parent in parents:
+                holder = holder.get(parent) if isinstance(holder, dict) else None
+            if isinstance(holder, dict) and holder.get(name) == "auto":
+                computed = given and path in batch.KEYS
+                holder[name] = None if computed else value and not fp16 if path == "bf16.enabled" else value
+                filled += [] if computed else [path]
+    return filled
+
+
+def _is_at(path: str, top: str) -> bool:
+    return path == top or path.startswith(f"{top}.")
 
 
 def _base64(source: str) -> str | None:

@@ -10,7 +10,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from shardline.config.catalogue import OPEN, catalogue, join, split, typed
-from shardline.config.deepspeed import ALIASES, AUTO_IS_A_VALUE, AUTO_MEANS, AUTO_NEEDS, NO_EFFECT, UNSUPPORTED
+from shardline.config.deepspeed import (
+    ALIASES,
+    AUTO_IS_A_VALUE,
+    AUTO_MEANS,
+    AUTO_NEEDS,
+    BY_TRAINER,
+    CHECK_FILLED,
+    NO_EFFECT,
+    NOT_NULL,
+    UNSUPPORTED,
+    is_comment,
+)
 from shardline.config.kinds import Section, adapter, left_out, section_of
 from shardline.config.sentences import allowed, found, nearest
 from shardline.errors import ConfigError
@@ -66,6 +77,7 @@ class Reading:
         if not isinstance(raw, Mapping):
             self._wrong(path, raw, {"type": "object"})
             return {}
+        raw = {name: value for name, value in raw.items() if not is_comment(name)}
         if not path:
             raw = self._rename(raw)
         values: dict[str, Any] = {}
@@ -134,7 +146,7 @@ class Reading:
         values: dict[str, Any] = {}
         for name, inner in value.items():
             path = join(at, str(name))
-            if self._settled(path, inner):
+            if is_comment(name) or self._settled(path, inner):
                 continue
             if inner == AUTO:
                 self.origins[path] = "auto: the class's default"
@@ -153,7 +165,8 @@ class Reading:
             elif at in AUTO_NEEDS:
                 self.undecided[at] = f'{self._as_written(at)} is "auto", which {AUTO_NEEDS[at]}.'
             elif required:
-                self.problem(at, f'{self._as_written(at)} is "auto", which nothing here can decide; write a value.')
+                sentence = f'{self._as_written(at)} is "auto", which {BY_TRAINER} and nothing here can decide'
+                self.problem(at, f"{sentence}; write a value ({CHECK_FILLED}).")
             else:
                 self.origins[at] = "auto: the default"
             return
@@ -161,7 +174,7 @@ class Reading:
             values[name] = adapter(model, name).validate_python(value, strict=True)
             self.origins[at] = self.origin
         except ValidationError:
-            if value is None and not required:
+            if value is None and not required and at not in NOT_NULL:
                 return  # null means the default wherever it is not a value of its own
             schema = adapter(model, name).json_schema()
             items = schema.get("additionalProperties")
