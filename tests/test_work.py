@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from shardline.comm.board import Peer
 from shardline.comm.direct import DirectTransport
+from shardline.modes import keep
 from tests.harness import Setup, start
 from tests.models import mse
 
@@ -102,9 +103,9 @@ def work(config: dict[str, object]) -> tuple[Counter[str], Counter[str], int] | 
         engine.backward(mse(engine, engine.module, batch(step)))
         engine.step()
     engine._boundary._reads_at_once = False  # as on an accelerator
-    with Watch() as passes:
+    with keep(Watch()) as passes:
         engine.backward(mse(engine, engine.module, batch(2)))
-    with Watch() as update:
+    with keep(Watch()) as update:
         engine.step()
     engine.destroy()
     return passes.written, update.written, passes.read + update.read
