@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -326,18 +327,19 @@ cases.train(built, 10)
 
 
 def test_a_step_that_takes_long_is_finished_and_saved(ranks, tmp_path):
-    """The launcher and its ranks are asked to end, all at once, as a batch system does."""
+    """The launcher and its rank are asked to end, as a batch system does, and the rank again while the step lasts."""
     script = tmp_path / "script.py"
     script.write_text(LONG_STEP)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "shardline.cli", "run", "--nproc", "1", str(script), str(tmp_path / "saves")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None and process.stdout.readline() == "in a step\n"
-        for pid in (
-            *map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()),
-            process.pid,
-        ):
-            os.kill(pid, signal.SIGTERM)
+        (rank,) = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+        os.kill(rank, signal.SIGTERM)
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(5.5)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGTERM)
         process.communicate(timeout=60)
     assert process.returncode == 143
     assert ranks(load_steps, 1, str(tmp_path / "saves"), cases.config(0, 1)) == [2]

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from types import FrameType
 from typing import Any
 
 __all__ = ["Leaving"]
 
 
-_ONE_REQUEST = 5.0  # seconds: a batch system asks every process of a job, and a launcher that it asked asks again
-
-
 class Leaving:
-    """Listens to SIGTERM. A later one is the program's own affair again, so that a stuck process can be ended."""
+    """Listens to SIGTERM, however often it comes: a batch system asks every process of a job, and so does a launcher
+    that it asked. Nobody can tell a second request from the same one that came while a long call kept Python from
+    looking, so a stuck process is ended by SIGKILL.
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        self._when = 0.0
         self._before: Any = None
         self._installed = False
 
@@ -37,8 +35,4 @@ class Leaving:
                 signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if not self.asked:
-            self.asked, self._when = True, time.monotonic()
-        elif time.monotonic() - self._when > _ONE_REQUEST:
-            self.stop()
-            signal.raise_signal(number)
+        self.asked = True
