@@ -428,6 +428,31 @@ def test_a_stream_that_is_used_up_or_shorter_than_the_position_is_an_error() -> 
         list(shorter)
 
 
+class Parsed(IterableDataset[int]):
+    """Its ``__next__`` finds nothing in record 10, and StopIteration comes out."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __iter__(self) -> Iterator[int]:
+        self.left = iter(range(20))
+        return self
+
+    def __next__(self) -> int:
+        index = next(self.left)
+        return next(iter([index] if index != 10 else []))
+
+
+def test_a_stream_that_ends_before_its_length_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    for loader in loaders(Parsed(), 1, 1):
+        assert len([sample for batch in loader for sample in batch]) == 10
+    assert "Parsed ended after 10 samples in epoch 0, but its len() is 20" in caplog.text
+    caplog.clear()
+    for loader in loaders(Numbers(30), 2, 1):
+        list(loader)
+    assert not caplog.text
+
+
 class TellsEpoch(Noisy):
     epoch = 0
 

@@ -355,6 +355,12 @@ class Loader:
                 f"expected (global batch {size}, position {start.batch}, drop_last {self.drop_last}). It must yield "
                 "its samples each time it is iterated; a generator, for one, can be used up only once."
             )
+        if self._order is None and hasattr(self.dataset, "__len__") and total != len(self.dataset) and self._rank == 0:
+            logger.warning(
+                "The stream of %s ended after %d samples in epoch %d, but its len() is %d. If it should have gone on: "
+                "a next() without a default in its __next__ ends it, too.",
+                name, total, start.epoch, len(self.dataset),
+            )  # fmt: skip
 
     def _length(self, epoch: int) -> int | None:
         """Samples in an epoch, as far as known; those of this rank in a sharded dataset."""
