@@ -147,6 +147,18 @@ def test_damaged_files(tmp_path):
         load(tmp_path / "y.pt")
 
 
+def test_files_that_would_hang_or_fill_memory(tmp_path):
+    """A FIFO, a device behind a link, and zeros that take a thousandth of their size."""
+    os.mkfifo(tmp_path / "fifo.pt")
+    (tmp_path / "link.pt").symlink_to("/dev/zero")
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", pickle.dumps(1))
+        archive.writestr("bomb/data/0", bytes(1 << 20))
+    for name, why in {"fifo": "a FIFO", "link": "a symbolic link", "bomb": "it is compressed"}.items():
+        with pytest.raises(CheckpointError, match=f"{name}.pt cannot be imported.*{why}"):
+            load(tmp_path / f"{name}.pt")
+
+
 def test_directories_that_are_none(tmp_path, capsys):
     assert main(["checkpoint", "import-deepspeed", str(tmp_path), str(tmp_path / "out")]) == 1
     assert "no file 'latest'" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import zlib
 
@@ -80,6 +81,24 @@ def test_a_truncated_file_is_an_error_and_no_crash(tmp_path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"x.safetensors"):
         TensorFile(path)
+
+
+def test_tensors_share_no_bytes(tmp_path):
+    """A file of one large tensor under many names would fill memory. Empty ones take no place."""
+    path = tmp_path / "x.safetensors"
+    for low, second in ((0, 8), (4, 8), (8, 12)):
+        rows = {
+            "a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]},
+            "none": {"dtype": "U8", "shape": [0], "data_offsets": [8, 8]},
+            "b": {"dtype": "U8", "shape": [second - low], "data_offsets": [low, second]},
+        }
+        head = json.dumps(rows).encode()
+        path.write_bytes(len(head).to_bytes(8, "little") + head + bytes(12))
+        if low < 8:
+            with pytest.raises(CheckpointError, match=r"x.safetensors is no safetensors file.*two tensors have one"):
+                TensorFile(path)
+        else:
+            TensorFile(path).close()
 
 
 def test_the_disk_is_told_to_begin_early(tmp_path, monkeypatch):

@@ -331,6 +331,8 @@ class Manifest(_Value):
         for name, buffer in self.buffers.items():
             for file in buffer.files:
                 room.take(name, Stored(dtype=buffer.dtype, shape=buffer.shape, file=file), 0)
+        groups_of_options = [] if self.optimizer is None else self.optimizer.groups
+        _check_tensors([self.scheduler, self.client_state, self.extra_state, groups_of_options])
         return self
 
     @classmethod
@@ -397,6 +399,21 @@ class _Room:
         self._left[file] -= size
         if self._left[file] < 0:
             raise ValueError(f"{shown(repr(name))} and those before it do not fit into file {file}")
+
+
+def _check_tensors(values: list[Any]) -> None:
+    """Each tensor of a file belongs to one value: else a short manifest could ask for the same large one a million
+    times."""
+    seen: set[str] = set()
+    while values:
+        value = values.pop()
+        if isinstance(value, dict) and "$tensor" in value:
+            key = value["$tensor"]
+            if not isinstance(key, str) or key in seen:
+                raise ValueError(f"the tensor {shown(repr(key), 100)} belongs to two values, or is none")
+            seen.add(key)
+        elif isinstance(value, dict | list):
+            values += value.values() if isinstance(value, dict) else value
 
 
 def _no_number(text: str) -> NoReturn:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardline.checkpoint.files import open_regular
 from shardline.errors import CheckpointError
 
 __all__ = ["Opaque", "load"]
@@ -122,7 +123,9 @@ def load(path: Path, opaque: Collection[str] = ()) -> Any:
         CheckpointError: for a file that cannot be read, or holds anything else than tensors and plain values.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise CheckpointError("it is compressed, as torch.save never does; a short file could fill memory.")
             found = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             if len(found) != 1:
                 raise CheckpointError("it is no file of torch.save.")

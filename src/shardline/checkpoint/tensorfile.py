@@ -162,6 +162,7 @@ class TensorFile:
         self.metadata: dict[str, str] = rows.pop("__metadata__", {})
         self._start = 8 + length
         self._rows: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}
+        places = []
         for key, row in rows.items():
             dtype, shape = _DTYPES[row["dtype"]], tuple(row["shape"])
             low, high = row["data_offsets"]
@@ -173,6 +174,12 @@ class TensorFile:
             if numel * dtype.itemsize != high - low or not 0 <= low <= high <= size - self._start:
                 raise ValueError(f"the place of {key!r} does not fit its shape or the file")
             self._rows[key] = (dtype, shape, low)
+            places.append((low, high))
+        done = 0
+        for low, high in sorted(places):  # else a short file could hold any number of large tensors
+            if low < done:
+                raise ValueError("two tensors have one place")
+            done = high
 
     def close(self) -> None:
         self._file.close()
