@@ -374,7 +374,10 @@ def test_the_secret_of_a_job(tmp_path, monkeypatch):
         with pytest.raises(LaunchError, match="is open to other users"):
             _check(job(file))
     file.chmod(0o600)
-    assert _check(job(file)).secret == secret.encode()
+    for each in (job(file), Launch(__file__)):  # nor where it is not needed
+        monkeypatch.setenv("SHARDLINE_SECRET", "another one of enough letters")
+        assert _check(each).secret == (secret.encode() if each.secret_file else b"")
+        assert "SHARDLINE_SECRET" not in os.environ
     os.mkfifo(tmp_path / "fifo", 0o600)
     with pytest.raises(LaunchError, match="is not a file"):
         _check(job(tmp_path / "fifo"))

@@ -138,7 +138,8 @@ def _check(job: Launch) -> Meeting:
     if job.log_dir is not None:
         _make_writable(job.log_dir)
     host, port = (LOOPBACK, 0) if job.master is None else _address(job.master)
-    secret = _secret(job.secret_file) if changing else b""
+    inherited = os.environ.pop(_SECRET, None)  # the ranks need it not, and what they start or log the less
+    secret = _secret(job.secret_file, inherited) if changing else b""
     return Meeting(host, port, (job.nnodes, most), job.node_rank, job.join_timeout, secret)
 
 
@@ -161,18 +162,17 @@ def _make_writable(log_dir: Path) -> None:
         raise LaunchError(f"Cannot write to --log-dir {log_dir}: {error.strerror}.") from None
 
 
-def _secret(file: Path | None) -> bytes:
-    """What the launchers of a job know and nobody else."""
+def _secret(file: Path | None, given: str | None) -> bytes:
+    """What the launchers of a job know and nobody else: what the file holds, else what the environment gave."""
     how = "Make one with `(umask 077; openssl rand -hex 32 > FILE)`, the same on every node."
-    if file is None and _SECRET not in os.environ:
+    if file is not None:
+        where, secret = f"--secret-file {file}", _read_own(file)
+    elif given is not None:
+        where, secret = f"{_SECRET} in the environment", given.encode()
+    else:
         raise LaunchError(
             f"Nodes that come and go need a secret: --secret-file FILE, or {_SECRET} in the environment. {how}"
         )
-    if file is None:
-        # the ranks need it not, and what they start or log the less
-        where, secret = f"{_SECRET} in the environment", os.environ.pop(_SECRET).encode()
-    else:
-        where, secret = f"--secret-file {file}", _read_own(file)
     if len(secret.strip()) < _SECRET_BYTES:
         raise LaunchError(f"{where} is shorter than {_SECRET_BYTES} characters. {how}")
     return secret.strip()
