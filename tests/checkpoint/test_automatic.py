@@ -366,6 +366,29 @@ def test_sigterm_on_one_rank_saves_and_ends_all(ranks, tmp_path):
     assert again[0][1] == 3 and same(again[0][0], straight[0][0])
 
 
+def ended_after_a_failure(config):
+    """The save after step 1 fails in the background; then comes SIGTERM."""
+    built = cases.engine(config)
+    write, commit.write = commit.write, full_disk
+    cases.train(built, 1)
+    built.checkpoints._running._thread.join()
+    commit.write = write
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit) as exit:
+        cases.train(built, 10)
+    return built.global_steps, exit.value.code
+
+
+def full_disk(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "shard")
+
+
+def test_sigterm_saves_although_the_save_before_failed(ranks, tmp_path):
+    config = settings(tmp_path, world=1, every_steps=1, save_on_sigterm=True, **{"async": True})
+    assert ranks(ended_after_a_failure, 1, config) == [(2, 0)]
+    assert ranks(load_steps, 1, str(tmp_path), cases.config(0, 1)) == [2]
+
+
 # -- SIGKILL in real jobs ---------------------------------------------------------------------------------------------
 
 LATE = ("commit-barrier:before", "commit-barrier:after")

@@ -150,6 +150,11 @@ class Checkpointer:
         )
         if config.dir is None or not (due or leave):
             return
+        if leave:  # there is no later save that could hold this state
+            try:
+                self.wait()
+            except CheckpointError as error:
+                trainer.events.emit(Notice(str(error)))
         self.save(config.dir, client_state=trainer.client_state, background=config.async_save and not leave)
         if leave:
             self.close()
