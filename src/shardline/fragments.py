@@ -126,14 +126,16 @@ def take_states(unit: Unit, runs: Sequence[RunTensors], optimizer: Optimizer) ->
     for slab in unit.trainable:
         low, high = slab.state_range
         mine = [run for run in runs if slab.master is not None and _lies_in(run.param, slab.master)]
-        keys = sorted(
-            {
+        # By parameter: an optimizer may keep other tensors for one than for another in the same slab.
+        keys = {
+            piece.name: [
                 (key, str(value.dtype))
-                for run in mine
                 for key, value in optimizer.state.get(run.param, {}).items()
                 if _is_per_element(value, run.param)
-            }
-        )
+            ]
+            for run in mine
+            for piece in run.fragments
+        }
         scalars = {
             piece.name: {
                 key: value.clone() if isinstance(value, Tensor) else value
@@ -152,13 +154,13 @@ def take_states(unit: Unit, runs: Sequence[RunTensors], optimizer: Optimizer) ->
                     )
         # A rank whose shard is empty has no state to tell what there is.
         everyone = unit.comm.exchange([keys, {name: _plain(values) for name, values in scalars.items()}])
-        keys = sorted({(key, dtype) for theirs, _ in everyone for key, dtype in theirs})
+        held = {name: {tuple(each) for each in theirs} for keys, _ in everyone for name, theirs in keys.items()}
         plain: dict[str, dict[str, Any]] = {}
         for _, theirs in everyone:
             plain.update(theirs)
         for entry in slab.plan.entries:
             found[entry.param.name] = ParamState(scalars=scalars.get(entry.param.name) or _tensors(plain, entry))
-        for key, dtype in keys:
+        for key, dtype in sorted(set().union(*held.values())):
             part = torch.zeros(high - low, dtype=getattr(torch, dtype.split(".")[1]), device=unit.state_device)
             for run in mine:
                 value = optimizer.state.get(run.param, {}).get(key)
@@ -166,7 +168,8 @@ def take_states(unit: Unit, runs: Sequence[RunTensors], optimizer: Optimizer) ->
                     part[run.run.start - low : run.run.stop - low].copy_(flat(value))
             whole = _whole(unit, slab, part, unit.row.states)
             for entry in slab.plan.entries:
-                found[entry.param.name].tensors[key] = whole[entry.offset : entry.stop].clone()
+                if (key, dtype) in held.get(entry.param.name, ()):
+                    found[entry.param.name].tensors[key] = whole[entry.offset : entry.stop].clone()
     return found
 
 

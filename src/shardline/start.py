@@ -36,6 +36,7 @@ from shardline.events import Notice
 from shardline.modes import outside_modes
 from shardline.observe import Console
 from shardline.offload import Offload
+from shardline.optimizer import arrange
 from shardline.precision import Precision
 from shardline.recompute import recompute_blocks, recomputed_blocks
 from shardline.topology import discover, init_distributed, make_current
@@ -123,6 +124,9 @@ def initialize(
 
     given, groups = _optimizer_and_groups(model, optimizer, model_parameters, settings)
     membership = group_parameters(model, groups)
+    if given is None and settings.optimizer is not None:
+        groups = arrange(settings.optimizer.type, model, groups)
+        membership = group_parameters(model, groups)
     offload = Offload.from_config(settings, comm.device)
     whole = False
     if given is not None or settings.optimizer is not None:

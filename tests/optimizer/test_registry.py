@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from shardline.errors import ConfigError
-from shardline.optimizer import Lamb, Lion, build
+from shardline.optimizer import Lamb, Lion, MuonAdamW, build
 
 
 def groups() -> list[dict[str, Any]]:
@@ -43,6 +43,7 @@ def trained(optimizer: Optimizer) -> list[Tensor]:
         ("adagrad", {"lr": 0.1}, lambda g: Adagrad(g, lr=0.1)),
         ("lion", {"lr": 0.1}, lambda g: Lion(g, lr=0.1)),
         ("Lamb", {"lr": 0.1, "max_coeff": 2.0, "amsgrad": False}, lambda g: Lamb(g, lr=0.1, max_coeff=2.0)),
+        ("muon", {"lr": 0.1, "ns_method": "gram"}, lambda g: MuonAdamW(g, lr=0.1)),
         ("RMSprop", {"lr": 0.1, "alpha": 0.5}, lambda g: RMSprop(g, lr=0.1, alpha=0.5)),
         ("Adadelta", {}, lambda g: Adadelta(g)),
     ],
@@ -98,7 +99,8 @@ def test_an_empty_group_is_a_group() -> None:
         ("AdamW", {"lr": -1.0}, "optimizer AdamW cannot be built .*: Invalid learning rate"),
         ("AdamW", {"lr": "1e-3"}, "optimizer AdamW cannot be built"),
         ("Lion", {"betas": [0.9, 1.5]}, r"optimizer Lion: betas is \(0.9, 1.5\); it must be two numbers"),
-        ("Muon", {"lr": 0.1}, "optimizer Muon cannot be built .*2D"),
+        ("Muon", {"muon_lr": -1.0}, "optimizer Muon cannot be built .*Learning rate"),
+        ("muon", {"per_head_muon": True}, "per_head_muon is True; for muon only False is supported"),
     ],
 )
 def test_what_cannot_be_built_says_why(name: str, params: dict[str, Any], message: str) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.harness import STAGES, Setup, assert_close, seeded, spread
-from tests.models import Mlp, mse, regression
+from tests.harness import STAGES, Setup, assert_close, assert_identical, seeded, spread
+from tests.models import Mlp, TinyGpt, cross_entropy, mse, regression, tokens
 
 
 def plain_loop(batches, optimizer, after=lambda step: None):
@@ -291,3 +291,136 @@ def train_lamb(batches, config):
     state = engine.full_state_dict()
     engine.destroy()
     return None, state
+
+
+# --- two optimizers in one --------------------------------------------------------------------------------------------
+
+
+def muon_config(stage):
+    params = {"muon_lr": 0.05, "adam_lr": 1e-2, "weight_decay": 0.1, "momentum": 0.9, "betas": [0.9, 0.99], "eps": 1e-4}
+    return Setup().config(stage) | {"optimizer": {"type": "Muon", "params": params}}
+
+
+def muon_and_adamw(model):
+    """The usual split by hand, with torch's own two."""
+    hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if not any(p is h for h in hidden)]
+    muon = torch.optim.Muon(hidden, lr=0.05, weight_decay=0.1, momentum=0.9)
+    return muon, torch.optim.AdamW(rest, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-4, fused=True)
+
+
+def train_muon(steps, folder):
+    """At every stage: `steps` steps without a stop; and again with one, resumed at the next stage."""
+    import shardline
+
+    rank = dist.get_rank()
+    straight, resumed = [], []
+    for stage in STAGES:
+        for stop in (None, 1):
+            engine, optimizer, *_ = shardline.initialize(model=seeded(TinyGpt), config=muon_config(stage))
+            for number, batches in enumerate(steps):
+                if number == stop:
+                    engine.save_checkpoint(f"{folder}/{stage}")
+                    engine.destroy()
+                    other = muon_config((stage + 1) % len(STAGES))
+                    engine, optimizer, *_ = shardline.initialize(model=seeded(TinyGpt), config=other)
+                    engine.load_checkpoint(f"{folder}/{stage}")
+                engine.backward(cross_entropy(engine, engine.module, batches[rank]))
+                engine.step()
+            assert [group["lr"] for group in optimizer.param_groups] == [0.05, 1e-2]
+            (straight if stop is None else resumed).append(engine.full_state_dict())
+            engine.destroy()
+    return straight, resumed
+
+
+def go_on_with_muon(steps, folder, stage):
+    import shardline
+
+    engine, *_ = shardline.initialize(model=seeded(TinyGpt), config=muon_config(0))
+    engine.load_checkpoint(f"{folder}/{stage}")
+    for batches in steps[1:]:
+        engine.backward(cross_entropy(engine, engine.module, batches[0]))
+        engine.step()
+    state = engine.full_state_dict()
+    engine.destroy()
+    return state
+
+
+def test_muon_by_name(ranks, tmp_path):
+    """A model with an embedding, norms, biases and a head. Both ranks get the same data, so that means are exact."""
+    steps = [[tokens(4, seed=seed)] * 2 for seed in range(3)]
+    model = seeded(TinyGpt)
+    optimizers = muon_and_adamw(model)
+    for batches in steps:
+        model.zero_grad()
+        cross_entropy(model, model, batches[0]).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    for straight, resumed in ranks(train_muon, 2, steps, str(tmp_path)):
+        for state in straight + resumed:
+            assert_identical(state, model.state_dict())
+    for stage in (0, 3):
+        assert_identical(ranks(go_on_with_muon, 1, steps, str(tmp_path), stage)[0], model.state_dict())
+
+
+def test_muon_at_every_stage_alike(ranks, tmp_path):
+    steps = [[tokens(4, seed=2 * seed), tokens(4, seed=2 * seed + 1)] for seed in range(3)]
+    for straight, resumed in ranks(train_muon, 2, steps, str(tmp_path)):
+        for state in straight + resumed:
+            assert_identical(state, straight[0])
+
+
+def change_what_muon_trains(steps, folder):
+    """A matrix is frozen for a step. Then one matrix and the head change sides, and the job is resumed."""
+    import shardline
+
+    rank = dist.get_rank()
+
+    def train(engine, which):
+        for batches in steps[which]:
+            engine.backward(cross_entropy(engine, engine.module, batches[rank]))
+            engine.step()
+
+    engine, *_ = shardline.initialize(model=seeded(lambda: TinyGpt(tied=False)), config=muon_config(3))
+    frozen = engine.module.blocks[0].up.weight
+    train(engine, slice(0, 1))
+    frozen.requires_grad_(False)
+    train(engine, slice(1, 2))
+    frozen.requires_grad_(True)
+    train(engine, slice(2, 3))
+    state = engine.full_state_dict()
+    engine.save_checkpoint(folder)
+    engine.destroy()
+
+    model = seeded(lambda: TinyGpt(tied=False))
+    model.blocks[1].up.weight.use_muon, model.head.weight.use_muon = False, True
+    engine, *_ = shardline.initialize(model=model, config=muon_config(2))
+    engine.load_checkpoint(folder)
+    engine.backward(cross_entropy(engine, engine.module, steps[0][rank]))
+    engine.step()
+    kept = {
+        piece.name: sorted(piece.state)
+        for piece in shardline.fragments.local_fragments(engine._layout.runs, engine.optimizer)
+    }
+    engine.destroy()
+    return state, kept
+
+
+def test_muon_after_a_change_of_what_it_trains(ranks, tmp_path):
+    steps = [[tokens(4, seed=seed)] * 2 for seed in range(3)]
+    model = seeded(lambda: TinyGpt(tied=False))
+    optimizers = muon_and_adamw(model)
+    for number, batches in enumerate(steps):
+        model.zero_grad()
+        model.blocks[0].up.weight.requires_grad_(number != 1)
+        cross_entropy(model, model, batches[0]).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    kept = {}
+    for state, part in ranks(change_what_muon_trains, 2, steps, str(tmp_path)):
+        assert_identical(state, model.state_dict())
+        kept.update(part)
+    for name, param in model.named_parameters():
+        hidden = name.startswith("blocks.") and param.dim() == 2 and name != "blocks.1.up.weight"
+        expected = ["momentum_buffer"] if hidden or name == "head.weight" else ["exp_avg", "exp_avg_sq", "step"]
+        assert kept[name] == expected, name

@@ -17,6 +17,7 @@ from shardline.checkpoint.files import shown
 from shardline.checkpoint.parts import Parts
 from shardline.checkpoint.reader import Reader
 from shardline.errors import CheckpointError
+from shardline.optimizer import MuonAdamW
 
 __all__ = ["Groups", "match_groups", "scheduler_state"]
 
@@ -89,6 +90,14 @@ def match_groups(parts: Parts, reader: Reader) -> Groups:
                 f"param group {index} has no parameter that was in a group of the checkpoint: its options stay as "
                 f"configured"
             )
+        if source is not None and isinstance(optimizer, MuonAdamW):
+            half = found.options[source].get("use_muon")
+            if half != group["use_muon"]:
+                found.notes.append(
+                    f"param group {index} has use_muon = {group['use_muon']} and had {half} in the checkpoint: its "
+                    f"options stay as configured, and its state begins anew"
+                )
+                source = None
         if source is not None:
             _check_options(index, group, found.options[source])
         found.sources.append(source)

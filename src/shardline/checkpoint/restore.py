@@ -18,6 +18,7 @@ from shardline.checkpoint.values import decode, dtype_named
 from shardline.checkpoint.window import persistent_buffers
 from shardline.errors import CheckpointError, UsageError
 from shardline.fragments import ParamState, flat
+from shardline.optimizer import prepare
 from shardline.plan import Fragment
 from shardline.unit import RunTensors
 
@@ -235,6 +236,7 @@ def load_optimizer(parts: Parts, reader: Reader, found: Match, groups: Groups) -
         state = _run_state(run, reader, found.params, strides, _group_of(optimizer, run.param))
         if state:
             optimizer.state[run.param] = state
+    prepare(optimizer)
     parts.parked.clear()
     for name, spec in parts.specs.items():
         theirs_name = found.params.get(name)

@@ -59,6 +59,29 @@ class LambParams(_Optimizer):
     min_coeff: Number = key(0.01, "Lower limit of the trust ratio.", ge=0)
 
 
+class MuonParams(Section):
+    lr: Number | None = key(None, "Learning rate of both halves; null: muon_lr and adam_lr.", ge=0)
+    muon_lr: Number | None = key(None, "Learning rate of Muon's half; null: lr, or 0.02 without it.", ge=0)
+    adam_lr: Number | None = key(None, "Learning rate of AdamW's half; null: lr, or 0.0003 without it.", ge=0)
+    weight_decay: Number = key(0.0, "Decoupled weight decay of both halves.", ge=0)
+    momentum: Number = key(0.95, "Muon: momentum factor.", ge=0)
+    nesterov: bool = key(True, "Muon: Nesterov's momentum.")
+    ns_steps: Integer = key(5, "Muon: steps of the Newton-Schulz iteration.", ge=1, lt=100)
+    ns_method: Literal["standard", "gram"] = key(
+        "standard", "DeepSpeed: two ways to compute the same iteration; torch's is the standard one, so no effect."
+    )
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = key(
+        None, "Muon: how the rate depends on the shape; null is original, sqrt(max(1, rows / columns))."
+    )
+    per_head_muon: Literal[False] = key(False, "DeepSpeed: orthogonalize attention heads one by one; not supported.")
+    betas: Betas = key((0.9, 0.95), "AdamW: decay of the running averages of the gradient and of its square.")
+    eps: Number = key(1e-10, "AdamW: added to the denominator.", ge=0)
+    adam_w_mode: bool = key(True, "AdamW: true decouples weight decay, false adds it to the gradient (L2).")
+    torch_adam: bool = key(False, "DeepSpeed: use torch's class, as always here; no effect.")
+    fp32_optimizer_states: Literal[True] = key(True, "DeepSpeed: moments in fp32, as always here.")
+    fused: bool | None = key(None, "AdamW: the fused kernel; chosen by itself where torch has one.")
+
+
 class _Scheduler(Section):
     last_batch_iteration: Integer = key(-1, "Steps already taken; -1 before the first.", ge=-1)
 
@@ -115,6 +138,7 @@ OPTIMIZERS: dict[str, type[Section]] = {
     "Adagrad": AdagradParams,
     "Lion": LionParams,
     "Lamb": LambParams,
+    "Muon": MuonParams,
 }
 SCHEDULERS: dict[str, type[Section]] = {
     "WarmupLR": WarmupLRParams,

@@ -109,7 +109,8 @@ class Optimizer(Section):
 
     type: str = key(
         ...,
-        "Adam (decoupled decay unless adam_w_mode is false), AdamW, SGD, Adagrad, Lion, Lamb, or a torch.optim class.",
+        "Adam (decoupled decay unless adam_w_mode is false), AdamW, SGD, Adagrad, Lion, Lamb, Muon (with AdamW "
+        "for all but the matrices of the blocks), or a torch.optim class.",
     )
     params: dict[str, Any] = key(dict, "Arguments of the optimizer.")
 

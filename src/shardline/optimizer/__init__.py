@@ -13,7 +13,20 @@ from shardline.optimizer.amp import placed, prepare, takes_grad_scale
 from shardline.optimizer.kinds import Kind, kind
 from shardline.optimizer.lamb import Lamb
 from shardline.optimizer.lion import Lion
-from shardline.optimizer.registry import build
+from shardline.optimizer.muon import MuonAdamW
+from shardline.optimizer.registry import arrange, build
 from shardline.optimizer.takeover import replace_params
 
-__all__ = ["Kind", "Lamb", "Lion", "build", "kind", "placed", "prepare", "replace_params", "takes_grad_scale"]
+__all__ = [
+    "Kind",
+    "Lamb",
+    "Lion",
+    "MuonAdamW",
+    "arrange",
+    "build",
+    "kind",
+    "placed",
+    "prepare",
+    "replace_params",
+    "takes_grad_scale",
+]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
+from shardline.optimizer.muon import MuonAdamW
+
 __all__ = ["FUSED", "ScaledOptimizer", "kept", "placed", "prepare", "takes_grad_scale"]
 
 FUSED: dict[type[Optimizer], frozenset[str]] = {
@@ -70,13 +72,16 @@ def takes_grad_scale(optimizer: Optimizer) -> bool:
 def prepare(optimizer: Optimizer) -> None:
     """Create the state that torch's step would miss or leave uninitialised; call it when the tensors are final.
 
-    That is after building, after replacing parameters, after adding a group. For any other optimizer it does nothing.
+    That is after building, after replacing parameters or state. For any other optimizer it does nothing.
 
     * Fused SGD allocates its momentum buffer empty, for the kernel to fill, which a skipped first step does not. Zeros
       give the same first step: ``momentum * 0 + (1 - dampening) * grad`` is the gradient when dampening is 0. With
       dampening torch's first step is another formula, so `takes_grad_scale` refuses that.
     * Adagrad below torch 2.13 makes its state in the constructor only, so not for tensors that come later.
+    * `MuonAdamW` loses the state of parameters that have changed sides: neither half can go on with the other's.
     """
+    if isinstance(optimizer, MuonAdamW):
+        optimizer.drop_foreign_state()
     momentum = type(optimizer) is SGD and takes_grad_scale(optimizer)
     for group in optimizer.param_groups:
         for param in group["params"]:

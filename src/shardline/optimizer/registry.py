@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from shardline.errors import ConfigError
@@ -14,8 +14,9 @@ from shardline.names import call, nearest
 from shardline.optimizer.amp import FUSED
 from shardline.optimizer.lamb import Lamb
 from shardline.optimizer.lion import Lion
+from shardline.optimizer.muon import MuonAdamW, split_groups
 
-__all__ = ["build"]
+__all__ = ["arrange", "build"]
 
 # DeepSpeed's names, in any case.
 NAMES: dict[str, type[Optimizer]] = {
@@ -25,6 +26,7 @@ NAMES: dict[str, type[Optimizer]] = {
     "Adagrad": Adagrad,
     "Lion": Lion,
     "Lamb": Lamb,
+    "Muon": MuonAdamW,
 }
 UNSUPPORTED = ("OneBitAdam", "ZeroOneAdam", "OneBitLamb", "MuAdam", "MuAdamW", "MuSGD")
 
@@ -34,15 +36,17 @@ WITHOUT_EFFECT = frozenset({"torch_adam", "legacy_fusion", "set_grad_none"})
 FIXED: dict[type[Optimizer], dict[str, Any]] = {
     Adam: {"bias_correction": True, "fp32_optimizer_states": True},
     Lamb: {"amsgrad": False},
+    MuonAdamW: {"fp32_optimizer_states": True, "per_head_muon": False},
 }
 
 
 def build(name: str, params: Mapping[str, Any] | None, param_groups: Sequence[dict[str, Any]]) -> Optimizer:
     """The optimizer ``name`` over ``param_groups``, dicts with ``params``, a list of tensors, and options of the group.
 
-    ``name`` is Adam, AdamW, SGD, Adagrad, Lion or Lamb in any case, or exactly a class of ``torch.optim``. As in
-    DeepSpeed, Adam is AdamW unless ``adam_w_mode`` is false, and the weight decay of both is 0 unless given. The fused
-    kernel is taken where torch has one for every tensor, unless ``fused`` or ``foreach`` is given.
+    ``name`` is Adam, AdamW, SGD, Adagrad, Lion, Lamb or Muon in any case, or exactly a class of ``torch.optim``. As in
+    DeepSpeed, Adam is AdamW unless ``adam_w_mode`` is false, and the weight decay of both is 0 unless given; Muon is
+    `MuonAdamW`, for which `arrange` makes the groups. The fused kernel is taken where torch has one for every tensor,
+    unless ``fused`` or ``foreach`` is given.
 
     Raises `ConfigError` for an unknown name or parameter (naming the nearest) and for a value out of range.
     """
@@ -62,13 +66,24 @@ def build(name: str, params: Mapping[str, Any] | None, param_groups: Sequence[di
         found = given.pop(fixed, value)
         if found != value:
             raise ConfigError(f"optimizer.params.{fixed} is {found!r}; for {name} only {value!r} is supported.")
-    if issubclass(kind, Adam | Adagrad | Lamb | Lion):
+    if issubclass(kind, Adam | Adagrad | Lamb | Lion | MuonAdamW):
         given = {key: value for key, value in given.items() if key not in WITHOUT_EFFECT}
+    if kind is MuonAdamW:
+        given.pop("ns_method", None)  # ways to compute the same iteration, of which torch has one
     if "betas" in given:
         given["betas"] = _betas(given["betas"])
-    if _wants_fused(kind, given) and _can_fuse(kind, (t for group in param_groups for t in group["params"])):
+    kernel = AdamW if kind is MuonAdamW else kind
+    if _wants_fused(kernel, given) and _can_fuse(kernel, (t for group in param_groups for t in group["params"])):
         given["fused"] = True
     return call(kind, list(param_groups), what=f"optimizer {name}", params=given, also=also)
+
+
+def arrange(name: str, model: nn.Module, param_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``param_groups`` of ``model`` as the optimizer ``name`` wants them: for Muon see `split_groups`.
+
+    Raises `ConfigError` for an unknown name, and for what Muon cannot take.
+    """
+    return split_groups(model, param_groups) if _class_of(name) is MuonAdamW else param_groups
 
 
 def _class_of(name: str) -> type[Optimizer]:
