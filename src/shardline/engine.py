@@ -1018,6 +1018,11 @@ class Engine(nn.Module):
         self.comm.close()
         if self.training_dataloader is not None:
             self.training_dataloader.close()
+            self.training_dataloader.on_batch = None
+        # These refer back to the engine. Without them memory of the device is free with the last reference to the
+        # engine, not when the garbage collector comes to it.
+        del self._layout, self._hooks, self.schedule, self.checkpoints, self._alike, self._trainable
+        self._boundary = None
 
     def _tell_once(self, message: str, key: str | None = None) -> None:
         if (key or message) not in self._told:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -138,10 +139,13 @@ def initialize(
     _check_scheduler(lr_scheduler, given, trains=given is not None or settings.optimizer is not None)
     loader = None if training_data is None else make_loader(training_data, settings, comm, collate_fn)
 
-    made: list[Engine] = []  # from here on the model changes
+    made: list[weakref.ref[Engine]] = []  # weak: the units, which the engine owns, must not keep it alive
 
     def on_touch(unit: Unit) -> bool:
-        return bool(made) and made[0]._touched(unit)
+        engine = made[0]() if made else None
+        return engine is not None and engine._touched(unit)
+
+    # from here on the model changes
 
     layout = lay_out(model, settings, precision, comm, membership, whole=whole, on_touch=on_touch, offload=offload)
     load_model(model, layout, precision, comm, init_fn)
@@ -152,7 +156,7 @@ def initialize(
         final = new_optimizer(settings.optimizer.type, settings.optimizer.params, groups, layout)
 
     engine = Engine(model, layout, final, membership, settings, precision, topology, comm, whole=whole)
-    made.append(engine)
+    made.append(weakref.ref(engine))
     engine.lr_scheduler = _scheduler(lr_scheduler, final, settings)
     if loader is not None:
         engine.training_dataloader = loader

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -227,7 +228,8 @@ class Update:
 
     @cached_property
     def _seals(self) -> list[SealedGrad]:
-        return [SealedGrad.stand_for(run.param, partial(_read, run), lambda: self._scale_is_out) for run in self.runs]
+        update = proxy(self)  # states on a device are free with the last reference, not when a cycle is collected
+        return [SealedGrad.stand_for(run.param, partial(_read, run), lambda: update._scale_is_out) for run in self.runs]
 
     def unscale(self, scale: float | Tensor) -> None:
         """Divide the attached gradients by ``scale``, a number or a 0-dim tensor where they are."""

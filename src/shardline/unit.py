@@ -862,6 +862,7 @@ class Unit:
                 drop_grads(slab.params)
             slab.gathered = slab.master = slab.grad = slab.partial = None
             slab.weights = torch.empty(0)
+            slab.params.clear()  # what they know of the slab, and it of them, is a cycle
 
     # -- gradients --------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,6 @@ def ranks() -> Iterator[Ranks]:
 @pytest.fixture(scope="session")
 def cpu_ranks() -> Iterator[Ranks]:
     """The same on the CPU, to compare with."""
-    shared = Ranks(transport="gloo")
+    shared = Ranks("gloo")
     yield shared
     shared.close()
