@@ -224,11 +224,16 @@ class Schedule:
     # -- agreement --------------------------------------------------------------------------------------------------
 
     def _known(self, kind: Kind) -> Order | None:
-        """The order for the next pass of ``kind``: that of its place in the step, or the last one before that."""
-        known = self._orders[kind]
+        """The order for the next pass of ``kind``: that of its place in the step; for a forward else the last before.
+
+        The order of a backward leaves out what it did not need, which another one may: as the second of one graph.
+        """
+        known, place = self._orders[kind], self._passes[kind]
         if self._doubt or self._differed or not known:
             return None
-        return known[min(self._passes[kind], len(known) - 1)]
+        if place >= len(known) and kind in (Kind.BACKWARD, Kind.FOLDING):
+            return None
+        return known[min(place, len(known) - 1)]
 
     def _start(self, kind: Kind, stays: Collection[int] = ()) -> Pass:
         """A pass of ``kind``, by its order if there is one."""
@@ -283,10 +288,11 @@ class Schedule:
         idle = [index for index in self._sharded if index not in current.events and (forward or index not in uses)]
         if kind is Kind.EVALUATION and idle:
             return None
+        # Of what has stayed in this pass nobody knows whether it was used again.
         return Order.of(
             current.events,
             idle,
-            self._negotiation.repeated if forward else (),
+            self._negotiation.repeated | set(current.stays) if forward else (),
             plan=self._sharded if forward else self._sharded[::-1],
             ahead=self._prefetch,
         )
