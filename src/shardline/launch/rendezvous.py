@@ -213,6 +213,7 @@ class ChangingNodes(DynamicRendezvousHandler):
                 self._ranks_store, where = _meet_ranks(PrefixStore("ranks", info.store), meeting, info.rank)
         finally:
             word.cancel()
+            word.join()
         return RendezvousInfo(info.store, info.rank, info.world_size, where)
 
     def num_nodes_waiting(self) -> int:
