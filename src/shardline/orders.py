@@ -19,13 +19,11 @@ class Order:
         events: unit index ``u`` for its gather, ``~u`` (negative) for its reduction.
         idle: units that nobody used. They are gathered for a rank that may.
         stays: units that are not released before the pass is over.
-        last: the unit that was used last.
     """
 
     events: tuple[int, ...]
     idle: frozenset[int] = frozenset()
     stays: frozenset[int] = frozenset()
-    last: int | None = None
 
     @classmethod
     def of(
@@ -33,7 +31,6 @@ class Order:
         events: Sequence[int],
         idle: Sequence[int],
         stays: Collection[int] = (),
-        last: int | None = None,
         *,
         plan: Sequence[int],
         ahead: bool,
@@ -52,7 +49,7 @@ class Order:
         order = fill_in(order, idle, plan)
         if ahead:
             order = _ahead(order, frozenset(idle))
-        return cls(tuple(order), frozenset(idle), frozenset(stays), last)
+        return cls(tuple(order), frozenset(idle), frozenset(stays))
 
 
 def fill_in(order: Sequence[int], missing: Collection[int], plan: Sequence[int]) -> list[int]:

@@ -161,25 +161,24 @@ def hostile(path):
     where = Path(path, "global_step2")
     good = content(where)
     said = []
-    for key, value in (("lr", "fast"), ("betas", 3), ("params", [1]), ("fused", "x"), ("amsgrad", 7)):
-        data = copy.deepcopy(good)
-        data["optimizer"]["groups"][0][key] = value
+
+    def load(data):
         sign(where, data)
         try:
             run(FIRST, "cosine", 3, path, True)
             said.append(None)
         except CheckpointError as error:
             said.append(str(error))
+
+    for key, value in (("lr", "fast"), ("betas", 3), ("params", [1]), ("fused", "x"), ("amsgrad", 7)):
+        data = copy.deepcopy(good)
+        data["optimizer"]["groups"][0][key] = value
+        load(data)
     wrong = {"step": [3], "last_epoch": ["x"], "base_lrs": [[1.0], ["x", 1, 1]], "eta_min": [[]]}
     for key, value in [(key, value) for key, values in wrong.items() for value in values]:
         data = copy.deepcopy(good)
         data["scheduler"][key] = value
-        sign(where, data)
-        try:
-            run(FIRST, "cosine", 3, path, True)
-            said.append(None)
-        except CheckpointError as error:
-            said.append(str(error))
+        load(data)
     return said
 
 
