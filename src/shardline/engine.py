@@ -125,6 +125,7 @@ class Engine(nn.Module):
         self._after: list[StepHook] = []
         self._told: set[str] = set()
         self._short = ShortBatches(config.train_micro_batch_size_per_gpu)
+        self._called = False  # a forward or method of the model runs that was called through the engine
         self._first_loss = True
         self._grad_scale: Tensor | None = None  # of a GradScaler that was left in the loop
         self._scheduled: int | None = None  # where the scheduler was after the last step
@@ -153,12 +154,17 @@ class Engine(nn.Module):
             max_kept=zero.stage3_max_live_parameters,
             on_host=self.comm.device.type == "cpu",
         )
-        self._hooks = Hooks(self.module, units, self.schedule, self._begin_forward)
+        self._hooks = self._make_hooks()
         self._boundary: Boundary | None = None
         if self.optimizer is not None:
             update = Update(units, self.comm, self.optimizer, self._layout.runs)
             self._boundary = Boundary(update, self.schedule, self.scaler, self.config, self.progress, self._alike)
         self._trainable = [param for unit in units for slab in unit.trainable for param in slab.params]
+
+    def _make_hooks(self) -> Hooks:
+        sees_calls = self.precision.autocast is not None or self.precision.cast_inputs
+        on_call = self._see_call if sees_calls else None
+        return Hooks(self.module, self._layout.units, self.schedule, self._begin_forward, on_call)
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
@@ -183,11 +189,15 @@ class Engine(nn.Module):
 
     def _under_autocast(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What ``call`` returns, under autocast where it is configured; then in fp32, for what is computed of it."""
-        dtype = self.precision.autocast
-        if dtype is None:
-            return call(*args, **kwargs)
-        with torch.autocast(self.comm.device.type, dtype=dtype):
-            output = call(*args, **kwargs)
+        before, self._called = self._called, True
+        try:
+            dtype = self.precision.autocast
+            if dtype is None:
+                return call(*args, **kwargs)
+            with torch.autocast(self.comm.device.type, dtype=dtype):
+                output = call(*args, **kwargs)
+        finally:
+            self._called = before
         return replace_tensors(output, lambda tensor: tensor.float() if tensor.dtype is dtype else tensor)
 
     def _method(self, method: MethodType) -> Callable[..., Any]:
@@ -206,6 +216,21 @@ class Engine(nn.Module):
                 raise
 
         return call
+
+    def _see_call(self, is_model: bool, given: Any) -> None:
+        """A module of the model is called. Says so once where that does without what calls through the engine get."""
+        if self._called:
+            return
+        if self.precision.autocast is not None and not torch.is_autocast_enabled(self.comm.device.type):
+            self._tell_once(
+                "engine.module, or a part of it, was called past the engine, where torch_autocast does not reach: it "
+                "runs in the dtype of the weights. Call engine(...) or engine.method(...), or enter torch.autocast."
+            )
+        if is_model and self.precision.cast_inputs and (other := self.precision.not_cast(given)) is not None:
+            self._tell_once(
+                f"engine.module(...) was given a tensor of {other}, and weights are {self.precision.compute}: only "
+                f"engine(...) casts its inputs. Call that, or give tensors of {self.precision.compute}."
+            )
 
     @outside_modes
     def _begin_forward(self) -> Hooks:
@@ -988,7 +1013,7 @@ class Engine(nn.Module):
         self._compiled = True
         self._undo.append(compile_blocks(self.module, [unit.plan for unit in units], args, kwargs))
         self._hooks.remove()
-        self._hooks = Hooks(self.module, units, self.schedule, self._begin_forward)
+        self._hooks = self._make_hooks()
 
     @outside_modes
     def destroy(self) -> None:

@@ -96,13 +96,19 @@ class Hooks:
     """The hooks of one engine on one model. ``remove`` takes them off again.
 
     ``on_forward`` is called when a forward of the model begins, and returns the hooks that serve it: others than these
-    where the model was planned anew at that moment.
+    where the model was planned anew at that moment. ``on_call`` is called before each module that no other one of the
+    model's calls, outside of any backward: whether it is the model itself, and what it is given.
     """
 
     def __init__(
-        self, model: nn.Module, units: Sequence[Unit], schedule: Schedule, on_forward: Callable[[], Hooks]
+        self,
+        model: nn.Module,
+        units: Sequence[Unit],
+        schedule: Schedule,
+        on_forward: Callable[[], Hooks],
+        on_call: Callable[[bool, Any], None] | None = None,
     ) -> None:
-        self.schedule, self._on_forward = schedule, on_forward
+        self.schedule, self._on_forward, self._on_call = schedule, on_forward, on_call
         self._stack: list[tuple[list[Unit], bool]] = []
         self._saves = any(unit.sharded for unit in units)
         self._pool = units[0].pool if units else None
@@ -150,6 +156,8 @@ class Hooks:
     def _before(
         self, units: list[Unit], is_model: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        if self._on_call is not None and not self._stack and not self.schedule.in_backward:
+            self._on_call(is_model, (args, kwargs))
         self._enter(units, is_model, args, kwargs, self._unwatched())
 
     @outside_modes

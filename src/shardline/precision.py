@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shardline.config import Config
-from shardline.containers import replace_tensors
+from shardline.containers import replace_tensors, tensors_in
 from shardline.errors import ShardlineError
 from shardline.placement import Placement
 
@@ -117,6 +117,11 @@ class Precision:
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.compute) if tensor.is_floating_point() else tensor
+
+    def not_cast(self, value: Any) -> torch.dtype | None:
+        """The dtype of a floating tensor in ``value`` that :meth:`cast` would change, if there is one."""
+        others = (tensor.dtype for tensor in tensors_in(value) if tensor.is_floating_point())
+        return next((dtype for dtype in others if dtype is not self.compute), None)
 
     def explain(self, error: BaseException, model: nn.Module) -> bool:
         """Where torch complains of dtypes in a low-precision forward, name the floating buffers of other dtypes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -438,6 +438,41 @@ def test_a_method_in_low_precision_says_what_its_inputs_must_be(ranks):
     for notes, right in ranks(method_with_another_dtype, 1, Setup("bf16").config(0)):
         assert len(notes) == 1 and "torch.bfloat16" in notes[0] and "engine.action_and_value" in notes[0]
         assert right == "torch.bfloat16"
+
+
+def past_the_engine(config):
+    """What was said after calls through the engine, and after calls of the model itself."""
+    engine = start(Actor, config)
+    told = []
+    engine.events.subscribe(lambda event: told.append(event.message) if hasattr(event, "message") else None)
+    x, _ = regression(4)
+    own = x.to(engine.module.head.weight.dtype)
+    engine(x)
+    engine.action_and_value(own, scale=0.5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.get("torch_autocast") is not None):
+        engine.module(own)
+    through = list(told)
+    for call in (engine.module, engine.module.action_and_value, engine.module):
+        with suppress(RuntimeError, TypeError):
+            call(x)
+            call(x, scale=0.5)
+    engine.destroy()
+    return through, told
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_call_past_the_engine_says_what_it_lacks(ranks, stage):
+    """Once, where torch_autocast does not reach it, or inputs are not cast; in fp32 there is nothing to say."""
+    setups = {
+        "torch_autocast": Setup("fp32", more={"torch_autocast": {"enabled": True}}),
+        "torch.bfloat16": Setup("bf16"),
+        "torch.float16": Setup("fp16"),
+        None: Setup("fp32"),
+    }
+    for word, setup in setups.items():
+        for through, told in ranks(past_the_engine, 1, setup.config(stage)):
+            assert not through
+            assert len(told) == (word is not None) and all(word in each for each in told)
 
 
 def module_dtypes(config):
