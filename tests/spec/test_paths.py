@@ -6,6 +6,7 @@ Blocks are skipped, repeated, taken in another order or left early; by some rank
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.harness import Setup, assert_close, assert_identical, assert_ranks_agree, start
+from tests.harness import Setup, assert_close, assert_identical, assert_ranks_agree, check_against_twin, start
 from tests.models import regression
 
 WIDTH, BLOCKS = 32, 4
@@ -179,3 +180,40 @@ def test_a_surprise_after_ranks_were_alike(ranks, surprise):
         assert said is None
         assert_identical(state, expected)
         assert [asked > 0 for asked, _ in counts] == [True, False, False, False, True, False, False]
+
+
+class TwoLosses(nn.Module):
+    """A trunk under two heads, of which a forward uses one: a block of its own leads to the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(WIDTH, WIDTH)
+        self.heads = nn.ModuleList(
+            [nn.Linear(WIDTH, 1), nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.Tanh(), nn.Linear(2 * WIDTH, WIDTH))]
+        )
+
+    def forward(self, x, head):
+        return self.heads[head](torch.tanh(self.trunk(x)))
+
+
+def alternating(n, seed, alike):
+    """The batches that two ranks get in turn: both change the loss in each micro-step, to the same one or not."""
+    micro, rank = divmod(seed - 1, 2)
+    return *regression(n, width=WIDTH, seed=seed), torch.tensor((micro + (0 if alike else rank)) % 2)
+
+
+def loss_in_turn(call, module, batch):
+    x, y, head = batch
+    out = call(x, int(head)).float()
+    return out.square().mean() if int(head) == 0 else (out - y).abs().mean()
+
+
+@pytest.mark.parametrize("transport", ["shared", "gloo"])
+@pytest.mark.parametrize("accumulation", [2, 4])
+@pytest.mark.parametrize("alike", [True, False], ids=["alike", "each its own"])
+def test_losses_that_alternate_between_micro_steps(ranks, alike, accumulation, transport):
+    more = {"communication_transport": "gloo"} if transport == "gloo" else {}
+    for dtype in ("fp32", "bf16"):
+        setup = Setup(dtype, "SGD", accumulation=accumulation, clip=0.5, more=more)
+        make = partial(alternating, alike=alike)
+        check_against_twin(ranks, TwoLosses, loss_in_turn, make, stages=[0, 3], setup=setup, steps=4)
