@@ -12,7 +12,8 @@ from torch import nn
 from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, LinearLR, ReduceLROnPlateau, StepLR
 
 import shardline
-from shardline.start import _one_config, _optimizer_and_groups
+from shardline.config import load_config
+from shardline.start import _one_config, _optimizer_and_groups, _refuse_offload_param
 from tests.harness import seeded
 from tests.models import Mlp, mse, regression
 
@@ -384,28 +385,50 @@ def test_training_data_and_collate_fn(ranks) -> None:
     assert all(count == len(xs) for seen, _ in results for xs, count in seen)
 
 
-def without_effect():
+def told_at_initialize(*configs):
+    """The notices of each."""
     notices = []
     original = shardline.events.Events.emit
 
     def emit(self, event):
-        notices.append(event)
+        notices[-1].append(event)
         original(self, event)
 
     shardline.events.Events.emit = emit
     try:
-        config = config_of(optimizer=SGD)
-        config["zero_optimization"] |= {"overlap_comm": True, "contiguous_gradients": True}
-        shardline.initialize(model=seeded(Mlp), config=config)[0].destroy()
+        for config in configs:
+            notices.append([])
+            shardline.initialize(model=seeded(Mlp), config=config)[0].destroy()
     finally:
         shardline.events.Events.emit = original
-    return [event.message for event in notices if hasattr(event, "message")]
+    return [[event.message for event in events if hasattr(event, "message")] for events in notices]
 
 
 def test_keys_without_effect_are_listed_once(ranks) -> None:
-    (messages,) = ranks(without_effect, 1)
+    config = config_of(optimizer=SGD)
+    config["zero_optimization"] |= {"overlap_comm": True, "contiguous_gradients": True}
+    ((messages,),) = ranks(told_at_initialize, 1, config)
     assert len(messages) == 1
     assert "zero_optimization.overlap_comm" in messages[0] and "contiguous_gradients" in messages[0]
+
+
+def test_offload_param_has_no_effect_where_the_model_computes_on_the_cpu(ranks) -> None:
+    zero = {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": False}}
+    configs = [config_of(optimizer=SGD) | {"zero_optimization": zero | {"stage": stage}} for stage in (2, 3)]
+    for told in ranks(told_at_initialize, 2, *configs):
+        assert [[message for message in messages if "offload_param has no effect" in message] for messages in told] == [
+            ["offload_param has no effect: weights stay where the model computes"]
+        ] * 2
+
+
+def test_offload_param_elsewhere_says_what_to_do() -> None:
+    def config(**offload):
+        return load_config(config_of(zero_optimization={"stage": 3, "offload_param": offload}), 2)
+
+    with pytest.raises(shardline.ConfigError, match="If the model fits, deleting offload_param from the file is all"):
+        _refuse_offload_param(config(device="cpu"), torch.device("cuda"))
+    _refuse_offload_param(config(device="none"), torch.device("cuda"))
+    _refuse_offload_param(config(device="cpu"), torch.device("cpu"))
 
 
 def in_half_of_the_world():

@@ -44,8 +44,7 @@ def check_model(model: nn.Module) -> None:
         if record_of(param) is not None:
             raise ModelError(
                 f"parameter {name!r} is managed by an engine already. Go on with that engine, or call its destroy() "
-                f"before the next initialize (after one that failed, make the model anew). What two models share is "
-                f"trained by one engine over both of them."
+                f"before the next initialize. What two models share is trained by one engine over both of them."
             )
         if is_traceable_wrapper_subclass(param):
             what = type(param).__name__

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,19 +33,21 @@ from shardline.comm import Comm
 from shardline.config import Config, load_config
 from shardline.data import Loader, length
 from shardline.engine import Engine
-from shardline.errors import ConfigError, UsageError
+from shardline.errors import ConfigError, DisagreementError, LostRankError, ShardlineError, UsageError
 from shardline.events import Notice
 from shardline.modes import outside_modes
 from shardline.observe import Console
 from shardline.offload import Offload
 from shardline.optimizer import arrange
+from shardline.origin import Origin
 from shardline.precision import Precision
 from shardline.recompute import recompute_blocks, recomputed_blocks
-from shardline.topology import discover, init_distributed, make_current
+from shardline.topology import Topology, discover, init_distributed, make_current
 from shardline.unit import Unit
 
 __all__ = ["initialize"]
 
+T = TypeVar("T")
 ConfigLike = str | os.PathLike[str] | Mapping[str, Any] | Config
 
 
@@ -93,7 +96,9 @@ def initialize(
 
     Raises:
         ConfigError, OptimizerError, ModelError, DataError: for what cannot work, in one sentence that says what to do.
-        DisagreementError: if ranks hold different configurations, models or versions.
+        DisagreementError: if ranks hold different configurations, models or versions, or other ranks alone failed.
+        In each case model and optimizer are as they were, and may be given again. After an error of another class on
+        one of several ranks, while the model is loaded, they are not: make them anew.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"initialize was given model={type(model).__name__}; it needs a torch.nn.Module.")
@@ -110,6 +115,31 @@ def initialize(
     world = 1 if group is None else dist.get_world_size(group)
     settings = load_config(source, world, batches=training_data is not None)
     comm = Comm(group, topology.device, transport=settings.communication_transport)
+    with ExitStack() as undo:  # where it fails, the model is as it was and may be given again
+        undo.callback(comm.close)
+        engine = _make_engine(
+            model, optimizer, model_parameters, training_data, lr_scheduler, collate_fn, init_fn, settings, topology,
+            comm, undo,
+        )  # fmt: skip
+        engine.checkpoints.resume()
+        undo.pop_all()
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _make_engine(
+    model: nn.Module,
+    optimizer: Optimizer | Callable[[Any], Optimizer] | None,
+    model_parameters: Iterable[Any] | None,
+    training_data: Any,
+    lr_scheduler: LRScheduler | Callable[[Optimizer], Any] | None,
+    collate_fn: Callable[[list[Any]], Any] | None,
+    init_fn: Callable[[nn.Module], None] | None,
+    settings: Config,
+    topology: Topology,
+    comm: Comm,
+    undo: ExitStack,
+) -> Engine:
+    """An engine on ``comm``; ``undo`` gets what takes back each thing that was done for it."""
     comm.agree(
         {
             "the version of torch": torch.__version__,
@@ -138,6 +168,8 @@ def initialize(
 
     _check_scheduler(lr_scheduler, given, trains=given is not None or settings.optimizer is not None)
     loader = None if training_data is None else make_loader(training_data, settings, comm, collate_fn)
+    if loader is not None:
+        undo.callback(loader.close)
 
     made: list[weakref.ref[Engine]] = []  # weak: the units, which the engine owns, must not keep it alive
 
@@ -145,24 +177,42 @@ def initialize(
         engine = made[0]() if made else None
         return engine is not None and engine._touched(unit)
 
+    layout = lay_out(model, settings, precision, comm, membership, whole=whole, on_touch=on_touch, offload=offload)
+
     # from here on the model changes
 
-    layout = lay_out(model, settings, precision, comm, membership, whole=whole, on_touch=on_touch, offload=offload)
-    load_model(model, layout, precision, comm, init_fn)
-    final: Optimizer | None = given
-    if given is not None:
-        take_over(given, layout)
-    elif settings.optimizer is not None:
-        final = new_optimizer(settings.optimizer.type, settings.optimizer.params, groups, layout)
+    origin, everywhere = Origin(model, given), _Everywhere(comm)
 
-    engine = Engine(model, layout, final, membership, settings, precision, topology, comm, whole=whole)
-    made.append(weakref.ref(engine))
-    engine.lr_scheduler = _scheduler(lr_scheduler, final, settings)
-    if loader is not None:
-        engine.training_dataloader = loader
-        engine._note_loader()
-        engine.training_dataloader.on_batch = engine._batch_comes
-        engine.training_dataloader.on_error = comm.give_up
+    def go_back(kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and everywhere.has(error):  # else nobody would join in
+            origin.restore(layout, error)
+            for engine in [each() for each in made]:
+                if engine is not None:
+                    engine.destroy()
+
+    undo.push(go_back)
+    load_model(model, layout, precision, comm, init_fn)
+
+    def finish() -> Engine:
+        final: Optimizer | None = given
+        if given is not None:
+            take_over(given, layout)
+        elif settings.optimizer is not None:
+            final = new_optimizer(settings.optimizer.type, settings.optimizer.params, groups, layout)
+        engine = Engine(model, layout, final, membership, settings, precision, topology, comm, whole=whole)
+        made.append(weakref.ref(engine))
+        engine.lr_scheduler = _scheduler(lr_scheduler, final, settings)
+        if loader is not None:
+            engine.training_dataloader = loader
+            engine._note_loader()
+            engine.training_dataloader.on_batch = engine._batch_comes
+            engine.training_dataloader.on_error = comm.give_up
+        if recomputed:
+            offloaded = again.offload and comm.device.type != "cpu"
+            engine._undo.append(recompute_blocks(recomputed, offload=offloaded))
+        return engine
+
+    engine = everywhere.run(finish)
     Console().attach(engine.events, settings, comm.rank)
     if settings.no_effect:
         engine.events.emit(
@@ -172,12 +222,38 @@ def initialize(
         engine.events.emit(Notice("offload_optimizer has no effect: masters and optimizer state are in host memory"))
     if settings.zero_optimization.offload_param.device == "cpu":
         engine.events.emit(Notice("offload_param has no effect: weights stay where the model computes"))
-    if recomputed:
-        if again.offload and comm.device.type == "cpu":
-            engine.events.emit(Notice("activation_checkpointing.offload has no effect: the model is in host memory"))
-        engine._undo.append(recompute_blocks(recomputed, offload=again.offload and comm.device.type != "cpu"))
-    engine.checkpoints.resume()
-    return engine, final, engine.training_dataloader, engine.lr_scheduler
+    if recomputed and again.offload and comm.device.type == "cpu":
+        engine.events.emit(Notice("activation_checkpointing.offload has no effect: the model is in host memory"))
+    return engine
+
+
+class _Everywhere:
+    """Errors that every rank of ``comm`` knows of."""
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
+        self._told: BaseException | None = None
+
+    def run(self, work: Callable[[], T]) -> T:
+        """What ``work``, which talks to nobody, returns, if it raises on no rank. Collective.
+
+        Raises:
+            DisagreementError: where only other ranks raised.
+        """
+        try:
+            result = work()
+        except Exception as error:
+            self._comm.exchange(f"{type(error).__name__}: {error}")
+            self._told = error
+            raise
+        for rank, said in enumerate(self._comm.exchange(None)):
+            if said is not None:
+                raise DisagreementError(f"initialize failed on rank {rank}, and not on this one: {said}")
+        return result
+
+    def has(self, error: BaseException) -> bool:
+        alike = isinstance(error, ShardlineError) and not isinstance(error, LostRankError)
+        return alike or error is self._told or self._comm.world_size == 1
 
 
 def _refuse_offload_param(settings: Config, device: torch.device) -> None:
