@@ -19,9 +19,11 @@ from shardline.step import HostVerdict, Row, Update, Verdict
 __all__ = ["Boundary", "Progress", "Window", "no_backward"]
 
 
-def no_backward() -> UsageError:
+def no_backward(*, before: bool = False) -> UsageError:
+    """``before``: it is said of the step before the one that raises it."""
+    called = "the call of step() before this one came" if before else "step() was called"
     return UsageError(
-        "step() was called without a backward since the last step, on any rank. Call engine.backward(loss) first."
+        f"{called} without a backward since the last step, on any rank. Call engine.backward(loss) first."
     )
 
 
@@ -91,7 +93,7 @@ class Progress:
         global_samples: samples of all ranks together that the steps have seen.
         skipped_steps: steps whose gradients were not finite.
         norm: of the last step's averaged gradients before clipping.
-        applied: whether the last call of ``step()`` changed the weights.
+        applied: whether the last call of ``step()`` changed the weights, as far as the host knows.
         leaving: whether some rank was asked to save and end.
     """
 
@@ -104,8 +106,33 @@ class Progress:
     leaving: bool = False
 
 
+@dataclass
+class Judged:
+    """A step between its verdict and the consequences that ranks take together.
+
+    Attributes:
+        statement: what this rank said of itself in it.
+        log: the collectives that this rank issued before it.
+        late: some rank had late gradients, which a second round has reduced.
+        host: what the host knows.
+        counted: whether :class:`Progress` knows it, too.
+    """
+
+    verdict: Verdict
+    statement: Statement
+    log: dict[str, array[int]]
+    late: bool
+    host: HostVerdict | None = None
+    counted: bool = False
+
+
 class Boundary:
-    """Ends windows for one layout of the model. Where reading a verdict would wait, it is read one step late."""
+    """Ends windows for one layout of the model.
+
+    A step is ended, then *read* (by a rank alone: what became of it), then *settled* (by all together: what follows).
+    Where reading would wait for the device, both come when the next step ends. The first step of a layout is always
+    read at once: what can come late mostly shows in it, and gradients of a step that is read at once are not lost.
+    """
 
     def __init__(
         self,
@@ -125,69 +152,66 @@ class Boundary:
         self._check = config.bf16.check_grad_overflow or not config.bf16.enabled
         # Reading a verdict waits for the device: done at once where that is free (CPU) or needed (the loss scale).
         self._reads_at_once = update.device.type == "cpu" or scaler.dynamic
-        self._pending: tuple[Verdict, Statement] | None = None  # of the step before, with what it is about
-        self._known: HostVerdict | None = None  # the same verdict, once somebody has read it
-        self._log: dict[str, array[int]] = {}
+        self._first = True
+        self._last: Judged | None = None  # the step that is not settled
 
     def end(
         self,
         window: Window,
         *,
         leaving: bool,
+        at_once: bool = False,
         before: Callable[[], None] | None = None,
         after: Callable[[], None] | None = None,
     ) -> HostVerdict | None:
-        """Reduce what is left, judge, and apply the update unless the verdict says not to.
+        """Reduce what is left, judge, and apply the update unless the verdict says not to. The step before is settled.
 
         Args:
             window: what this rank has seen.
             leaving: whether this rank was asked to save and end.
+            at_once: whether the host must know the verdict when this returns.
             before, after: called around the optimizer's step; see :meth:`Update.apply`.
 
         Returns:
-            The verdict, or None where the host does not know it yet; then :meth:`read` brings it.
+            The verdict, or None where the host does not know it yet. In both cases :meth:`read` counts it.
 
         Raises:
             UsageError: if no rank had a backward.
             DisagreementError: if ranks did not issue the same collectives, or differ in what must be the same on all.
                 No weight was changed in any of these cases.
         """
+        self.progress.applied = False
         for unit in self.units:
             unit.adopt(keep=False)
         if window.unreduced:
             self.schedule.reduce_now(reversed(self.units))
         left, statement = self.schedule.end_step(), self.alike.state()
-        verdict, host = self._judge(window, left, statement, leaving, hooked=before is not None)
-        late = host is not None and host.late
-        if late:
+        hooked = before is not None or after is not None
+        reads = at_once or self._first or self._reads_at_once or self.update.needs_host(hooked)
+        judged = self._judge(window, left, statement, leaving, reads=reads)
+        if judged.host is not None and judged.host.late:
             self._reduce_late()
-            verdict, host = self._judge(window, left, statement, leaving, hooked=before is not None)
+            judged = self._judge(window, left, statement, leaving, reads=reads, late=True)
+        verdict, host = judged.verdict, judged.host
         if host is not None:
-            if host.diverged:
-                raise self._refusal()
-            if not host.alike:
-                raise self.alike.refusal(statement, self.comm.exchange, "this step")
-            if not host.backwards:
-                raise no_backward()
+            self._refuse(judged, host, "this step")
             self.scaler.update(overflow=host.skipped)
-            self._count(host)
-            self._adopt(host, late=late)
         for work in [work for unit in self.units for work in unit.share_grads()]:
             work.wait()
         self.update.apply(verdict, host, self._clip, before, after)
-        self._pending = (verdict, statement) if host is None else None
+        self._first, self._last = False, judged
         self.progress.norm = verdict.norm if host is None else host.norm
-        self.progress.applied = host is None or not host.skipped
+        self.progress.applied = True
         return host
 
     def _judge(
-        self, window: Window, left: bool, statement: Statement, leaving: bool, *, hooked: bool
-    ) -> tuple[Verdict, HostVerdict | None]:
+        self, window: Window, left: bool, statement: Statement, leaving: bool, *, reads: bool, late: bool = False
+    ) -> Judged:
         """One small collective: what the ranks' gradients, weights and doings say together."""
         self.schedule.finish_reductions()
         for unit in self.units:
             unit.arrive()
-        self._log = self.comm.take_log()
+        log = self.comm.take_log()
         row = Row(
             squares=self.update.squares(),
             weight=window.weight,
@@ -196,7 +220,7 @@ class Boundary:
             samples=window.samples,
             backwards=window.backwards,
             leaving=leaving,
-            transitions=digest(*self._log.values()),
+            transitions=digest(*log.values()),
             alike=statement.digest,
             on_device=statement.on_device,
         )
@@ -208,58 +232,57 @@ class Boundary:
             check=self._check,
         )
         verdict.send()
-        return verdict, verdict.read() if self._reads_at_once or self.update.needs_host(hooked) else None
+        return Judged(verdict, statement, log, late, verdict.read() if reads else None)
 
     def read(self) -> HostVerdict | None:
-        """Learn what became of the step before, if nobody has yet. A rank may do this alone: it moves nothing that
+        """Learn what became of the last step, if nobody has yet. A rank may do this alone: it moves nothing that
         ranks share.
 
         Returns:
             The verdict, the first time that it is read.
         """
-        if self._pending is None or self._known is not None:
+        judged, progress = self._last, self.progress
+        if judged is None or judged.counted:
             return None
-        self._known = host = self._pending[0].read()
-        if host.refused:
-            self.progress.applied = False  # and settle says why
-        else:
-            self._count(host)
+        judged.counted = True
+        judged.host = host = judged.verdict.read() if judged.host is None else judged.host
+        progress.norm = host.norm
+        progress.applied = progress.applied and not host.skipped
+        if not host.refused:
+            progress.skipped_steps += host.skipped
+            progress.global_samples += host.samples
         return host
 
     @property
     def refused(self) -> bool:
-        """Whether the step before was refused and :meth:`settle` has not said so yet."""
-        return self._known is not None and self._known.refused
+        """Whether the last step is known to be refused, and :meth:`settle` has not said so yet."""
+        return self._last is not None and self._last.host is not None and self._last.host.refused
 
     def settle(self) -> None:
-        """Take the consequences of the step before. Collective: every rank does this before the same step or save.
+        """Take the consequences of the last step, which was read. Collective: every rank does this before the same
+        step or save.
 
         Raises:
-            DisagreementError: as :meth:`end`; that step was not applied.
+            UsageError, DisagreementError: as :meth:`end`; that step was not applied.
         """
-        if self._pending is None:
-            return
-        self.read()
-        host, (_, statement) = self._known, self._pending
-        self._pending = self._known = None
-        if host is None or host.diverged:
-            raise DisagreementError(
-                "ranks did not issue the same collectives in the step before, which was therefore not applied. Give "
-                "every rank the same sequence of forwards; run forwards that differ inside gathered_parameters()."
-            )
-        if not host.alike:
-            raise self.alike.refusal(statement, self.comm.exchange, "the step before")
-        self._adopt(host, late=host.late)
+        judged, self._last = self._last, None
+        if judged is not None and judged.host is not None:
+            self._refuse(judged, judged.host, "the step before")
+            self._adopt(judged.host, late=judged.late or judged.host.late)
 
     def forget(self) -> None:
-        """The step before does not count any more: other states were loaded."""
-        self._pending = self._known = None
+        """The last step does not count any more: other states were loaded."""
+        self._last = None
         self.progress.norm, self.progress.applied = None, False
 
-    def _count(self, host: HostVerdict) -> None:
-        self.progress.applied = not host.skipped
-        self.progress.skipped_steps += host.skipped
-        self.progress.global_samples += host.samples
+    def _refuse(self, judged: Judged, host: HostVerdict, what: str) -> None:
+        """Raise if the step, which is called ``what``, must not be one. On every rank alike."""
+        if host.diverged:
+            raise self._differing_orders(judged.log, what)
+        if not host.alike:
+            raise self.alike.refusal(judged.statement, self.comm.exchange, what)
+        if not host.backwards:
+            raise no_backward(before=what == "the step before")
 
     def _adopt(self, host: HostVerdict, *, late: bool) -> None:
         """What ranks decide together. ``late``: some rank had late gradients."""
@@ -274,19 +297,19 @@ class Boundary:
         everywhere = {index for indices in self.comm.exchange(late) for index in indices}
         self.schedule.reduce_now(self.units[index] for index in sorted(everywhere))
 
-    def _refusal(self) -> DisagreementError:
+    def _differing_orders(self, log: dict[str, array[int]], what: str) -> DisagreementError:
         """Ranks exchanged the wrong ranges: name both sides, before any weight was touched."""
         names = [unit.name for unit in self.units]
-        logs = self.comm.exchange({operation: list(units) for operation, units in self._log.items()})
-        differing = ((operation, rank) for rank, log in enumerate(logs) for operation in log
-                     if log[operation] != logs[0][operation])  # fmt: skip
+        logs = self.comm.exchange({operation: list(units) for operation, units in log.items()})
+        differing = ((operation, rank) for rank, theirs in enumerate(logs) for operation in theirs
+                     if theirs[operation] != logs[0][operation])  # fmt: skip
         operation, rank = next(differing)
         ours, theirs = logs[0][operation], logs[rank][operation]
         spot = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
         spot = min(len(ours), len(theirs)) if spot is None else spot
         here, there = (repr(names[each[spot]]) if spot < len(each) else "none" for each in (ours, theirs))
         return DisagreementError(
-            f"ranks did not use the same units in the same order, so this step was not applied: as {operation} "
-            f"{spot + 1} since the last step, rank 0 had unit {here} and rank {rank} unit {there}. Give every rank the "
-            f"same sequence of forwards; run forwards that differ by rank inside engine.gathered_parameters()."
+            f"ranks did not use the same units in the same order, so {what} was not applied: as {operation} "
+            f"{spot + 1} since the one before it, rank 0 had unit {here} and rank {rank} unit {there}. Give every "
+            f"rank the same sequence of forwards; run forwards that differ by rank inside engine.gathered_parameters()."
         )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from shardline import lr
 from shardline.admission import Contents
 from shardline.alike import Alike
 from shardline.boundary import Boundary, Progress, Window, no_backward
@@ -41,7 +42,7 @@ from shardline.optimizer.guard import guard
 from shardline.optimizer.options import Options
 from shardline.placement import STAGES, Placement
 from shardline.precision import LossScaler, Precision
-from shardline.report import Reporter
+from shardline.report import Ended, Reporter
 from shardline.scaling import PLAIN, multiplied, multiplied_by
 from shardline.schedule import Schedule
 from shardline.step import Update
@@ -129,6 +130,8 @@ class Engine(nn.Module):
         self._first_loss = True
         self._grad_scale: Tensor | None = None  # of a GradScaler that was left in the loop
         self._scheduled: int | None = None  # where the scheduler was after the last step
+        self._ended: Ended | None = None  # the last step, until its verdict is known
+        self._unschedule: Callable[[], bool] | None = None  # takes the scheduler's step after it back
         self._destroyed = False
         self._compiled = False
         self._undo: list[Callable[[], None]] = []  # what was done to model and optimizer beside the hooks
@@ -489,26 +492,34 @@ class Engine(nn.Module):
             self._window.samples += uncounted * self.config.train_micro_batch_size_per_gpu
 
     def _end_window(self, boundary: Boundary, lr_kwargs: dict[str, Any]) -> None:
-        self._settle()
-        self.checkpoints.before_step()
-        window, rates, scale = self._window, self._rates(), self.scaler.scale
+        window = self._window
         before = (lambda: self._call(self._before)) if self._before else None
         after = (lambda: self._call(self._after)) if self._after else None
-        self._hooks.unpin()  # its graphs are of weights that now change
         try:
-            host = boundary.end(window, leaving=self.checkpoints.leaving.asked, before=before, after=after)
+            self._settle()
+            self.checkpoints.before_step()
+            rates, scale = self._rates(), self._reported_scale()
+            self._hooks.unpin()  # its graphs are of weights that now change
+            host = boundary.end(
+                window,
+                leaving=self.checkpoints.leaving.asked,
+                at_once=self.lr_scheduler is not None and not lr.can_undo(self.lr_scheduler),
+                before=before,
+                after=after,
+            )
         finally:
             self._drop_gradients()
         self.progress.global_steps += 1
-        scaled = self.precision.compute is torch.float16
-        if not self.progress.applied:
-            self._reporter.skipped(
-                self.global_steps,
-                late=False,
-                before=scale if scaled else None,
-                after=self.scaler.scale if scaled else None,
-            )
-            return
+        if host is None or not host.skipped:
+            self._note_new_weights()
+            if self.lr_scheduler is not None:
+                self._step_scheduler(lr_kwargs, certain=host is not None)
+        loss = None if window.loss is None else window.loss * (self._accumulation / window.steps)
+        self._ended = self._reporter.ended(self.global_steps, loss=loss, lr=rates, loss_scale=scale)
+        if host is not None:
+            self._settle()
+
+    def _note_new_weights(self) -> None:
         torch.autograd.graph.increment_version(self._trainable)
         for unit in self._layout.units:
             unit.settle_versions()
@@ -520,16 +531,9 @@ class Engine(nn.Module):
                         f"modules in fp32 (data_types.module_dtypes).",
                         key="standing",
                     )
-        if self.lr_scheduler is not None:
-            self._step_scheduler(lr_kwargs)
-        self._reporter.done(
-            self.global_steps,
-            loss=None if window.loss is None else window.loss * (self._accumulation / window.steps),
-            lr=rates,
-            grad_norm=self.progress.norm,
-            loss_scale=scale if scaled else None,
-            samples=window.samples * self.comm.world_size if host is None else host.samples,
-        )
+
+    def _reported_scale(self) -> float | None:
+        return self.scaler.scale if self.precision.compute is torch.float16 else None
 
     def _rates(self) -> list[float | Tensor]:
         """What :meth:`get_lr` gives, but copies of those that lie on a device: reading them would wait for it."""
@@ -539,21 +543,33 @@ class Engine(nn.Module):
             for rate in rates
         ]
 
-    def _step_scheduler(self, lr_kwargs: dict[str, Any]) -> None:
-        scheduler = self.lr_scheduler
+    def _step_scheduler(self, lr_kwargs: dict[str, Any], *, certain: bool) -> None:
+        """``certain``: the update is known to be applied. Else it is assumed, and the step can be taken back."""
+        scheduler, optimizer = self.lr_scheduler, self.optimizer
         if self._scheduled not in (None, getattr(scheduler, "last_epoch", None)):
             self._tell_once(
                 "the scheduler was stepped by engine.step() and elsewhere: rates change twice as often as they should. "
                 "Remove scheduler.step() from the loop, or set engine.lr_scheduler = None to step it yourself."
             )
-        scheduler.step(**lr_kwargs)
+        if certain or optimizer is None:
+            scheduler.step(**lr_kwargs)
+        else:
+            self._unschedule = lr.step(scheduler, optimizer, lr_kwargs)
         self._scheduled = getattr(scheduler, "last_epoch", None)
 
     def _resolve(self) -> None:
-        """Learn what became of the step before, where nobody waited for it. A rank may do this alone."""
+        """Learn what became of the last step, where nobody has yet, and tell it. A rank may do this alone."""
         host = None if self._boundary is None else self._boundary.read()
-        if host is not None and host.skipped and not host.refused:
-            self._reporter.skipped(self.global_steps, late=host.late)
+        ended, undo = self._ended, self._unschedule
+        if host is None or ended is None:
+            return
+        self._ended = self._unschedule = None
+        if host.skipped and undo is not None and undo():
+            self._scheduled = getattr(self.lr_scheduler, "last_epoch", None)
+        if host.refused:
+            self.progress.global_steps -= 1
+        else:
+            self._reporter.tell(ended, host, loss_scale=self._reported_scale())
 
     def _settle(self) -> None:
         """The same, and its consequences, on every rank at the same place."""
@@ -926,6 +942,7 @@ class Engine(nn.Module):
         return self.progress.micro_steps
 
     @property
+    @outside_modes
     def global_samples(self) -> int:
         """Samples of all ranks together that the steps have seen."""
         self._resolve()
@@ -948,8 +965,10 @@ class Engine(nn.Module):
         """L2 norm of the last step's averaged gradients before clipping; a 0-dim tensor where reading it would wait."""
         return self.progress.norm
 
+    @outside_modes
     def get_lr(self) -> list[float]:
-        """The learning rate of each param group."""
+        """The learning rate of each param group, at which the next update runs."""
+        self._resolve()
         return [] if self.optimizer is None else [float(group["lr"]) for group in self.optimizer.param_groups]
 
     @property
@@ -1030,7 +1049,8 @@ class Engine(nn.Module):
         self._drop_gradients()
         self._resolve()
         if self._boundary is not None and self._boundary.refused:
-            self.events.emit(Notice(f"step {self.global_steps} was not applied: ranks did not do the same in it"))
+            why = "ranks did not do the same in it, or none had a backward"
+            self.events.emit(Notice(f"step {self.global_steps + 1} was not applied: {why}"))
         self.checkpoints.close()
         self._hooks.remove()
         while self._undo:

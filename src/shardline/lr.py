@@ -8,9 +8,11 @@ Formulas: DeepSpeed, ``runtime/lr_schedules.py``.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -31,7 +33,9 @@ __all__ = [
     "WarmupDecayLR",
     "WarmupLR",
     "build",
+    "can_undo",
     "restore",
+    "step",
 ]
 
 logger = logging.getLogger("shardline")
@@ -73,6 +77,64 @@ def restore(scheduler: LRScheduler, state: Mapping[str, Any]) -> None:
     """
     scheduler.load_state_dict(dict(state))
     _write_rates(scheduler.optimizer, scheduler.get_last_lr())
+
+
+def can_undo(scheduler: Any) -> bool:
+    """Whether a step of ``scheduler`` can be taken back: it gives its state and takes one."""
+    return hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")
+
+
+def step(scheduler: Any, optimizer: Optimizer, kwargs: Mapping[str, Any]) -> Callable[[], bool]:
+    """Step any scheduler that :func:`can_undo` takes; return what takes it back, exactly, and says whether it did.
+
+    What the loop has set since stays: an option of a param group that is no longer what the schedule wrote, and all of
+    it where the scheduler was moved.
+    """
+    state = _kept(scheduler.state_dict())
+    was = [{key: (value, _kept(value)) for key, value in _options(group)} for group in optimizer.param_groups]
+    versions = {id(value): value._version for one in was for value, _ in one.values() if isinstance(value, Tensor)}
+    scheduler.step(**kwargs)
+    moved_to = getattr(scheduler, "last_epoch", None)
+    written = []  # group, option, its value and version, what it was before
+    for group, before in zip(optimizer.param_groups, was, strict=True):
+        for key, value in _options(group):
+            old, kept = before.get(key, (None, None))
+            version = value._version if isinstance(value, Tensor) else None
+            if key in before and (value is not old or version != versions.get(id(value))):
+                written.append((group, key, value, version, kept))
+
+    def undo() -> bool:
+        if getattr(scheduler, "last_epoch", None) != moved_to:
+            return False
+        wanted = []
+        for group, key, value, version, kept in written:
+            now = group[key]
+            untouched = now is value and (version is None or now._version == version)
+            wanted.append((group, key, kept if untouched else _kept(now)))
+        scheduler.load_state_dict(state)  # which may write rates, too
+        for group, key, kept in wanted:
+            if isinstance(group[key], Tensor) and isinstance(kept, Tensor):
+                group[key].copy_(kept)
+            else:
+                group[key] = kept
+        return True
+
+    return undo
+
+
+def _options(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [(key, value) for key, value in group.items() if key != "params"]
+
+
+def _kept(value: Any) -> Any:
+    """``value`` as it is now: containers and tensors are copied, what else there may be in a state is not."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) is dict:
+        return {key: _kept(one) for key, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_kept(one) for one in value)
+    return copy.copy(value) if isinstance(value, dict | list | set | deque) else value
 
 
 class ClosedForm(LRScheduler):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,8 +13,23 @@ from torch import Tensor
 
 from shardline.events import Events, PhaseTimes, StepDone, StepSkipped
 from shardline.memory import peak_bytes
+from shardline.step import HostVerdict
 
-__all__ = ["Reporter"]
+__all__ = ["Ended", "Reporter"]
+
+_LATE = "gradients of a unit came after its reduction; it is reduced at the end of backward from now on"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What is known of a step when it ends; the names are those of :class:`StepDone`."""
+
+    step: int
+    loss: Tensor | None
+    lr: list[float | Tensor]
+    loss_scale: float | None
+    seconds: float
+    phases: dict[str, float]
 
 
 class Reporter:
@@ -48,31 +64,31 @@ class Reporter:
             torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
-    def done(
-        self,
-        step: int,
-        *,
-        loss: Tensor | None,
-        lr: list[float | Tensor],
-        grad_norm: float | Tensor | None,
-        loss_scale: float | None,
-        samples: int,
-    ) -> None:
-        """Step number ``step`` was applied; the arguments are those of :class:`StepDone`."""
+    def ended(self, step: int, *, loss: Tensor | None, lr: list[float | Tensor], loss_scale: float | None) -> Ended:
+        """Step number ``step`` is over; :meth:`tell` follows when its verdict is known."""
         now = time.perf_counter()
         seconds, self._last_step = now - self._last_step, now
-        read_memory = partial(peak_bytes, self.device)
-        self.events.emit(StepDone(step, loss, lr, grad_norm, loss_scale, samples, seconds, read_memory))
-        self._tell_phases(step)
+        phases, self._seconds = self._seconds, {}
+        return Ended(step, loss, lr, loss_scale, seconds, phases)
 
-    def skipped(self, step: int, *, late: bool, before: float | None = None, after: float | None = None) -> None:
-        """Step number ``step`` was not applied; ``before`` and ``after`` are the loss scales around it."""
-        self._last_step = time.perf_counter()
-        why = "late gradients of a unit" if late else "gradients that are not finite"
-        self.events.emit(StepSkipped(step, why, before, after))
-        self._tell_phases(step)
-
-    def _tell_phases(self, step: int) -> None:
+    def tell(self, ended: Ended, host: HostVerdict, *, loss_scale: float | None) -> None:
+        """What became of a step that was not refused; ``loss_scale`` is that of the step after it."""
+        if host.skipped:
+            why = _LATE if host.late else "gradients that are not finite"
+            self.events.emit(StepSkipped(ended.step, why, ended.loss_scale, loss_scale))
+        else:
+            read_memory = partial(peak_bytes, self.device)
+            self.events.emit(
+                StepDone(
+                    ended.step,
+                    ended.loss,
+                    ended.lr,
+                    host.norm,
+                    ended.loss_scale,
+                    host.samples,
+                    ended.seconds,
+                    read_memory,
+                )
+            )
         if self._phases:
-            self.events.emit(PhaseTimes(step, dict(self._seconds)))
-            self._seconds.clear()
+            self.events.emit(PhaseTimes(ended.step, ended.phases))

@@ -161,8 +161,8 @@ class HostVerdict:
 
     @property
     def refused(self) -> bool:
-        """Whether the ranks did not do, or did not have, the same: then the step must not be applied."""
-        return self.diverged or not self.alike
+        """Whether this was no step: the ranks did not do, or did not have, the same, or nobody had a backward."""
+        return self.diverged or not self.alike or not self.backwards
 
 
 def _read(run: RunTensors, operation: str) -> Tensor:
@@ -199,7 +199,9 @@ class Update:
 
     def needs_host(self, hooked: bool) -> bool:
         """Whether a step must know on the host what its gradients are: not with fused kernels that nobody watches."""
-        return hooked or not takes_grad_scale(self.optimizer)
+        optimizer = self.optimizer
+        hooked = hooked or bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+        return hooked or not takes_grad_scale(optimizer)
 
     def attach(self, runs: Sequence[RunTensors]) -> None:
         """Give the optimizer the gradients of ``runs``: views of the reduced ones, in the dtype of the masters."""

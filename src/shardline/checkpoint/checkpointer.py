@@ -67,6 +67,11 @@ class Trainer(Protocol):
     client_state: dict[str, Any]
     window_start: WindowStart
 
+    @property
+    def global_steps(self) -> int:
+        """Steps so far. Asking waits for nothing."""
+        ...
+
     def checkpoint_parts(self) -> Parts:
         """The engine's tensors, with edits adopted and the last step's verdict read."""
         ...
@@ -145,9 +150,7 @@ class Checkpointer:
         """Save where the configuration says so, and end the process if that was asked for."""
         trainer = self._trainer
         config = trainer.config.checkpoint
-        due = (
-            bool(config.every_steps) and trainer.checkpoint_counters()["global_steps"] % (config.every_steps or 1) == 0
-        )
+        due = bool(config.every_steps) and trainer.global_steps % (config.every_steps or 1) == 0
         if config.dir is None or not (due or leave):
             return
         if leave:  # there is no later save that could hold this state
