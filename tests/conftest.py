@@ -130,7 +130,9 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails a test that leaves behind a process, thread, environment variable, process group or hook on autograd."""
     before = _state()
     yield
-    pools = [request.getfixturevalue(name) for name in ("ranks", "cpu_ranks") if name in request.fixturenames]
+    pools = [
+        request.getfixturevalue(name) for name in ("ranks", "cpu_ranks", "one_device") if name in request.fixturenames
+    ]
     warm = {pid for shared in pools for pid in shared.pids}
     after = _state()
     left = [

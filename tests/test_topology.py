@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import shardline
 from shardline import topology
 from shardline.errors import LaunchError, UsageError
 from shardline.testing import run_distributed
@@ -125,11 +126,39 @@ def test_a_single_visible_device_is_number_zero(environment, accelerators):
     assert topology.discover().device == torch.device("cuda", 0)
 
 
-def test_more_processes_than_devices_is_an_error(environment, accelerators):
+def test_more_processes_than_devices_take_them_in_turn(environment, accelerators):
     accelerators(2)
     environment({**TORCHRUN, "LOCAL_RANK": "3"})
-    with pytest.raises(LaunchError, match="Local rank 3 has no device: 2 cuda devices"):
+    assert topology.discover().device == torch.device("cuda", 1)
+
+
+def test_the_environment_chooses_the_device(environment, accelerators, monkeypatch):
+    accelerators(4)
+    environment(TORCHRUN)
+    monkeypatch.setenv("SHARDLINE_DEVICE", "cpu")
+    found = topology.discover()
+    assert (found.device, found.backend, found.notice) == (torch.device("cpu"), "gloo", None)
+    assert topology.accelerators().count == 0 and not shardline.get_accelerator().is_available()
+    monkeypatch.setenv("SHARDLINE_DEVICE", "cuda")
+    assert topology.discover().device == torch.device("cuda", 1)
+    monkeypatch.setenv("SHARDLINE_DEVICE", "cuda:4")
+    with pytest.raises(LaunchError, match="'cuda:4' was asked for, and torch sees 4 of the type cuda"):
         topology.discover()
+
+
+def test_init_distributed_chooses_the_device_for_what_comes(environment, accelerators, monkeypatch):
+    accelerators(4)
+    monkeypatch.setenv("SHARDLINE_DEVICE", "cuda")  # to be put back
+    with pytest.raises(LaunchError, match="'xpu' was asked for"):
+        topology.init_distributed(device="xpu")
+    assert not dist.is_initialized() and os.environ["SHARDLINE_DEVICE"] == "cuda"
+    topology.init_distributed(device="cpu")
+    try:
+        assert topology.discover().backend == "gloo" and topology.discover().device == torch.device("cpu")
+    finally:
+        dist.destroy_process_group()
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.pop(name, None)
 
 
 def test_without_local_variables_nodes_are_filled_in_order(environment, accelerators):

@@ -1,4 +1,7 @@
-"""The device calls that training scripts make, with one meaning on every accelerator and on CPU."""
+"""The device calls that training scripts make, with one meaning on every accelerator and on CPU.
+
+They speak of the CPU where the engine computes on it: also beside an accelerator, by SHARDLINE_DEVICE=cpu.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 import torch
 
 from shardline.memory import peak_bytes, resident_bytes
-from shardline.topology import default_backend
+from shardline.topology import accelerators, default_backend
 
 __all__ = ["Accelerator", "get_accelerator"]
 
@@ -21,8 +24,8 @@ class Accelerator:
     """
 
     def is_available(self) -> bool:
-        """Whether there is an accelerator; on False everything here speaks of the CPU."""
-        return torch.accelerator.is_available()
+        """Whether there is an accelerator to compute on; on False everything here speaks of the CPU."""
+        return accelerators().count > 0
 
     def device_name(self, device_index: int | None = None) -> str:
         """``"cuda"`` without an index, ``"cuda:1"`` with one, ``"cpu"`` on CPU."""
@@ -39,7 +42,7 @@ class Accelerator:
 
     def device_count(self) -> int:
         """Number of visible accelerators; 1 on CPU."""
-        return torch.accelerator.device_count() if self.is_available() else 1
+        return accelerators().count or 1
 
     def set_device(self, device_index: int) -> None:
         """Make this device the current one; nothing on CPU."""

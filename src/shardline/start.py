@@ -107,7 +107,7 @@ def initialize(
         raise UsageError("mpu is not supported: the engine shards over all ranks, or over the group of mesh=.")
     source = _one_config(args, config, config_params)
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
-    topology = discover(getattr(args, "local_rank", None))
+    topology = discover(getattr(args, "local_rank", None), model)
     make_current(topology.device)  # a script that makes its own process group need not have done it
     if hasattr(args, "local_rank"):
         args.local_rank = topology.local_rank
@@ -214,6 +214,8 @@ def _make_engine(
 
     engine = everywhere.run(finish)
     Console().attach(engine.events, settings, comm.rank)
+    for notice in filter(None, (topology.notice, comm.notice)):
+        engine.events.emit(Notice(notice))
     if settings.no_effect:
         engine.events.emit(
             Notice("these configuration keys have no effect here: " + ", ".join(sorted(settings.no_effect)))

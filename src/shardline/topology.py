@@ -14,11 +14,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
+from shardline.device import Accelerators, Place, choose_device, device_of, own_backend, usable
 from shardline.errors import LaunchError, UsageError
 from shardline.network import LOOPBACK, Store, interface, is_loopback, is_loopback_by_name, join_store, open_store
 
-__all__ = ["Topology", "default_backend", "discover", "fault", "init_distributed", "listen_on", "make_current"]
+__all__ = [
+    "Topology",
+    "accelerators",
+    "asked_device",
+    "default_backend",
+    "discover",
+    "fault",
+    "init_distributed",
+    "listen_on",
+    "make_current",
+]
 
 logger = logging.getLogger("shardline")
 
@@ -44,6 +57,8 @@ class Topology:
     """The device this process computes on: its accelerator, else the CPU."""
     backend: str
     """Backend of the process group, by device type where there are several: ``cpu:gloo,cuda:nccl``."""
+    notice: str | None = None
+    """Why the device is not the accelerator that is here; None where it is, or where the CPU was asked for."""
 
 
 @dataclass(frozen=True)
@@ -127,58 +142,66 @@ def _integer(env: Mapping[str, str], name: str) -> int:
         raise LaunchError(f"The environment variable {name} is {env[name]!r}; it must be an integer.") from None
 
 
-def discover(local_rank: int | None = None) -> Topology:
+def asked_device() -> str | None:
+    """What the user wants to compute on, of the environment's SHARDLINE_DEVICE: "cpu", "cuda", "cuda:1"."""
+    return os.environ.get("SHARDLINE_DEVICE") or None
+
+
+def accelerators() -> Accelerators:
+    """The accelerators that the engine may use here.
+
+    Raises:
+        LaunchError: SHARDLINE_DEVICE names a device that is not here.
+    """
+    return usable(Accelerators.seen(), asked_device())[0]
+
+
+def discover(local_rank: int | None = None, model: nn.Module | None = None) -> Topology:
     """The place of this process: from the process group if there is one, else from the environment, else alone.
 
     Variables of torchrun (``shardline run`` sets the same), of Slurm's ``srun`` and of Open MPI are understood.
     ``local_rank`` counts where they do not tell it. Where nothing does, all processes are taken to be on one node (or,
     with accelerators, to fill nodes in order of rank, one process for each device).
 
+    Args:
+        model: what will be trained: where it is counts, see :func:`shardline.device.choose_device`.
+
     Raises:
-        LaunchError: the environment contradicts itself, or names a local rank for which there is no device.
+        LaunchError: the environment contradicts itself, or asks for a device that is not here.
     """
     place = _read_environment(os.environ)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    devices = torch.accelerator.device_count() if accelerator is not None else 0
-    rank, world_size = place.rank, place.world_size
     if dist.is_initialized():
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-    local_world_size = place.local_world_size or min(world_size, devices or world_size)
+        return _locate(place, dist.get_rank(), dist.get_world_size(), local_rank, model)
+    return _locate(place, place.rank, place.world_size, local_rank, model)
+
+
+def _locate(
+    place: _Place, rank: int, world_size: int, local_rank: int | None = None, model: nn.Module | None = None
+) -> Topology:
+    asked = asked_device()
+    here, notice = usable(Accelerators.seen(), asked)
+    local_world_size = place.local_world_size or min(world_size, here.count or world_size)
     if place.local_rank is not None:  # a script's own option often has 0 as its default, on every rank
         local_rank = place.local_rank
     elif local_rank is None or local_rank < 0:  # -1 is argparse's customary "not given"
         local_rank = rank % local_world_size
     node_rank = rank // local_world_size if place.node_rank is None else place.node_rank
+    put = None if model is None else device_of(model)
     return Topology(
         rank,
         world_size,
         local_rank,
         local_world_size,
         node_rank,
-        _device(accelerator, devices, local_rank),
+        choose_device(here, local_rank, local_world_size, asked=asked, model=put),
         _group_backend() if dist.is_initialized() else default_backend(),
+        notice,
     )
-
-
-def _device(accelerator: torch.device | None, devices: int, local_rank: int) -> torch.device:
-    if accelerator is None:
-        return torch.device("cpu")
-    if devices == 1:  # launchers that give each process a device of its own show it as number 0
-        return torch.device(accelerator.type, 0)
-    if local_rank >= devices:
-        raise LaunchError(
-            f"Local rank {local_rank} has no device: {devices} {accelerator.type} devices are visible. "
-            f"Start at most {devices} processes on this node, or make more devices visible."
-        )
-    return torch.device(accelerator.type, local_rank)
 
 
 def default_backend() -> str:
     """``gloo`` on CPU; with an accelerator gloo for CPU tensors beside the accelerator's own backend."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is None:
-        return "gloo"
-    return f"cpu:gloo,{accelerator.type}:{dist.get_default_backend_for_device(accelerator)}"
+    return own_backend(accelerators().kind)
 
 
 def _group_backend() -> str:
@@ -199,6 +222,8 @@ def init_distributed(
     config: Any = None,
     rank: int = -1,
     world_size: int = -1,
+    *,
+    device: str | None = None,
 ) -> None:
     """Make the default process group, unless there is one; works under any launcher and without one.
 
@@ -207,7 +232,7 @@ def init_distributed(
     On a machine with accelerators this process's device becomes the current one.
 
     Args:
-        dist_backend: backend of the group; the default is :func:`default_backend`.
+        dist_backend: backend of the group; the default is :func:`default_backend`, or gloo where ranks share a device.
         auto_mpi_discovery: whether Open MPI's variables count (they are read like any launcher's; no mpi4py).
         distributed_port: port of rank 0 where the environment has no MASTER_PORT.
         verbose: log one DEBUG line on rank 0.
@@ -216,11 +241,17 @@ def init_distributed(
         dist_init_required: False says that the caller has already made a group.
         config: accepted for compatibility, not used.
         rank, world_size: override the environment where they are not -1.
+        device: "cpu", or a type of accelerator such as "cuda", for this process and what it starts: it sets
+            SHARDLINE_DEVICE in the environment. The default is the accelerator that is here, if any.
 
     Raises:
-        LaunchError: the environment is incomplete or contradicts itself, or rank 0 cannot listen on MASTER_ADDR.
+        LaunchError: the device is not here, the environment is incomplete or contradicts itself, or rank 0 cannot
+            listen on MASTER_ADDR.
         UsageError: ``dist_init_required=False`` without a process group.
     """
+    if device is not None:
+        usable(Accelerators.seen(), device)
+        os.environ["SHARDLINE_DEVICE"] = device
     _leave_at_exit()
     if dist.is_initialized():
         return
@@ -241,28 +272,45 @@ def init_distributed(
     one_host = _is_on_one_host(os.environ, place, world_size)
     if one_host:
         listen_on(LOOPBACK)
-    rendezvous: dict[str, Any]
-    if init_method is not None:
-        rendezvous = {"init_method": init_method}
-    elif world_size == 1:
-        rendezvous = {"store": dist.HashStore()}  # type: ignore[attr-defined]
-    elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's agent already hosts the store that env:// finds
-        rendezvous = {"init_method": "env://"}
+    store: Any
+    if world_size == 1 and init_method is None:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+    elif init_method is not None or "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun's agent already hosts the store that env:// finds
+        url = init_method or "env://"
+        store, rank, world_size = next(rendezvous(url, rank, world_size, timeout=timeout))
+        store.set_timeout(timeout)
+        store = dist.PrefixStore("default_pg", store)  # type: ignore[attr-defined]
     else:
         host, port = _master(os.environ, place, distributed_port)
-        rendezvous = {"store": _store(host, port, rank == 0, one_host, timeout)}
+        store = _store(host, port, rank == 0, one_host, timeout)
 
-    dist.init_process_group(
-        dist_backend or default_backend(),
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-        **rendezvous,
-    )
-    make_current(discover().device)
+    here = _locate(_read_environment(os.environ), rank, world_size).device
+    make_current(here)
+    backend = dist_backend or _backend_for_all(store, world_size, here)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     if verbose and rank == 0:
         how = place.launcher or "no launcher"
-        logger.debug("process group of %d (%s, %s)", world_size, dist_backend or default_backend(), how)
+        logger.debug("process group of %d (%s, %s)", world_size, backend, how)
+
+
+def _backend_for_all(store: Any, world_size: int, device: torch.device) -> str:
+    """The backend of a new group: gloo for all where two processes have one device. Collective.
+
+    Each process sends a few words, and none reads what all the others said.
+    """
+    if world_size == 1:
+        return own_backend(device.type)
+    words = dist.PrefixStore("shardline/devices", store)  # type: ignore[attr-defined]
+    turn = (words.add("come", 1) - 1) // world_size  # a store may outlive a group, whose processes make another one
+    place = Place.of(device)
+    words.add(f"{turn}/{place.kind}", 1)
+    if place.kind != "cpu" and words.add(f"{turn}/{place.identity}", 1) > 1:
+        words.set(f"{turn}/shared", "yes")
+    if words.add(f"{turn}/said", 1) == world_size:
+        fits = words.add(f"{turn}/{place.kind}", 0) == world_size and not words.check([f"{turn}/shared"])
+        words.set(f"{turn}/backend", own_backend(place.kind) if fits else "gloo")
+    return str(words.get(f"{turn}/backend").decode())
 
 
 def make_current(device: torch.device) -> None:

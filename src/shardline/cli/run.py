@@ -54,6 +54,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="processes on this node; auto (default): one per accelerator, else 1",
     )
     option(
+        "--device",
+        metavar="cpu|cuda|...",
+        help="what they compute on (default: the accelerator, if any); else SHARDLINE_DEVICE in the environment",
+    )
+    option(
         "--nnodes",
         type=_nnodes,
         default=(1, None),
@@ -148,6 +153,7 @@ def _main(parsed: argparse.Namespace) -> int:
             tuple(parsed.arguments),
             module=parsed.module,
             nproc=parsed.nproc,
+            device=parsed.device,
             nnodes=nnodes,
             max_nnodes=max_nnodes,
             node_rank=parsed.node_rank,

@@ -12,7 +12,8 @@ import json
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from datetime import timedelta
 from typing import Any
 
@@ -22,7 +23,8 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
 from shardline.comm.direct import Peers, attach
-from shardline.comm.transport import DONE, Scratch, Transport, Work, choose
+from shardline.comm.transport import DONE, Scratch, Transport, Work, by_host, choose
+from shardline.device import Place, choose_backend
 from shardline.errors import DisagreementError, ShardlineError, UsageError
 
 __all__ = ["DONE", "Comm", "Work", "check_alike"]
@@ -39,6 +41,7 @@ class Comm:
     Attributes:
         rank, world_size: of this process in the group.
         device: of the tensors that travel.
+        notice: what makes them travel slower than they could; None where nothing does.
         counts: transitions by (operation, unit index), since the start.
         elements: elements of the whole buffers that travelled, by operation.
     """
@@ -52,6 +55,7 @@ class Comm:
         transport: str = "auto",
     ) -> None:
         self.device = device
+        self.notice: str | None = None
         self._closed = False
         self.counts: Counter[tuple[str, int]] = Counter()
         self.elements: Counter[str] = Counter()
@@ -68,32 +72,48 @@ class Comm:
         # Ranks outside of a mesh do not come here, so only its own can join. Among all ranks the ordinary way is
         # the sounder one: names of groups made locally come back after a destroy, with addresses of the old ones.
         local = len(ranks) < dist.get_world_size()
-        limit = timeout or _timeout_of(group, device)
+        cpu = torch.device("cpu")
+        limit = timeout or _timeout_of(group, device) or _timeout_of(group, cpu)
+        inherited = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
 
         def make_group(backend: str | None = backend) -> dist.ProcessGroup:
-            return dist.new_group(  # type: ignore[no-any-return]
-                ranks, timeout=limit, backend=backend, use_local_synchronization=local
-            )
+            made = dist.new_group(ranks, timeout=limit, backend=backend, use_local_synchronization=local)
+            self._groups.append(made)
+            return made  # type: ignore[no-any-return]
 
-        self._groups = [make_group()]
+        # Of the same kind on every rank whatever it computes on, and the host's: ranks compare that before they use
+        # what may not work between their devices.
+        self._groups = []
+        self._host_group = make_group("gloo" if "cpu" not in inherited else backend)
+        if backend is None:
+            backend = self._backend_between(inherited)
+        self._transports, self._staged = None, False
         if device.type == "cpu":
             limit = limit or default_pg_timeout
             self._peers = attach(self.rank, self.world_size, self.exchange, limit, wanted=transport == "auto")
         if self._peers is not None:
             gathers, reductions = self._peers.transports
             self._transports = (gathers, reductions)
-        else:
-            self._groups.append(make_group())
-            self._transports = (choose(self._groups[0], device), choose(self._groups[1], device))
-            self._host_group = self._groups[0]
-            if _timeout_of(self._host_group, torch.device("cpu")) is None:  # it has no half for tensors of the host
-                self._host_group = make_group("gloo")
-                self._groups.append(self._host_group)
-            if device.type != "cpu":
-                # A communicator is made at its first use. In the middle of a backward that may wait for ranks which
-                # wait, on the device, for this one.
-                for made in self._groups[:2]:
-                    dist.all_reduce(torch.zeros(1, device="cpu" if self._staged else device), group=made)
+            return
+        fits = device.type == "cpu" or (backend is None and "cpu" in inherited)
+        self._pair = self._host_group if fits else make_group(backend), make_group(backend)
+        self._transports = choose(self._pair[0], device), choose(self._pair[1], device)
+        self._staged = by_host(self._pair[0], device)
+        if device.type != "cpu":
+            # A communicator is made at its first use. In the middle of a backward that may wait for ranks which
+            # wait, on the device, for this one.
+            for made in self._pair:
+                dist.all_reduce(torch.zeros(1, device="cpu" if self._staged else device), group=made)
+
+    def _backend_between(self, inherited: Mapping[str, str]) -> str | None:
+        """The backend of groups for this device's tensors; None: that of the default group."""
+        try:
+            places = [Place(*each) for each in self.exchange(astuple(Place.of(self.device)))]
+            backend, self.notice = choose_backend(places, inherited)
+        except DisagreementError:
+            self.close()
+            raise
+        return backend
 
     def channel(self) -> Comm:
         """Another line between the same ranks, for values on the CPU: what another thread may use. Collective."""
@@ -172,7 +192,7 @@ class Comm:
             self._peers.transports[1].gather(host, stacked.view(-1), places).wait()
             self.settle()  # all ranks are here, so nothing that came before is read any more
         else:
-            dist.all_gather(list(stacked.unbind()), host, group=self._groups[1])
+            dist.all_gather(list(stacked.unbind()), host, group=self._pair[1])
         return stacked.to(row.device)
 
     def ask(self, row: Sequence[int]) -> list[list[int]]:
@@ -209,7 +229,7 @@ class Comm:
             own = on_wire[places[self.rank] : places[self.rank + 1]]
             sent = self._peers.transports[0].gather(own, on_wire, places)
         else:
-            handle = dist.broadcast(on_wire, group_src=source, group=self._groups[0], async_op=True)
+            handle = dist.broadcast(on_wire, group_src=source, group=self._pair[0], async_op=True)
             sent = Work([handle] if handle is not None else (), hold=on_wire)
 
         def arrive() -> None:
@@ -234,11 +254,10 @@ class Comm:
 
     def _all_gather(self, data: bytes, size: int) -> list[bytes]:
         """Every rank's ``data``, filled up to ``size`` bytes."""
-        device = torch.device("cpu") if self._staged else self.device
-        own = torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8).to(device)
+        own = torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8)
         found = [torch.empty_like(own) for _ in range(self.world_size)]
-        self._join(dist.all_gather(found, own, group=self._groups[0], async_op=True))
-        return [each.cpu().numpy().tobytes() for each in found]
+        self._join(dist.all_gather(found, own, group=self._host_group, async_op=True))
+        return [each.numpy().tobytes() for each in found]
 
     def _join(self, handle: dist.Work | None) -> None:
         """Wait for a collective of c10d without keeping others from transitions that were started before."""
@@ -266,11 +285,6 @@ class Comm:
         if self._closed:
             raise UsageError("the engine was destroyed: its process groups are gone. Make a new one with initialize.")
         return not self._groups
-
-    @property
-    def _staged(self) -> bool:
-        """Whether this device's tensors cannot travel themselves."""
-        return self.device.type != "cpu" and self._groups[0]._get_backend(self.device).name() == "gloo"
 
 
 def check_alike(everyone: Sequence[dict[str, Any]]) -> None:

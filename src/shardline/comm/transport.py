@@ -24,6 +24,7 @@ __all__ = [
     "Transport",
     "Work",
     "add_in_order",
+    "by_host",
     "choose",
     "put",
 ]
@@ -237,10 +238,21 @@ def _reduce_scatter(out: Tensor, buffer: Tensor, group: dist.ProcessGroup) -> di
     return _reduce_scatter_from(out, buffer, group=group, async_op=True)  # type: ignore[no-any-return]
 
 
+def by_host(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether tensors on ``device`` cannot travel in ``group`` themselves."""
+    return device.type != "cpu" and _backend(group, device) in (None, "gloo")
+
+
 def choose(group: dist.ProcessGroup, device: torch.device) -> Transport:
     """The best transport for tensors on ``device`` among the ranks of ``group``."""
-    backend = group._get_backend(device).name() if device.type != "cpu" else "gloo"
-    if backend == "nccl":
+    if device.type != "cpu" and _backend(group, device) == "nccl":
         return NcclTransport(group)
     exchange = ExchangeTransport(group)
-    return HostStagedTransport(exchange) if backend == "gloo" and device.type != "cpu" else exchange
+    return HostStagedTransport(exchange) if by_host(group, device) else exchange
+
+
+def _backend(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    try:
+        return group._get_backend(device).name()
+    except RuntimeError:  # it has none for this type of device
+        return None

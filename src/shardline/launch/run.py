@@ -21,7 +21,6 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-import torch
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -29,7 +28,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from shardline.errors import LaunchError
 from shardline.launch.rendezvous import BACKEND, Meeting, NotNeeded, register
 from shardline.network import LOOPBACK
-from shardline.topology import DEFAULT_PORT
+from shardline.topology import DEFAULT_PORT, accelerators, asked_device
 
 __all__ = ["Launch", "launch"]
 
@@ -49,6 +48,8 @@ class Launch:
     module: bool = False
     nproc: int | None = None
     """Processes on this node; None: one for each accelerator, else one."""
+    device: str | None = None
+    """What they compute on: "cpu", or a type of accelerator; None: the accelerator that is here, if any."""
     nnodes: int = 1
     max_nnodes: int | None = None
     """More nodes than ``nnodes`` may come, up to this many, and go again; None: exactly ``nnodes``."""
@@ -84,7 +85,10 @@ def launch(job: Launch) -> int:
         LaunchError: the job cannot be started as described.
     """
     meeting = _check(job)
-    nproc = job.nproc if job.nproc is not None else _one_per_accelerator()
+    if job.device is not None:
+        os.environ["SHARDLINE_DEVICE"] = job.device
+    here = accelerators().count  # also says whether the device is here: once, and not on every rank
+    nproc = job.nproc if job.nproc is not None else here or _one_process()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // nproc)))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # lines of ranks appear when they are written, also in a pipe
@@ -191,10 +195,9 @@ def _read_own(file: Path) -> bytes:
         raise LaunchError(f"Cannot read --secret-file {file}: {error.strerror}.") from None
 
 
-def _one_per_accelerator() -> int:
-    if torch.accelerator.is_available():
-        return torch.accelerator.device_count()
-    print("shardline run: no accelerator here, so 1 process; --nproc N starts more.", file=sys.stderr)
+def _one_process() -> int:
+    why = "on the CPU" if asked_device() == "cpu" else "no accelerator here"
+    print(f"shardline run: {why}, so 1 process; --nproc N starts more.", file=sys.stderr)
     return 1
 
 
