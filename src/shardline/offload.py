@@ -6,13 +6,15 @@ go up in their own dtype, in order with what the device does next. Nothing else 
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from shardline.buffer import has_memory_alone
 from shardline.config import Config
+from shardline.pinned import empty_pinned
 
 __all__ = ["Offload"]
 
@@ -33,7 +35,9 @@ class Offload:
 
     def __init__(self, source: torch.device, *, pin: bool) -> None:
         self._stream = None if source.type == "cpu" else torch.Stream(source)
-        self._pin = pin and self._stream is not None
+        self._pinned_for = source if pin and self._stream is not None else None
+        self._pieces: defaultdict[int, list[Tensor]] = defaultdict(list)  # by bytes: what was lent before
+        self._rising: deque[tuple[torch.Event, Tensor]] = deque()  # rounded weights that are on their way up
         self._trips: deque[Callable[[], None]] = deque()
         self.counts: Counter[tuple[str, int]] = Counter()
         self.bytes: Counter[str] = Counter()
@@ -45,8 +49,18 @@ class Offload:
         return cls(source, pin=wanted.pin_memory) if wanted.device == "cpu" and source.type != "cpu" else None
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A flat buffer in host memory, page-locked if the configuration says so, with arbitrary contents."""
-        return torch.empty(numel, dtype=dtype, pin_memory=self._pin)
+        """A flat buffer in host memory, page-locked if the configuration says so, with arbitrary contents.
+
+        It is used again when no tensor is in it any more: to lock memory takes long.
+        """
+        if self._pinned_for is None:
+            return torch.empty(numel, dtype=dtype)
+        pieces = self._pieces[numel * dtype.itemsize]
+        piece = next((each for each in pieces if has_memory_alone(each)), None)
+        if piece is None:
+            piece = empty_pinned(numel * dtype.itemsize, torch.uint8, self._pinned_for)
+            pieces.append(piece)
+        return torch.empty(0, dtype=dtype).set_(piece.untyped_storage(), 0, (numel,), (1,))
 
     def down(self, unit: int, shard: Tensor, then: Callable[[Tensor], None]) -> None:
         """Start to copy ``shard`` (1-D) of ``unit`` to the host.
@@ -79,8 +93,12 @@ class Offload:
         self._note("up", unit, weights)
         rounded = master
         if master.dtype != weights.dtype:
+            while len(self._rising) > _UNDER_WAY:
+                self._rising.popleft()[0].synchronize()
             rounded = self.empty(master.numel(), weights.dtype).copy_(master)
         weights.copy_(rounded, non_blocking=True)
+        if rounded is not master and self._stream is not None:
+            self._rising.append((torch.accelerator.current_stream(weights.device).record_event(), rounded))
 
     def _copy_down(self, shard: Tensor, host: Tensor) -> Callable[[], None]:
         """Start the copy; what is returned waits for it on the host."""

@@ -29,6 +29,7 @@
 #include <unistd.h>
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -301,7 +302,7 @@ struct PinnedMemory final : at::HostAllocator {
     void* fresh = nullptr;
     TORCH_CHECK(!posix_memalign(&fresh, 512, std::max<size_t>(size, 1)), "out of memory");
     std::memset(fresh, 0xff, size);
-    w.pinned[uintptr_t(fresh)] = size;
+    w.pinned[uintptr_t(fresh)] = std::bit_ceil(size);  // as torch's own does
     return {fresh, fresh, &unpin, c10::Device(c10::kCPU)};
   }
   at::DeleterFnPtr raw_deleter() const override { return &unpin; }
@@ -928,6 +929,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("current_device", [] { return int(current_device); });
   m.def("set_device", [](int d) { guard_impl()->setDevice({c10::kCUDA, c10::DeviceIndex(d)}); });
   m.def("make_nccl", &make_nccl);
+  m.def("host_register", [](uintptr_t pointer, size_t size) { Guard g(world().mutex); world().pinned[pointer] = size; });
+  m.def("host_unregister", [](uintptr_t pointer) { Guard g(world().mutex); world().pinned.erase(pointer); });
+  m.def("page_locked", [] {
+    Guard g(world().mutex);
+    size_t total = 0;
+    for (auto& [pointer, size] : world().pinned) total += size;
+    return total;
+  });
   m.def("alias", &on_cpu, "the same bytes as a CPU tensor");
   m.def("races", [] { Guard g(world().mutex); auto found = world().races; world().races.clear(); return found; });
   m.def("syncs", [] { Guard g(world().mutex); auto found = world().syncs; world().syncs.clear(); return found; });

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["COMPILER", "memory", "no_wait", "races", "reset_peak", "waits"]
+__all__ = ["COMPILER", "memory", "no_wait", "page_locked", "races", "reset_peak", "waits"]
 
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -101,6 +101,10 @@ def _install() -> ModuleType:
     cuda.get_device_properties = lambda device=None: SimpleNamespace(
         name="simulated device", total_memory=1 << 34, major=9, minor=0, uuid=str(device), multi_processor_count=1
     )
+    cuda.cudart = lambda: SimpleNamespace(
+        cudaHostRegister=lambda address, size, flags: found.host_register(address, size) or 0,
+        cudaHostUnregister=lambda address: found.host_unregister(address) or 0,
+    )
     cuda.mem_get_info = lambda device=None: (1 << 33, 1 << 34)
     cuda.max_memory_allocated = torch.accelerator.memory.max_memory_allocated
     cuda.memory_allocated = torch.accelerator.memory.memory_allocated
@@ -143,6 +147,11 @@ def memory(*, peak: bool = False) -> int:
     """Bytes of the current device in use, or with ``peak`` the most since :func:`reset_peak`."""
     kept = torch.accelerator.memory
     return int(kept.max_memory_allocated() if peak else kept.memory_allocated())
+
+
+def page_locked() -> int:
+    """Bytes of host memory that are page-locked."""
+    return int(_device.page_locked())
 
 
 def reset_peak() -> None:

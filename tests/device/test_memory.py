@@ -63,6 +63,60 @@ def test_bytes_per_parameter(ranks: Any, settings: dict[str, Any], rest: int, gr
     assert peak <= rest + gradient + 2 * layer
 
 
+class Odd(nn.Module):
+    """Layers of a size that rounding up to a power of two makes 1.8 times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(272, 272, bias=False) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.float().square().mean()
+
+
+def page_locked(settings: dict[str, Any], folder: str) -> list[int]:
+    """Page-locked bytes while there is an engine, with a save in the background, and after both."""
+    make(settings, Odd).destroy()
+    gc.collect()  # what others left
+    torch.accelerator.synchronize()
+    before = simulated.page_locked()
+    engine = make(settings, Odd)
+    x = torch.randn(4, 272, device=engine.device)
+    for _ in range(3):
+        engine.backward(engine(x))
+        engine.step()
+    found = [simulated.page_locked() - before]
+    if folder:
+        engine.save_checkpoint(folder, async_save=True)
+        engine.checkpoints.wait()
+        found.append(simulated.page_locked() - before)
+    engine.destroy()
+    del engine
+    gc.collect()
+    torch.accelerator.synchronize()
+    return [*found, simulated.page_locked() - before]
+
+
+@pytest.mark.parametrize(("world", "dtype"), [(1, "bf16"), (2, "bf16"), (2, "fp32")])
+def test_page_locked_memory_of_offload_is_what_is_needed(ranks: Any, world: int, dtype: str) -> None:
+    """Masters, gradients that arrive as they stay, and what is on its way; torch's allocator rounds each up."""
+    shard = 272 * 272 // world
+    stays = 4 * LAYERS * shard * (1 if dtype == "bf16" and world == 1 else 2)
+    travels = 2 * 3 * shard * (dtype == "bf16") * (2 if world == 1 else 1)
+    for used, left in ranks(page_locked, world, config(2, dtype, offload=True), ""):
+        assert stays <= used <= 1.05 * (stays + travels)
+        assert left < 4096
+
+
+def test_page_locked_memory_of_a_save_is_what_is_saved(ranks: Any, tmp_path: Any) -> None:
+    needed = 3 * 4 * LAYERS * 272 * 272 // 2  # masters and two moments
+    for _, used, left in ranks(page_locked, 2, config(2), str(tmp_path)):
+        assert needed <= used <= 1.05 * needed
+        assert left < 4096
+
+
 def left_after_destroy(settings: dict[str, Any]) -> tuple[int, int]:
     """Bytes that the engine used, and bytes that are left when it is gone, without the garbage collector."""
     make(settings).destroy()  # the first optimizer of a process imports torch._dynamo, whose frames stay in a cycle

@@ -143,8 +143,8 @@ class Checkpointer:
         return True
 
     def before_step(self) -> None:
-        """Return when a step may change the optimizer's state: what a save in the background needs of it is copied."""
-        self._staging.wait()
+        """Return when a step may change the optimizer's state, which a save in the background copies before."""
+        self._staging.before_step()
 
     def after_step(self, *, leave: bool) -> None:
         """Save where the configuration says so, and end the process if that was asked for."""
