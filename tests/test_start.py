@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,8 @@ from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, LinearLR, Reduc
 
 import shardline
 from shardline.config import load_config
+from shardline.events import Notice
+from shardline.observe import Console
 from shardline.start import _one_config, _optimizer_and_groups, _refuse_offload_param
 from tests.harness import seeded
 from tests.models import Mlp, mse, regression
@@ -465,3 +468,43 @@ def test_a_mesh_names_the_ranks(ranks) -> None:
         assert sizes == (2, 8) and "2 dimensions" in said
     # Of its engine's group, of the job; and whether it writes to the console: one rank of each group does.
     assert [places for *_, places in results] == [(0, 0, True), (1, 1, False), (0, 2, True), (1, 3, False)]
+
+
+# --- what is said where something costs more than it must -------------------------------------------------------------
+
+
+class OfAll(torch.optim.SGD):
+    shardline_kind = "global"
+
+
+def advice(local_world_size):
+    os.environ["LOCAL_WORLD_SIZE"] = str(local_world_size)
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Console, "attach", lambda self, events, *args: events.subscribe(said.append))
+        for stage, dtype, own in ((0, "bf16", None), (1, "bf16", None), (0, "fp32", None), (0, "bf16", OfAll)):
+            settings = {
+                "train_micro_batch_size_per_gpu": 1,
+                dtype: {"enabled": True},
+                "zero_optimization": {"stage": stage},
+                "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+            }
+            if dtype == "fp32":
+                del settings[dtype]
+            if own is not None:
+                del settings["optimizer"]
+            said.append((stage, dtype, own is None))
+            make = None if own is None else lambda params: OfAll(params, lr=0.1)
+            shardline.initialize(model=nn.Linear(64, 64), config=settings, optimizer=make)[0].destroy()
+    found, where = [], None
+    for event in said:
+        if isinstance(event, tuple):
+            where = event
+        elif isinstance(event, Notice) and "set zero_optimization.stage to 1" in event.message:
+            found.append(where)
+    return found
+
+
+def test_stage_0_between_hosts_in_low_precision_is_advised_against(ranks):
+    assert ranks(advice, 2, 1) == [[(0, "bf16", True)]] * 2
+    assert ranks(advice, 2, 2) == [[]] * 2
