@@ -52,6 +52,7 @@ def test_mistakes_on_the_command_line(capsys, arguments, words):
         (["--num_gpus", "2"], {"nproc": 2}),
         (["--nproc_per_node", "2"], {"nproc": 2}),
         (["--nproc-per-node=gpu"], {"nproc": None}),
+        (["--device", "cpu"], {"device": "cpu"}),
         (["--num_nodes", "2", "--node_rank", "1", "--master_addr", "a"], {"nnodes": 2, "node_rank": 1, "master": "a"}),
         (["--nnodes", "2:4"], {"nnodes": 2, "max_nnodes": 4}),
         (["--master_port", "29501"], {"master": "127.0.0.1:29501"}),

@@ -42,6 +42,7 @@ def run(monkeypatch, capfd):
         "TORCHELASTIC_SIGNALS_TO_HANDLE",
         "GLOO_SOCKET_IFNAME",
         "NCCL_SOCKET_IFNAME",
+        "SHARDLINE_DEVICE",
     ):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -72,12 +73,12 @@ def test_two_ranks_form_a_group_and_rank_one_is_prefixed(run, script):
         "shardline.init_distributed()\n"
         "total = torch.ones(1)\n"
         "dist.all_reduce(total)\n"
-        "print(rank, total.item(), sys.argv[1:], os.environ['OMP_NUM_THREADS'], __name__)\n"
+        "print(rank, total.item(), sys.argv[1:], os.environ['OMP_NUM_THREADS'], os.environ['SHARDLINE_DEVICE'])\n"
         "print('complaint', file=sys.stderr)\n"
     )
-    done = run("--nproc", 2, file, "--flag", "value", "-m")
+    done = run("--nproc", 2, "--device", "cpu", file, "--flag", "value", "-m")
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    line = f"2.0 ['--flag', 'value', '-m'] {threads} __main__"
+    line = f"2.0 ['--flag', 'value', '-m'] {threads} cpu"
     assert sorted(done.stdout.splitlines()) == [f"0 {line}", f"[rank 1] 1 {line}"]
     assert sorted(done.stderr.splitlines()) == ["[rank 1] complaint", "complaint"]
     assert done.returncode == 0
@@ -319,6 +320,8 @@ def test_two_nodes_on_one_machine(script):
     [
         (Launch("absent.py"), "no script 'absent.py'"),
         (Launch(__file__, nproc=0), "--nproc is 0"),
+        (Launch(__file__, device="xpu"), "The device 'xpu' was asked for, and torch sees no accelerator"),
+        (Launch(__file__, device="gpu"), 'it must be "cpu" or a type of accelerator'),
         (Launch(__file__, grace=-1.0), "--grace is -1"),
         (Launch(__file__, grace=float("nan")), "--grace is nan"),
         (Launch(__file__, nnodes=2), "Several nodes need --master"),

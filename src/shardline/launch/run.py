@@ -25,10 +25,11 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Signa
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from shardline.device import Accelerators, usable
 from shardline.errors import LaunchError
 from shardline.launch.rendezvous import BACKEND, Meeting, NotNeeded, register
 from shardline.network import LOOPBACK
-from shardline.topology import DEFAULT_PORT, accelerators, asked_device
+from shardline.topology import DEFAULT_PORT, asked_device
 
 __all__ = ["Launch", "launch"]
 
@@ -85,10 +86,11 @@ def launch(job: Launch) -> int:
         LaunchError: the job cannot be started as described.
     """
     meeting = _check(job)
+    asked = job.device or asked_device()
+    here, _ = usable(Accelerators.seen(), asked)  # what is not here is said once, and not on every rank
+    nproc = job.nproc if job.nproc is not None else here.count or _one_process(asked)
     if job.device is not None:
         os.environ["SHARDLINE_DEVICE"] = job.device
-    here = accelerators().count  # also says whether the device is here: once, and not on every rank
-    nproc = job.nproc if job.nproc is not None else here or _one_process()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // nproc)))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # lines of ranks appear when they are written, also in a pipe
@@ -195,8 +197,8 @@ def _read_own(file: Path) -> bytes:
         raise LaunchError(f"Cannot read --secret-file {file}: {error.strerror}.") from None
 
 
-def _one_process() -> int:
-    why = "on the CPU" if asked_device() == "cpu" else "no accelerator here"
+def _one_process(asked: str | None) -> int:
+    why = "no accelerator here" if asked is None else f"computing on {asked}"
     print(f"shardline run: {why}, so 1 process; --nproc N starts more.", file=sys.stderr)
     return 1
 
