@@ -55,17 +55,17 @@ def watch(clock: Stopwatch) -> None:
     import shardline.comm
     import shardline.comm.direct as direct
     import shardline.comm.transport as transport
-    import shardline.step
-    import shardline.unit as unit
+    import shardline.sharding.step
+    import shardline.sharding.unit as unit
 
-    clock.wrap(unit.Slab, "_pack", "pack gradients")
+    clock.wrap(unit.Bucket, "_pack", "pack gradients")
     clock.wrap(direct, "add_in_order", "sum gradients")
     clock.wrap(transport, "add_in_order", "sum gradients")
-    clock.wrap(unit.Slab, "refresh", "cast masters")
+    clock.wrap(unit.Bucket, "refresh", "cast masters")
     clock.wrap(direct.Peers, "wait", "carry out and wait")
     clock.wrap(direct, "progress", "carry out and wait")
     clock.wrap(transport.Work, "wait", "carry out and wait")
-    clock.wrap(shardline.step, "square_sum", "norm")
+    clock.wrap(shardline.sharding.step, "square_sum", "norm")
     clock.wrap(shardline.comm.Comm, "rows", "compare (one row)")
 
 

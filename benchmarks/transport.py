@@ -17,8 +17,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from shardline.buffer import Pool
 from shardline.comm import Comm
+from shardline.sharding.buffer import Pool
 from shardline.testing import run_distributed
 
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ from loops import ENGINES, Step, Work, hand
 from models import MODELS, Batch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PRELOAD = ["worker", "torch.distributed.fsdp", "torch.distributed.optim", "shardline.start"]
+PRELOAD = ["worker", "torch.distributed.fsdp", "torch.distributed.optim", "shardline.engine.initialize"]
 """Imported once, in the server that the processes are forked from.
 
 These are also the modules that the engines import when they are first used (DeepSpeed: 50 MB of them): nobody's

@@ -36,7 +36,7 @@ def over_gloo(patch: pytest.MonkeyPatch) -> None:
 
 def late_verdict(patch: pytest.MonkeyPatch) -> None:
     """The host reads a verdict when the next step ends, as where reading it would wait for a device."""
-    from shardline.boundary import Boundary
+    from shardline.sharding.boundary import Boundary
 
     made = Boundary.__init__
 
@@ -50,7 +50,7 @@ def late_verdict(patch: pytest.MonkeyPatch) -> None:
 def arrived(patch: pytest.MonkeyPatch) -> None:
     """A stream waits, so that the host never knows whether what travels has arrived."""
     from shardline.comm.transport import ExchangeTransport
-    from shardline.schedule import Schedule
+    from shardline.sharding.schedule import Schedule
 
     def wrap(name: str) -> None:
         start = getattr(ExchangeTransport, name)

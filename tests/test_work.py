@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from shardline.comm.board import Peer
 from shardline.comm.direct import DirectTransport
-from shardline.modes import keep
+from shardline.runtime.modes import keep
 from tests.harness import Setup, start
 from tests.models import mse
 

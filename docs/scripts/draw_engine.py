@@ -2,7 +2,7 @@
 
     .venv/bin/python docs/scripts/draw_engine.py    # writes docs/images/engine.svg
 
-The order is the one that :mod:`shardline.schedule` drives at stage 3; widths are schematic, not measured.
+The order is the one that :mod:`shardline.sharding.schedule` drives at stage 3; widths are schematic, not measured.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import shardline
-from shardline import buffer
+from shardline.sharding import buffer
 from shardline.testing import run_distributed
 
 WIDTH, DEPTH, BATCH, MIB = 1024, 8, 64, 2**20
@@ -118,7 +118,7 @@ def measure(stage: int, warm_up: int = 3) -> tuple[Trace, float]:
                 else:
                     engine.step()
                 watch.look()
-    row, plan = shardline.placement.STAGES[stage], engine._layout.plan
+    row, plan = shardline.plan.placement.STAGES[stage], engine._layout.plan
     rest = plan.state_bytes(row, 0) - gradient_bytes(plan, row)
     engine.destroy()
     return watch.trace(), rest / MIB
@@ -126,9 +126,9 @@ def measure(stage: int, warm_up: int = 3) -> tuple[Trace, float]:
 
 def gradient_bytes(plan: Any, row: Any) -> int:
     """What the formula counts for gradients: they are given back after a step."""
-    sharded = row.gradients is shardline.placement.Placement.SHARDED
-    slabs = [slab for unit in plan.units for slab in unit.slabs]
-    return sum(4 * (slab.boundaries[1] if sharded else slab.size) for slab in slabs)
+    sharded = row.gradients is shardline.plan.placement.Placement.SHARDED
+    buckets = [bucket for unit in plan.units for bucket in unit.buckets]
+    return sum(4 * (bucket.boundaries[1] if sharded else bucket.size) for bucket in buckets)
 
 
 def draw(found: dict[int, tuple[Trace, float]], ranks: int, path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from report import read, table
 
-from shardline.checkpoint.directory import Directory
+from shardline.checkpoint.format.directory import Directory
 
 HERE = Path(__file__).resolve().parent
 POLL = 0.1

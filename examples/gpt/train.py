@@ -27,7 +27,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import shardline
-from shardline.memory import peak_bytes
+from shardline.runtime.memory import peak_bytes
 
 HERE = Path(__file__).resolve().parent
 MODEL = {"context": 128, "depth": 4, "width": 256, "heads": 4}

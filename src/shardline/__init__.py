@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shardline.accelerator import get_accelerator
-    from shardline.arguments import add_config_arguments
     from shardline.config import Config
+    from shardline.config.arguments import add_config_arguments
     from shardline.engine import Engine
+    from shardline.engine.initialize import initialize
     from shardline.errors import (
         CheckpointError,
         ConfigError,
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
         ShardlineError,
         UsageError,
     )
-    from shardline.meta import empty_weights
-    from shardline.start import initialize
-    from shardline.topology import init_distributed
+    from shardline.features.meta import empty_weights
+    from shardline.runtime.accelerator import get_accelerator
+    from shardline.runtime.topology import init_distributed
 
 __version__ = "0.1.0"
 
@@ -68,11 +68,11 @@ _HOMES = {
     "SealedError": "errors",
     "ShardlineError": "errors",
     "UsageError": "errors",
-    "add_config_arguments": "arguments",
-    "empty_weights": "meta",
-    "get_accelerator": "accelerator",
-    "init_distributed": "topology",
-    "initialize": "start",
+    "add_config_arguments": "config.arguments",
+    "empty_weights": "features.meta",
+    "get_accelerator": "runtime.accelerator",
+    "init_distributed": "runtime.topology",
+    "initialize": "engine.initialize",
 }
 
 

@@ -40,8 +40,8 @@ import torch
 import torch.distributed as dist
 
 from shardline.errors import ShardlineError, UsageError
-from shardline.network import LOOPBACK, interface, join_store, open_store
-from shardline.topology import DEFAULT_TIMEOUT, default_backend
+from shardline.runtime.network import LOOPBACK, interface, join_store, open_store
+from shardline.runtime.topology import DEFAULT_TIMEOUT, default_backend
 
 __all__ = ["Pool", "RankFailed", "RankTimeout", "run_distributed"]
 

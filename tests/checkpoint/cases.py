@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import shardline
-from shardline.fragments import flat, local_fragments
+from shardline.sharding.fragments import flat, local_fragments
 from tests.harness import Setup
 
 WIDTH = 24

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from shardline.checkpoint.commit import Content, commit
-from shardline.checkpoint.directory import Directory, check_files
-from shardline.checkpoint.faults import armed
-from shardline.checkpoint.manifest import read_manifest
-from shardline.checkpoint.reader import Reader
+from shardline.checkpoint.format.commit import Content, commit
+from shardline.checkpoint.format.directory import Directory, check_files
+from shardline.checkpoint.format.faults import armed
+from shardline.checkpoint.format.manifest import read_manifest
+from shardline.checkpoint.format.reader import Reader
 
 SIZE = 64
 

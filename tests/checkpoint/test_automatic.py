@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardline.checkpoint import checkpointer, commit, staging
-from shardline.checkpoint.faults import EVERY_RANK, OVERWRITE, POINTS
+from shardline.checkpoint.engine import checkpointer, commit, staging
+from shardline.checkpoint.format.faults import EVERY_RANK, OVERWRITE, POINTS
 from shardline.errors import CheckpointError
 from shardline.testing import RankFailed, run_distributed
 from tests.checkpoint import cases

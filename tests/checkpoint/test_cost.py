@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import shardline
-from shardline.checkpoint.reader import Reader
+from shardline.checkpoint.format.reader import Reader
 
 WIDTH = 1024
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardline.checkpoint.deepspeed import import_deepspeed
-from shardline.checkpoint.pickled import Opaque, load
-from shardline.checkpoint.reader import Reader
+from shardline.checkpoint.foreign.deepspeed import import_deepspeed
+from shardline.checkpoint.foreign.pickled import Opaque, load
+from shardline.checkpoint.format.reader import Reader
 from shardline.cli import main
 from shardline.errors import CheckpointError
 from tests.harness import full
@@ -168,7 +168,7 @@ def test_directories_that_are_none(tmp_path, capsys):
 
 
 def test_loading_one_directly_says_what_to_do(tmp_path):
-    from shardline.checkpoint.manifest import read_manifest
+    from shardline.checkpoint.format.manifest import read_manifest
 
     (tmp_path / "tag").mkdir()
     (tmp_path / "tag" / "mp_rank_00_model_states.pt").touch()

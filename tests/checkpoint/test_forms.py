@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shardline.checkpoint import files, manifest
-from shardline.checkpoint.commit import commit
-from shardline.checkpoint.directory import Directory, check_files
-from shardline.checkpoint.manifest import Manifest, read_manifest
-from shardline.checkpoint.reader import Reader
-from shardline.checkpoint.tensorfile import CODES
-from shardline.checkpoint.values import name_of
+from shardline.checkpoint.format.commit import commit
+from shardline.checkpoint.format.directory import Directory, check_files
+from shardline.checkpoint.format.manifest import Manifest, read_manifest
+from shardline.checkpoint.format.reader import Reader
+from shardline.checkpoint.format.tensorfile import CODES
+from shardline.checkpoint.format.values import name_of
 from shardline.cli import main
 from shardline.errors import CheckpointError, ShardlineError, UsageError
 from tests.checkpoint import cases, disk

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from shardline.checkpoint import directory as names
-from shardline.checkpoint.directory import Directory, Lock
+from shardline.checkpoint.format import directory as names
+from shardline.checkpoint.format.directory import Directory, Lock
 from shardline.errors import CheckpointError, ShardlineError
 from tests.checkpoint import disk
 
@@ -196,7 +196,7 @@ def test_an_export_writes_through_no_link(tmp_path):
     """Its unfinished files have names of our own; the old ones were those of any program."""
     import torch
 
-    from shardline.checkpoint.export import TEMP, Exporter, Item
+    from shardline.checkpoint.engine.export import TEMP, Exporter, Item
 
     (tmp_path / "file").write_text("three years of work")
     out = tmp_path / "out"

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from shardline.checkpoint.tensorfile import CODES, TensorFile, write
+from shardline.checkpoint.format.tensorfile import CODES, TensorFile, write
 from shardline.errors import CheckpointError
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from shardline.checkpoint.values import decode, encode
+from shardline.checkpoint.format.values import decode, encode
 from shardline.errors import CheckpointError
 
 

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardline.buffer import Pool
 from shardline.comm import DONE, Comm, digest
 from shardline.errors import DisagreementError
+from shardline.sharding.buffer import Pool
 
 CPU = torch.device("cpu")
 

@@ -16,13 +16,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shardline.buffer import Pool
 from shardline.comm import Comm
 from shardline.comm import board as board_module
 from shardline.comm import direct as direct_module
 from shardline.comm.board import Board, Peer
 from shardline.comm.direct import DirectTransport, Peers, attach
 from shardline.errors import DisagreementError, LostRankError, UsageError
+from shardline.sharding.buffer import Pool
 from tests.comm.sharing import exchange, leave, peers_here
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reading each other is for Linux")

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch._dynamo  # an optimizer imports it, and it sets an environment variable: not inside a test
 
-from shardline import lr, optimizer
+from shardline import optim as optimizer
 from shardline.config.params import OPTIMIZERS, SCHEDULERS, known
+from shardline.optim import lr
 
 
 def defaults(model):

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from shardline import offload, step, unit
 from shardline.comm import transport
+from shardline.features import offload
+from shardline.sharding import step, unit
 from tests.device import simulated
 from tests.device.training import config, train
 
@@ -86,9 +87,9 @@ def buffer_given_back_too_soon(patch: pytest.MonkeyPatch) -> None:
             work._hold = None
             for handle in work._handles:
                 KEPT.append(handle)
-        for slab in self.slabs:
-            if slab.gathered is not None and self._works:
-                slab.gathered = torch.empty_like(slab.gathered)
+        for bucket in self.buckets:
+            if bucket.gathered is not None and self._works:
+                bucket.gathered = torch.empty_like(bucket.gathered)
 
     patch.setattr(unit.Unit, "gather", gather_and_forget)
 

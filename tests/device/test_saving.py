@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from shardline.checkpoint.staging import Staging
+from shardline.checkpoint.engine.staging import Staging
 from shardline.errors import CheckpointError
 from tests.device import simulated
 from tests.device.training import batch, config, make, steps

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 
 import shardline
-from shardline import topology
 from shardline.comm.transport import HostStagedTransport
 from shardline.errors import DisagreementError
 from shardline.events import Notice
 from shardline.observe import Console
+from shardline.runtime import topology
 from shardline.testing import Pool
 from tests.conftest import Ranks
 from tests.device import simulated

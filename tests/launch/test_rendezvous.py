@@ -19,8 +19,8 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 from shardline.errors import LaunchError
 from shardline.launch import rendezvous
 from shardline.launch.rendezvous import BACKEND, ChangingNodes, FixedNodes, Meeting, SignedBackend
-from shardline.network import open_store
-from shardline.topology import init_distributed
+from shardline.runtime.network import open_store
+from shardline.runtime.topology import init_distributed
 from tests.sockets import descendants, listening
 
 LIMIT = 90

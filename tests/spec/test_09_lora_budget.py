@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shardline.parameter import left_grad
+from shardline.sharding.parameter import left_grad
 from tests.harness import STAGES, Setup, check_against_twin, is_whole, live_bytes, peak_bytes, start, transitions
 from tests.models import Checkpointed, Lora, Mlp, mse, regression
 

@@ -73,8 +73,8 @@ def lr_kwargs(schedule: str, number: int) -> dict[str, Any]:
 
 def follow(plan: list[tuple[bool, str]], config: dict[str, Any], schedule: str, folder: str) -> dict[str, Any]:
     """Train by ``plan``: the rates at each update, what was told, answered and saved, and the weights."""
-    from shardline.checkpoint.manifest import read_manifest
-    from shardline.step import Update
+    from shardline.checkpoint.format.manifest import read_manifest
+    from shardline.sharding.step import Update
 
     rank, world = dist.get_rank(), dist.get_world_size()
     rates, told, answers, saved = [], [], [], []
@@ -132,7 +132,7 @@ def both(schedules: list[str], config: dict[str, Any], folder: str) -> list[Any]
 
 def plain_rates(plan: list[tuple[bool, str]], config: dict[str, Any], schedule: str) -> list[Any]:
     """The rates of all updates, with a plain optimizer."""
-    from shardline import lr
+    from shardline.optim import lr
 
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], **config["optimizer"]["params"])
     made = SCHEDULES[schedule]

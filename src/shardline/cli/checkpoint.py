@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 from shardline.errors import CheckpointError, ShardlineError
 
 if TYPE_CHECKING:
-    from shardline.checkpoint.manifest import Manifest
+    from shardline.checkpoint.format.manifest import Manifest
 
 __all__ = ["add_parser"]
 
@@ -74,7 +74,7 @@ def _guarded(command: Command) -> Command:
 
 def _say(text: object, file: TextIO | None = None) -> None:
     """Print a line. Names and values come from files: what would steer a terminal is escaped."""
-    from shardline.checkpoint.files import shown
+    from shardline.checkpoint.format.files import shown
 
     print(shown(text, 10_000), file=file)
 
@@ -85,7 +85,7 @@ def _candidates(args: argparse.Namespace) -> Iterator[tuple[str, Path, str | Non
     Raises:
         CheckpointError: if there is none.
     """
-    from shardline.checkpoint.directory import Directory
+    from shardline.checkpoint.format.directory import Directory
 
     directory = Directory(args.dir)
     if args.tag is None and directory.is_checkpoint():
@@ -130,8 +130,8 @@ def _size(manifest: Manifest) -> str:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from shardline.checkpoint.directory import Directory
-    from shardline.checkpoint.manifest import read_manifest
+    from shardline.checkpoint.format.directory import Directory
+    from shardline.checkpoint.format.manifest import read_manifest
 
     directory = Directory(args.dir)
     found = directory.checkpoints()
@@ -169,7 +169,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from shardline.checkpoint.manifest import read_manifest
+    from shardline.checkpoint.format.manifest import read_manifest
 
     tag, path = _chosen(args)
     manifest = read_manifest(path)
@@ -206,8 +206,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from shardline.checkpoint.directory import Directory, check_files
-    from shardline.checkpoint.manifest import read_manifest
+    from shardline.checkpoint.format.directory import Directory, check_files
+    from shardline.checkpoint.format.manifest import read_manifest
 
     chosen = _candidates(args)
     if args.all:
@@ -227,10 +227,10 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from shardline.checkpoint.directory import check_files
-    from shardline.checkpoint.export import export_checkpoint
-    from shardline.checkpoint.reader import Reader
-    from shardline.precision import DTYPES
+    from shardline.checkpoint.engine.export import export_checkpoint
+    from shardline.checkpoint.format.directory import check_files
+    from shardline.checkpoint.format.reader import Reader
+    from shardline.sharding.precision import DTYPES
 
     _, path = _chosen(args)
     reader = Reader(path)
@@ -247,14 +247,14 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from shardline.checkpoint.deepspeed import import_deepspeed
+    from shardline.checkpoint.foreign.deepspeed import import_deepspeed
 
     _say(import_deepspeed(args.dir, args.out, args.tag))
     return 0
 
 
 def _prune(args: argparse.Namespace) -> int:
-    from shardline.checkpoint.directory import Directory, Lock
+    from shardline.checkpoint.format.directory import Directory, Lock
 
     directory = Directory(args.dir)
     if not directory.checkpoints():

@@ -95,7 +95,8 @@ def _try_classes(config: Config) -> None:
         return
     import torch  # the other commands answer without it
 
-    from shardline import lr, optimizer
+    from shardline import optim as optimizer
+    from shardline.optim import lr
 
     parameters: list[dict[str, object]] = [{"params": [torch.zeros(1, requires_grad=True)]}]
     if config.optimizer is None:

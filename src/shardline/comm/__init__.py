@@ -24,8 +24,8 @@ from torch.distributed.constants import default_pg_timeout
 
 from shardline.comm.direct import Peers, attach
 from shardline.comm.transport import DONE, Scratch, Transport, Work, by_host, choose
-from shardline.device import Place, choose_backend
 from shardline.errors import DisagreementError, ShardlineError, UsageError
+from shardline.runtime.device import Place, choose_backend
 
 __all__ = ["DONE", "Comm", "Work", "check_alike"]
 

@@ -12,7 +12,7 @@ import torch
 
 from shardline.data.seeds import derive, outer_states_kept, seed_all
 from shardline.errors import DataError
-from shardline.modes import outside_modes
+from shardline.runtime.modes import outside_modes
 
 __all__ = ["Order", "permutation"]
 

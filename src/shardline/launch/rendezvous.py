@@ -43,7 +43,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 )
 
 from shardline.errors import LaunchError
-from shardline.network import (
+from shardline.runtime.network import (
     LOOPBACK,
     PrefixStore,
     Store,
@@ -54,7 +54,7 @@ from shardline.network import (
     open_store,
     own_address,
 )
-from shardline.topology import listen_on
+from shardline.runtime.topology import listen_on
 
 __all__ = ["BACKEND", "Meeting", "NotNeeded", "register"]
 

@@ -25,11 +25,11 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Signa
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from shardline.device import Accelerators, usable
 from shardline.errors import LaunchError
 from shardline.launch.rendezvous import BACKEND, Meeting, NotNeeded, register
-from shardline.network import LOOPBACK
-from shardline.topology import DEFAULT_PORT, asked_device
+from shardline.runtime.device import Accelerators, usable
+from shardline.runtime.network import LOOPBACK
+from shardline.runtime.topology import DEFAULT_PORT, asked_device
 
 __all__ = ["Launch", "launch"]
 

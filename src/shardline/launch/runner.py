@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
         except SystemExit as error:
             if _exit_code(error) != 0:
                 raise
-        saves = sys.modules.get("shardline.checkpoint.background")
+        saves = sys.modules.get("shardline.checkpoint.engine.background")
         if saves is not None:  # a save that failed since the script's last word is its failure
             saves.finish()
     except KeyboardInterrupt:

@@ -1,0 +1,213 @@
+"""From an engine's buffers to named ranges: this rank's part of a checkpoint, and the manifest from all ranks' reports.
+
+Every element is written by one rank: the one in whose shard it lies, also where all ranks hold it. What cannot be cut
+(the state of optimizers that see whole parameters) is written by the rank in whose shard the parameter begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from shardline.checkpoint.engine.parts import Parts, optimizer_name
+from shardline.checkpoint.format.checksum import crc32
+from shardline.checkpoint.format.manifest import key_of
+from shardline.checkpoint.format.tensorfile import CODES, _bytes
+from shardline.checkpoint.format.values import encode, name_of
+from shardline.errors import CheckpointError
+from shardline.plan import Fragment
+from shardline.sharding.fragments import flat
+from shardline.sharding.unit import RunTensors
+
+__all__ = [
+    "Captured",
+    "add_reports",
+    "capture_buffers",
+    "capture_tensors",
+    "checksums",
+    "merge",
+    "optimizer_record",
+]
+
+DEVICE_KEYS = ("fused", "foreach", "capturable")
+"""Options that say how a device computes, not what: those of the reading job stay."""
+
+
+@dataclass
+class Captured:
+    """This rank's part: tensors for its file (views, nothing is copied), and what the others must know of them.
+
+    Attributes:
+        pieces: ``[role, name, start, stop, dtype]``: elements ``start`` to ``stop`` of a parameter, in storage order.
+        whole: ``[role, name, shape, dtype]``: tensors that belong to a parameter and cannot be cut.
+        scalars: state without dimensions, by parameter.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    pieces: list[list[Any]] = field(default_factory=list)
+    whole: list[list[Any]] = field(default_factory=list)
+    scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add_piece(self, role: str, name: str, start: int, stop: int, tensor: Tensor) -> None:
+        self.tensors[key_of(role, name)] = tensor
+        self.pieces.append([role, name, start, stop, name_of(tensor.dtype)])
+
+    def add_rest(self, name: str, values: Mapping[str, Any]) -> None:
+        """The state of a parameter that is not cut: scalars, and tensors of shapes of their own."""
+        row = self.scalars.setdefault(name, {})
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.dim() > 0:
+                role = f"state.{key}"
+                self.tensors[key_of(role, name)] = value.detach()
+                self.whole.append([role, name, list(value.shape), name_of(value.dtype)])
+            else:
+                row[key] = encode(value, f"the optimizer's state {key!r} of {name!r}", {})
+                if isinstance(value, Tensor) and value.device.type != "cpu":
+                    row[key]["on"] = "device"
+
+    def report(self) -> dict[str, Any]:
+        return {"pieces": self.pieces, "whole": self.whole, "scalars": self.scalars}
+
+
+def capture_tensors(found: Captured, parts: Parts, *, frozen: bool = True) -> None:
+    """Add weights and optimizer state of this rank's shards. ``frozen``: those of frozen parameters too."""
+    for unit in parts.units:
+        for bucket in unit.buckets:
+            if not (bucket.plan.trainable or frozen):
+                continue
+            source, placement = (
+                (bucket.weights, bucket.row.weights) if bucket.master is None else (bucket.master, bucket.row.states)
+            )
+            low, _ = bucket._range(placement)
+            for piece in bucket.plan.fragments(bucket.start, bucket.stop):
+                size = piece.stop - piece.start
+                tensor = source[piece.offset - low : piece.offset - low + size]
+                found.add_piece("weight", piece.name, piece.start, piece.stop, tensor)
+                state = parts.parked.get(piece.name)
+                if state is not None:
+                    for key, value in state.tensors.items():
+                        found.add_piece(
+                            f"state.{key}", piece.name, piece.start, piece.stop, value[piece.start : piece.stop]
+                        )
+                    if piece.start == 0:
+                        found.add_rest(piece.name, state.scalars)
+    if parts.optimizer is not None:
+        for run in parts.runs:
+            _capture_state(found, run, parts.optimizer.state.get(run.param, {}))
+    for tensor in found.tensors.values():
+        if tensor.dtype not in CODES:
+            raise CheckpointError(f"safetensors files cannot hold tensors of {tensor.dtype}.")
+
+
+def _capture_state(found: Captured, run: RunTensors, state: Mapping[str, Any]) -> None:
+    cut = {key: flat(value) for key, value in state.items() if _is_cut(value, run.param)}
+    rest = {key: value for key, value in state.items() if key not in cut}
+    if run.run.entry is None:
+        wrong = [key for key, value in rest.items() if isinstance(value, Tensor) and value.dim() > 0]
+        if wrong:
+            raise CheckpointError(
+                f"the optimizer's state {wrong[0]!r} has the shape {tuple(rest[wrong[0]].shape)}: neither that of the "
+                f"elements it belongs to, nor a number, so it cannot be saved by ranges. Set shardline_kind = "
+                f'"per_parameter" on the optimizer\'s class, so that it sees whole parameters.'
+            )
+    for piece in _own(run):
+        offset = piece.offset - run.run.start
+        for key, value in cut.items():
+            part = value[offset : offset + piece.stop - piece.start]
+            found.add_piece(f"state.{key}", piece.name, piece.start, piece.stop, part)
+        if piece.start == 0 and rest:
+            found.add_rest(piece.name, rest)
+
+
+def _is_cut(value: Any, param: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == param.shape
+
+
+def _own(run: RunTensors) -> Iterator[Fragment]:
+    """The fragments of ``run`` that lie in this rank's shard."""
+    for piece in run.fragments:
+        low, high = max(piece.offset, run.low), min(piece.offset + piece.stop - piece.start, run.high)
+        if low < high:
+            shift = piece.start - piece.offset
+            yield Fragment(piece.name, low + shift, high + shift, low)
+
+
+def checksums(buffers: Mapping[str, Tensor]) -> dict[str, int]:
+    """Checksums by which ranks compare their buffers."""
+    return {name: crc32(_bytes(buffer.detach().cpu().contiguous())) for name, buffer in buffers.items()}
+
+
+def capture_buffers(
+    found: Captured, buffers: Mapping[str, Tensor], everyone: Sequence[Mapping[str, int]], rank: int
+) -> dict[str, list[int]]:
+    """Add this rank's buffers; those that are rank 0's bit by bit are not written again.
+
+    Args:
+        everyone: the :func:`checksums` of all ranks.
+
+    Returns:
+        The ranks that wrote each buffer.
+    """
+    writers = {
+        name: [other for other, theirs in enumerate(everyone) if other == 0 or theirs.get(name) != everyone[0][name]]
+        for name in everyone[0]
+    }
+    for name, buffer in buffers.items():
+        if rank in writers.get(name, ()):
+            found.tensors[key_of("buffer", name)] = buffer
+    return writers
+
+
+def optimizer_record(parts: Parts, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+    """Class and param groups' options of the optimizer."""
+    if parts.optimizer is None:
+        return None
+    return {
+        "class": optimizer_name(parts.optimizer),
+        "groups": [
+            encode(
+                {key: value for key, value in group.items() if key not in ("params", *DEVICE_KEYS)},
+                f"optimizer/groups[{index}]",
+                tensors,
+            )
+            for index, group in enumerate(parts.optimizer.param_groups)
+        ],
+    }
+
+
+def merge(parts: Parts, reports: list[dict[str, Any]], *, frozen: bool) -> dict[str, Any]:
+    """The manifest's ``parameters``: for each its shape, and where its elements are: ``[file, start, stop]``."""
+    rows: dict[str, Any] = {}
+    for name, spec in parts.specs.items():
+        rows[name] = {
+            "aliases": [alias for alias in spec.aliases if alias != name],
+            "shape": list(spec.shape),
+            "stride": list(spec.stride),
+            "dtype": name_of(spec.dtype),
+            "trainable": spec.trainable,
+            "group": parts.groups.get(name),
+            "weight": {"dtype": name_of(spec.dtype), "pieces": []} if frozen or spec.trainable else None,
+            "state": {},
+            "scalars": {},
+        }
+    return add_reports(rows, reports)
+
+
+def add_reports(rows: dict[str, Any], reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """Add to the parameters' rows what each rank's :meth:`Captured.report` says is in its file; returns them."""
+    for file, report in enumerate(reports):
+        for role, name, start, stop, dtype in report["pieces"]:
+            if role == "weight":
+                record = rows[name]["weight"]
+                record["dtype"] = dtype
+            else:
+                record = rows[name]["state"].setdefault(role.removeprefix("state."), {"dtype": dtype, "pieces": []})
+            record["pieces"].append([file, start, stop])
+        for role, name, shape, dtype in report["whole"]:
+            rows[name]["state"][role.removeprefix("state.")] = {"dtype": dtype, "shape": shape, "file": file}
+        for name, scalars in report["scalars"].items():
+            rows[name]["scalars"] |= scalars
+    return rows

@@ -1,0 +1,50 @@
+"""What a checkpoint is made from: the state of an engine, as it hands it over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import Optimizer
+
+from shardline.comm import Comm
+from shardline.plan import ParamSpec
+from shardline.sharding.fragments import ParamState
+from shardline.sharding.unit import RunTensors, Unit
+
+__all__ = ["Parts"]
+
+
+@dataclass
+class Parts:
+    """The tensors of one engine in its current layout. All are its own, to be read and written in place.
+
+    Attributes:
+        runs: this rank's runs, the very tensors that the optimizer holds.
+        parked: the optimizer state of frozen parameters, whole on every rank.
+        groups: the param group of every parameter that the optimizer was given, frozen ones too, by first name.
+    """
+
+    module: nn.Module
+    units: Sequence[Unit]
+    runs: Sequence[RunTensors]
+    optimizer: Optimizer | None
+    parked: dict[str, ParamState]
+    groups: Mapping[str, int]
+    comm: Comm
+
+    @property
+    def specs(self) -> dict[str, ParamSpec]:
+        """Every parameter of the model, by first name."""
+        return {
+            entry.param.name: entry.param
+            for unit in self.units
+            for bucket in unit.plan.buckets
+            for entry in bucket.entries
+        }  # fmt: skip
+
+
+def optimizer_name(optimizer: Optimizer) -> str:
+    """The class whose state it keeps."""
+    return type(optimizer).__name__

@@ -1,0 +1,314 @@
+"""From named ranges back into an engine's buffers: each rank reads what its layout needs, whatever the writer's was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardline.checkpoint.engine.extra import EXTRA_KEY, takers
+from shardline.checkpoint.engine.groups import Groups
+from shardline.checkpoint.engine.parts import Parts, optimizer_name
+from shardline.checkpoint.engine.window import persistent_buffers
+from shardline.checkpoint.format.files import shown
+from shardline.checkpoint.format.reader import Reader
+from shardline.checkpoint.format.values import decode, dtype_named
+from shardline.errors import CheckpointError, UsageError
+from shardline.optim import prepare
+from shardline.plan import Fragment
+from shardline.sharding.fragments import ParamState, flat
+from shardline.sharding.unit import RunTensors
+
+__all__ = ["Match", "ages", "check_states", "load_buffers", "load_optimizer", "load_weights", "match"]
+
+
+@dataclass
+class Match:
+    """How the names of a model and of a checkpoint go together.
+
+    Attributes:
+        params: name in the checkpoint by first name in the model.
+        missing: parameters, buffers and extra state of the model that the checkpoint does not hold.
+        unexpected: those of the checkpoint that the model does not have.
+        notes: sentences for the user.
+    """
+
+    params: dict[str, str] = field(default_factory=dict)
+    buffers: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def match(parts: Parts, reader: Reader, *, strict: bool) -> Match:
+    """Compare names and shapes, before anything is changed.
+
+    Raises:
+        CheckpointError: for another shape, and if ``strict`` for names that only one side has; each is named.
+    """
+    found = Match()
+    wrong = []
+    excluded = {name for name, row in reader.parameters.items() if row.weight is None}
+    for name, spec in parts.specs.items():
+        theirs = next((reader.aliases[alias] for alias in spec.aliases if alias in reader.aliases), None)
+        if theirs is None:
+            found.missing.append(name)
+        elif theirs not in excluded:
+            shape = tuple(reader.parameters[theirs].shape)
+            if shape != spec.shape:
+                wrong.append(f"parameter {name!r} has the shape {spec.shape} in the model, {shape} in the checkpoint")
+            found.params[name] = theirs
+        else:
+            found.notes.append(f"frozen parameter {name!r} was left out of the checkpoint and stays as it is")
+    known = {alias for spec in parts.specs.values() for alias in spec.aliases}
+    found.unexpected += [
+        name for name, row in reader.parameters.items() if not known.intersection((name, *row.aliases))
+    ]
+    ours = dict(persistent_buffers(parts.module))
+    theirs_buffers = reader.manifest.buffers
+    for name, buffer in ours.items():
+        if name not in theirs_buffers:
+            found.missing.append(name)
+        elif tuple(theirs_buffers[name].shape) != tuple(buffer.shape):
+            shape = tuple(theirs_buffers[name].shape)
+            wrong.append(f"buffer {name!r} has the shape {tuple(buffer.shape)} in the model, {shape} in the checkpoint")
+        else:
+            found.buffers.append(name)
+    found.unexpected += [name for name in theirs_buffers if name not in ours]
+    found.missing += [_extra(path) for path in takers(parts.module) if path not in reader.manifest.extra_state]
+    modules = dict(parts.module.named_modules())
+    found.unexpected += [_extra(path) for path in reader.manifest.extra_state if path not in modules]
+    if wrong:
+        raise CheckpointError(f"{reader.path} does not fit the model: {_some(wrong)}. Nothing was loaded.")
+    if found.missing or found.unexpected:
+        differences = []
+        if found.missing:
+            differences.append(f"not in the checkpoint: {_some(found.missing)}")
+        if found.unexpected:
+            differences.append(f"not in the model: {_some(found.unexpected)}")
+        said = "; ".join(differences)
+        if strict:
+            raise CheckpointError(
+                f"{reader.path} does not fit the model: {said}. Nothing was loaded. Pass load_module_strict=False to "
+                f"load what both have."
+            )
+        found.notes.append(f"{said}; the rest was loaded")
+    return found
+
+
+def _extra(path: str) -> str:
+    return f"{path}.{EXTRA_KEY}" if path else EXTRA_KEY
+
+
+def _some(items: list[str], limit: int = 20) -> str:
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(shown(item, 300) for item in items[:limit]) + more
+
+
+def load_weights(parts: Parts, reader: Reader, found: Match) -> None:
+    """Read masters and weights, and bring them where they rest. Collective where stages gather.
+
+    Raises:
+        UsageError: if a unit is in use.
+    """
+    busy = [unit.name for unit in parts.units if unit.holds]
+    if busy:
+        raise UsageError(
+            f"load_checkpoint() was called while unit {busy[0]!r} is in use. Call it outside of forward and of "
+            f"gathered_parameters()."
+        )
+    for unit in parts.units:
+        unit.release()
+        parts.comm.settle()
+        for bucket in unit.buckets:
+            target, placement = (
+                (bucket.weights, bucket.row.weights) if bucket.master is None else (bucket.master, bucket.row.states)
+            )
+            low, high = bucket._range(placement)
+            strides = {entry.param.name: entry.param.stride for entry in bucket.plan.entries}
+            for piece in bucket.plan.fragments(low, high):
+                if piece.name in found.params:
+                    out = target[piece.offset - low : piece.offset - low + piece.stop - piece.start]
+                    name = found.params[piece.name]
+                    reader.fill(out, name, "weight", piece.start, piece.stop, strides[piece.name])
+
+
+def settle_weights(parts: Parts) -> None:
+    """Bring masters into the weights of all ranks, and let nobody take that for edits. Collective."""
+    works = []
+    for unit in parts.units:
+        works += unit.refresh()
+        unit.renew()
+    for work in works:
+        work.wait()
+    params = [param for unit in parts.units for bucket in unit.buckets for param in bucket.params]
+    torch.autograd.graph.increment_version(params)
+    for unit in parts.units:
+        unit.settle_versions()
+
+
+def load_buffers(parts: Parts, reader: Reader, found: Match) -> None:
+    """Each rank's own at the same world size, rank 0's elsewhere."""
+    same = reader.manifest.world_size == parts.comm.world_size
+    known = set(found.buffers)
+    with torch.no_grad():
+        for name, buffer in persistent_buffers(parts.module):
+            if name in known:
+                buffer.copy_(reader.buffer(name, parts.comm.rank if same else 0))
+
+
+# -- the optimizer ----------------------------------------------------------------------------------------------------
+
+
+def check_states(reader: Reader) -> None:
+    """Parameters whose optimizer state has the same tensors have the same numbers beside them.
+
+    Raises:
+        CheckpointError: if not; names the parameter.
+    """
+    forms: dict[tuple[str, ...], dict[str, str]] = {}
+    for name, row in reader.parameters.items():
+        if row.state:
+            form = {key: _form(key, value) for key, value in row.scalars.items()}
+            if forms.setdefault(tuple(sorted(row.state)), form) != form:
+                raise CheckpointError(
+                    f"{reader.path} holds other optimizer state of {shown(repr(name))} than of the other "
+                    f"parameters: it is of no optimizer. Nothing was loaded."
+                )
+
+
+def _form(key: str, value: Any) -> str:
+    """What kind of value it is. Tensors without dimensions become numbers while a parameter is frozen, steps do not."""
+    number = type(value) in (int, float) or (isinstance(value, dict) and "$scalar" in value)
+    return "number" if number and key != "step" else type(value).__name__
+
+
+def ages(parts: Parts, reader: Reader, found: Match) -> dict[str, int] | None:
+    """Steps that each trained parameter's state has seen, if parameters of one run differ in that, else ``None``.
+
+    They cannot share a run then, and the model has to be laid out anew.
+    """
+    steps = {name: _steps(reader, found.params.get(name)) for name, spec in parts.specs.items() if spec.trainable}
+    for unit in parts.units:
+        for bucket in unit.plan.buckets:
+            seen: dict[tuple[int | None, int], int] = {}
+            for entry in bucket.entries if bucket.trainable and not bucket.whole else ():
+                run, age = (entry.param.group, entry.param.era), steps[entry.param.name]
+                if seen.setdefault(run, age) != age:
+                    return steps
+    return None
+
+
+def _steps(reader: Reader, name: str | None) -> int:
+    scalars = reader.parameters[name].scalars if name is not None else {}
+    value = decode(scalars.get("step", 0), _no_tensor)
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise CheckpointError(f"{shown(repr(name))} has seen {shown(repr(value), 60)} steps in the manifest.") from None
+
+
+def _no_tensor(key: str) -> Tensor:
+    raise CheckpointError(f"the manifest refers to a tensor {key!r} where only numbers can be.")
+
+
+def load_optimizer(parts: Parts, reader: Reader, found: Match, groups: Groups) -> str | None:
+    """Read this rank's part of the optimizer's state and the options of its param groups.
+
+    Returns:
+        Why only the weights could be taken, or ``None``.
+    """
+    optimizer, record = parts.optimizer, reader.manifest.optimizer
+    if optimizer is None or record is None:
+        return "the checkpoint holds no optimizer state" if optimizer is not None else None
+    if record.kind != optimizer_name(optimizer):
+        return (
+            f"the checkpoint was written with the optimizer {shown(record.kind)}, and this job has "
+            f"{optimizer_name(optimizer)}: the weights were loaded, the optimizer begins anew"
+        )
+    groups.apply(optimizer.param_groups)
+    optimizer.state.clear()
+    strides = {name: spec.stride for name, spec in parts.specs.items()}
+    for run in parts.runs:
+        state = _run_state(run, reader, found.params, strides, _group_of(optimizer, run.param))
+        if state:
+            optimizer.state[run.param] = state
+    prepare(optimizer)
+    parts.parked.clear()
+    for name, spec in parts.specs.items():
+        theirs_name = found.params.get(name)
+        if theirs_name is not None and not spec.trainable and _has_state(reader, theirs_name):
+            parts.parked[name] = _parked(reader, theirs_name, spec.stride, parts.units[0].state_device)
+    return None
+
+
+def _group_of(optimizer: Any, param: Tensor) -> Mapping[str, Any]:
+    for group in optimizer.param_groups:
+        if any(each is param for each in group["params"]):
+            return group  # type: ignore[no-any-return]
+    return {}
+
+
+def _has_state(reader: Reader, name: str) -> bool:
+    row = reader.parameters[name]
+    return bool(row.state or row.scalars)
+
+
+def _run_state(
+    run: RunTensors,
+    reader: Reader,
+    names: Mapping[str, str],
+    strides: Mapping[str, tuple[int, ...]],
+    group: Mapping[str, Any],
+) -> dict[str, Any]:
+    pieces = [piece for piece in run.fragments if piece.name in names and _has_state(reader, names[piece.name])]
+    state: dict[str, Any] = {}
+    keys = {key: row for piece in pieces for key, row in reader.parameters[names[piece.name]].state.items()}
+    for key, stored in keys.items():
+        role = f"state.{key}"
+        if stored.file is not None:
+            state[key] = reader.whole(names[pieces[0].name], role).to(run.param.device)
+            continue
+        written = reader.parameters[names[pieces[0].name]].weight
+        as_weight = written is not None and stored.dtype == written.dtype
+        dtype = run.param.dtype if as_weight else dtype_named(stored.dtype)
+        whole = torch.zeros_like(run.param, dtype=dtype)
+        for piece in pieces:
+            if key in reader.parameters[names[piece.name]].state:
+                _fill(flat(whole), piece, run, reader, names[piece.name], role, strides[piece.name])
+        state[key] = whole
+    if pieces:
+        for key, value in reader.parameters[names[pieces[0].name]].scalars.items():
+            state[key] = _scalar(key, value, run.param, group)
+    return state
+
+
+def _fill(
+    out: Tensor, piece: Fragment, run: RunTensors, reader: Reader, name: str, role: str, stride: tuple[int, ...]
+) -> None:
+    low = piece.offset - run.run.start
+    reader.fill(out[low : low + piece.stop - piece.start], name, role, piece.start, piece.stop, stride)
+
+
+def _scalar(key: str, value: Any, param: Tensor, group: Mapping[str, Any]) -> Any:
+    decoded = decode(value, _no_tensor)
+    if not isinstance(decoded, Tensor):
+        return decoded
+    if key == "step":  # as torch.optim does when it loads a state_dict
+        return decoded.to(param.device) if group.get("capturable") or group.get("fused") else decoded
+    return decoded.to(param.device) if isinstance(value, dict) and value.get("on") == "device" else decoded
+
+
+def _parked(reader: Reader, name: str, stride: tuple[int, ...], device: torch.device) -> ParamState:
+    row = reader.parameters[name]
+    state = ParamState(scalars={key: decode(value, _no_tensor) for key, value in row.scalars.items()})
+    for key, stored in row.state.items():
+        if stored.file is not None:
+            state.scalars[key] = reader.whole(name, f"state.{key}").to(device)
+        else:
+            state.tensors[key] = torch.empty(row.numel, dtype=dtype_named(stored.dtype), device=device)
+            reader.fill(state.tensors[key], name, f"state.{key}", 0, row.numel, stride)
+    return state

@@ -1,0 +1,68 @@
+"""How things stood when the current accumulation window began: what a save in the middle of it holds.
+
+Weights and optimizer state do not change inside a window, but random numbers are drawn and modules update their
+buffers. A resume replays the window, so it must begin with those of its start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from shardline.checkpoint.engine.randomness import RandomState
+from shardline.data.split import Position
+
+__all__ = ["WindowStart", "persistent_buffers"]
+
+
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that belong to the state, under every name they have."""
+    for path, owner in module.named_modules(remove_duplicate=False):
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and name not in owner._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer
+
+
+class WindowStart:
+    """Random states and buffers at the start of a window. Buffers that nobody changes are copied once only."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._module, self._device = module, device
+        self._copies: dict[int, tuple[Tensor, int, Tensor]] = {}  # id: buffer, its version then, its values then
+        self.random: RandomState | None = None
+        self.position: Position | None = None
+
+    def mark(self, position: Position | None) -> None:
+        """The window begins now. Costs some microseconds, and a copy of the buffers that have changed.
+
+        Args:
+            position: of the engine's loader.
+        """
+        self.position = position
+        self.random = RandomState.now(self._device)
+        seen: dict[int, tuple[Tensor, int, Tensor]] = {}
+        stale_copies, stale = [], []
+        for module in self._module.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is None or name in module._non_persistent_buffers_set:
+                    continue
+                known = self._copies.get(id(buffer))
+                if known is None or known[0] is not buffer or known[2].shape != buffer.shape:
+                    seen[id(buffer)] = (buffer, buffer._version, buffer.detach().clone())
+                    continue
+                if known[1] != buffer._version:
+                    stale_copies.append(known[2])
+                    stale.append(buffer.detach())
+                seen[id(buffer)] = (buffer, buffer._version, known[2])
+        if stale:
+            torch._foreach_copy_(stale_copies, stale)
+        self._copies = seen
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The persistent buffers as they were, by name."""
+        return {
+            name: self._copies[id(buffer)][2] if id(buffer) in self._copies else buffer.detach()
+            for name, buffer in persistent_buffers(self._module)
+        }

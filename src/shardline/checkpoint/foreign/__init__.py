@@ -1,0 +1,1 @@
+"""Formats of others: DeepSpeed's checkpoints, torch.distributed.checkpoint."""

@@ -1,0 +1,132 @@
+"""Whole weights for the user: as a state dict under the model's own names, or gathered in place for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardline.checkpoint.engine.extra import EXTRA_KEY, shared_extra
+from shardline.comm import Comm
+from shardline.errors import UsageError
+from shardline.runtime.modes import outside_modes
+from shardline.sharding.build import Layout
+from shardline.sharding.fragments import whole_weights
+from shardline.sharding.hooks import Hooks
+from shardline.sharding.unit import Unit
+
+__all__ = ["full_state_dict", "gathered", "units_of"]
+
+
+def full_state_dict(
+    model: nn.Module, layout: Layout, comm: Comm, dtype: torch.dtype | None, *, wanted: bool
+) -> dict[str, Any]:
+    """What ``model.state_dict()`` holds of a model that is whole, on CPU and in its order. Collective.
+
+    Those are weights, persistent buffers, and what modules return from ``get_extra_state()``.
+
+    Args:
+        model: the user's model, laid out as ``layout``.
+        layout: one unit at a time is whole on every rank.
+        comm: for buffers and extra state, which are rank 0's.
+        dtype: of floating weights; ``None`` leaves that of the masters.
+        wanted: whether this rank keeps what it sees; else it gets an empty dict.
+    """
+    weights: dict[str, Tensor] = {}
+    for unit in layout.units:
+        unit.adopt()
+        for entry, tensor in whole_weights(unit):
+            if wanted:
+                kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+                value = tensor.detach().to("cpu", kept, copy=True)
+                weights.update(dict.fromkeys(entry.param.aliases, value))
+    extra = shared_extra(model, comm)
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = path + "." if path else ""
+        for name, param in module._parameters.items():
+            if param is not None and wanted:
+                found[prefix + name] = weights[prefix + name]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                copy = buffer.detach().clone()  # statistics of a rank's own batches differ from the others'
+                comm.broadcast([copy])
+                found[prefix + name] = copy.cpu()
+        if prefix + EXTRA_KEY in extra:
+            found[prefix + EXTRA_KEY] = extra[prefix + EXTRA_KEY]
+    return found if wanted else {}
+
+
+@contextmanager
+def gathered(units: Sequence[Unit], hooks: Hooks, *, write: bool) -> Iterator[None]:
+    """Within it, ``units`` are whole; with ``write``, what was changed is taken over at the end. Collective.
+
+    The backward of a graph that is built within it may come after it.
+
+    Raises:
+        UsageError: for a change without ``write``.
+    """
+    _show(units)
+    try:
+        with hooks.around(units):
+            yield
+        _take(units, write=write)
+    finally:
+        _let_go(units)
+
+
+@outside_modes
+def _show(units: Sequence[Unit]) -> None:
+    for unit in units:
+        unit.adopt()
+        unit.wait()
+        unit.holds += 1
+
+
+@outside_modes
+def _take(units: Sequence[Unit], *, write: bool) -> None:
+    """Take over what was changed in ``units``."""
+    if write:
+        for unit in units:
+            unit.write_back()
+        return
+    edited = [name for unit in units for name in unit.edited()]
+    if edited:
+        raise UsageError(
+            f"parameter {edited[0]!r} was changed inside gathered_parameters(). Pass write=True to keep changes on "
+            f"every rank."
+        )
+
+
+@outside_modes
+def _let_go(units: Sequence[Unit]) -> None:
+    for unit in units:
+        unit.holds -= 1
+        unit.release()
+
+
+def units_of(layout: Layout, params: Iterable[nn.Parameter | str] | nn.Module | None) -> list[Unit]:
+    """The units that hold ``params``: parameters, their names, one of either, a module's, or all (``None``).
+
+    Raises:
+        UsageError: for what is no parameter of the model.
+    """
+    if params is None:
+        return list(layout.units)
+    if isinstance(params, nn.Module):
+        params = list(params.parameters())
+    elif isinstance(params, (nn.Parameter, str)):
+        params = [params]
+    names = {alias: spec.name for spec in layout.plan.params for alias in spec.aliases}
+    by_param = {param: name for name, param in layout.params.items()}
+    found = set()
+    for each in params:
+        name = names.get(each) if isinstance(each, str) else by_param.get(each)
+        if name is None:
+            known = ", ".join(list(names)[:5])
+            raise UsageError(f"{each!r} is no parameter of this engine's model. Its parameters begin with {known}.")
+        found.add(layout.plan.where(name)[0].index)
+    return [layout.units[index] for index in sorted(found)]

@@ -1,0 +1,27 @@
+"""The plan: where every element of the model lies, as pure values that know nothing of torch.distributed."""
+
+from shardline.plan.plan import (
+    ALIGNMENT,
+    BucketPlan,
+    Entry,
+    Fragment,
+    ModuleSpec,
+    ParamSpec,
+    Plan,
+    Run,
+    UnitPlan,
+    make_plan,
+)
+
+__all__ = [
+    "ALIGNMENT",
+    "BucketPlan",
+    "Entry",
+    "Fragment",
+    "ModuleSpec",
+    "ParamSpec",
+    "Plan",
+    "Run",
+    "UnitPlan",
+    "make_plan",
+]

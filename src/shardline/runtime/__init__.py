@@ -1,0 +1,1 @@
+"""The machine: rank, world, host, device, memory, network. Beside launch/, the only reader of the environment."""

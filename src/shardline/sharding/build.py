@@ -1,0 +1,395 @@
+"""From a model and its optimizer to units: the layout, the first values, and the optimizer on this rank's runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from shardline.comm import DONE, Comm
+from shardline.config import Config
+from shardline.errors import ModelError, OptimizerError
+from shardline.features import meta
+from shardline.features.meta import is_on_meta
+from shardline.features.offload import Offload
+from shardline.optim import build as build_optimizer
+from shardline.optim import kind, prepare, replace_params
+from shardline.plan import Entry, ModuleSpec, ParamSpec, Plan, make_plan
+from shardline.plan.describe import chosen_units, describe_modules, describe_params, first_names
+from shardline.plan.placement import STAGES, Stage
+from shardline.sharding.buffer import Pool, view
+from shardline.sharding.fragments import ParamState, put_states, take_states, whole_bucket, whole_weights
+from shardline.sharding.gradient import drop_grads
+from shardline.sharding.precision import Precision
+from shardline.sharding.unit import Bucket, RunTensors, Unit
+
+__all__ = [
+    "Layout",
+    "ParamGroups",
+    "group_parameters",
+    "lay_out",
+    "load_model",
+    "needs_whole",
+    "new_optimizer",
+    "regroup",
+    "resting_stage",
+    "sample_optimizer",
+    "take_over",
+]
+
+ParamGroups = list[dict[str, Any]]
+
+
+@dataclass
+class Layout:
+    """How one model lies on this rank.
+
+    Attributes:
+        plan: the pure value.
+        params: the model's parameters by first name.
+        units: the plan's units at run time.
+        modules: what the plan was made from, for making another.
+        pool, offload: what the units borrow buffers from, and what carries their states to host memory if it does.
+    """
+
+    plan: Plan
+    params: dict[str, nn.Parameter]
+    units: list[Unit]
+    modules: list[ModuleSpec]
+    pool: Pool
+    offload: Offload | None = None
+
+    def where(self, name: str) -> tuple[Unit, Bucket, Entry]:
+        """The unit, bucket and entry of the parameter whose first name is ``name``."""
+        unit_plan, bucket_plan, entry = self.plan.where(name)
+        unit = self.units[unit_plan.index]
+        return unit, unit.buckets[unit_plan.buckets.index(bucket_plan)], entry
+
+    @cached_property
+    def runs(self) -> list[RunTensors]:
+        """This rank's runs in plan order: the tensors that the optimizer holds."""
+        return [run for unit in self.units for bucket in unit.trainable for run in bucket.runs()]
+
+
+def group_parameters(model: nn.Module, groups: ParamGroups) -> dict[str, int]:
+    """The param group of every parameter in ``groups``, by its first name in ``model``.
+
+    Raises:
+        OptimizerError: for a parameter that is in two groups, or not in the model.
+    """
+    names = {param: aliases[0] for param, aliases in first_names(model).items()}
+    found: dict[str, int] = {}
+    for index, group in enumerate(groups):
+        for param in group["params"]:
+            name = names.get(param)
+            if name is None:
+                raise OptimizerError(
+                    f"param group {index} holds a tensor of shape {tuple(param.shape)} that is not a parameter of the "
+                    f"model. The engine trains the model it is given: make it a parameter of the model, or leave it to "
+                    f"an optimizer of your own."
+                )
+            if name in found:
+                raise OptimizerError(f"parameter {name!r} is in param groups {found[name]} and {index}; list it once.")
+            found[name] = index
+    return found
+
+
+def lay_out(
+    model: nn.Module,
+    config: Config,
+    precision: Precision,
+    comm: Comm,
+    groups: Mapping[str, int],
+    *,
+    whole: bool,
+    on_touch: Callable[[Unit], bool],
+    offload: Offload | None = None,
+) -> Layout:
+    """Plan ``model`` and make its units, still empty. Ranks compare what they planned.
+
+    Raises:
+        DisagreementError: if ranks hold different models.
+        ModelError: for a parameter that cannot lie in a flat buffer.
+    """
+    specs, params = describe_params(model, precision, groups)
+    modules = describe_modules(model)
+    plan = _plan(specs, modules, config, comm.world_size, whole=whole)
+    comm.agree(
+        {
+            "the number of parameters": len(specs),
+            **{f"parameter {spec.name!r}": [list(spec.shape), str(spec.dtype), spec.group] for spec in specs},
+            "the layout of the model": plan.fingerprint,
+        }
+    )
+    pool = Pool(comm.device, comm.settle, _travelling_bytes(plan, precision))
+    units = _units(plan, params, config, precision, comm, pool, on_touch, offload)
+    return Layout(plan, params, units, modules, pool, offload)
+
+
+def _travelling_bytes(plan: Plan, precision: Precision) -> set[int]:
+    """The sizes of whole buckets, as weights and as gradients."""
+    return {
+        bucket.size * dtype.itemsize
+        for unit in plan.units
+        for bucket in unit.buckets
+        for dtype in (bucket.dtype, precision.grad_dtype(bucket.dtype), precision.reduce or bucket.dtype)
+    }
+
+
+def _plan(
+    specs: Sequence[ParamSpec], modules: Sequence[ModuleSpec], config: Config, world_size: int, *, whole: bool
+) -> Plan:
+    zero = config.zero_optimization
+    leaf = zero.leaf_module
+    return make_plan(
+        specs,
+        modules,
+        world_size,
+        min_numel=zero.unit_min_numel,
+        max_numel=zero.unit_max_numel,
+        chosen=chosen_units(modules, leaf.classes, leaf.names, leaf.name_suffixes),
+        whole=whole,
+    )
+
+
+def _units(
+    plan: Plan,
+    params: dict[str, nn.Parameter],
+    config: Config,
+    precision: Precision,
+    comm: Comm,
+    pool: Pool,
+    on_touch: Callable[[Unit], bool],
+    offload: Offload | None,
+) -> list[Unit]:
+    return [
+        Unit(unit, params, _row(unit.numel, config, offload), comm, pool, precision, on_touch, offload)
+        for unit in plan.units
+    ]
+
+
+def _row(numel: int, config: Config, offload: Offload | None) -> Stage:
+    """The row by which a unit of ``numel`` elements rests.
+
+    A small one keeps its weights at stage 3, as at stage 2.
+    """
+    stage = resting_stage(config, offload)
+    small = stage == 3 and numel < config.zero_optimization.stage3_param_persistence_threshold
+    return STAGES[2 if small else stage]
+
+
+def resting_stage(config: Config, offload: Offload | None) -> int:
+    """The configured stage; but states in host memory are divided at stage 0, too, as at stage 1.
+
+    The ranks of one host would keep, and update, as many copies of them in the same memory.
+    """
+    stage = config.zero_optimization.stage
+    return stage if offload is None else max(stage, 1)
+
+
+def load_model(
+    model: nn.Module,
+    layout: Layout,
+    precision: Precision,
+    comm: Comm,
+    init_fn: Callable[[nn.Module], None] | None = None,
+) -> None:
+    """Move the model's values into the units, unit by unit, and its buffers to the device.
+
+    Rank 0's win on every rank. What is on ``meta`` is filled as :mod:`shardline.features.meta` says.
+
+    Raises:
+        ModelError: for a parameter or buffer that nothing gives a value, or another one than its constructor did.
+    """
+
+    held: list[
+        tuple[Bucket, Tensor]
+    ] = []  # the bucket that was read last, whole: neighbours are read one after another
+
+    def store(name: str) -> None:
+        _, bucket, entry = layout.where(name)
+        value = layout.params[name].detach()
+        comm.broadcast([value])
+        comm.settle()  # all have read what was sent, so it is not kept beside the next
+        bucket.store(entry, value)
+        if held and held[0][0] is bucket:
+            view(held[0][1], entry).copy_(value)
+
+    def fetch(name: str) -> Tensor:
+        unit, bucket, entry = layout.where(name)
+        if not held or held[0][0] is not bucket:
+            held.clear()
+            held.append((bucket, whole_bucket(unit, bucket)))
+        return view(held[0][1], entry)
+
+    on_meta = is_on_meta(model)
+    before = DONE  # rank 0 packs the next bucket while the others still copy this one
+    for unit in layout.units:
+        unit.allocate()
+        for bucket in unit.buckets:
+            drop_grads(bucket.params)
+            if any(param.is_meta for param in bucket.params):
+                for param, entry in zip(bucket.params, bucket.plan.entries, strict=True):
+                    if not param.is_meta:
+                        store(entry.param.name)
+                continue
+            work = bucket.load()
+            if not on_meta:
+                for entry in bucket.plan.entries:
+                    unit.rest(bucket, entry)
+            before.wait()
+            before = work
+    before.wait()
+    if on_meta:
+        meta.fill(model, {param: name for name, param in layout.params.items()}, store, fetch, init_fn)
+        held.clear()
+        for name in layout.params:
+            unit, bucket, entry = layout.where(name)
+            unit.rest(bucket, entry)
+    for unit in layout.units:
+        unit.settle()
+    layout.pool.clear()
+    _move_buffers(model, precision, comm)
+
+
+def _move_buffers(model: nn.Module, precision: Precision, comm: Comm) -> None:
+    """Bring the model's buffers to the device, and rank 0's values into them. What shared memory goes on doing so.
+
+    Raises:
+        ModelError: for buffers of several dtypes in the same memory.
+    """
+    held = dict.fromkeys(buffer for module in model.modules() for buffer in module._buffers.values())
+    sharing: dict[int, list[Tensor]] = {}
+    for buffer in held:
+        if buffer is not None:
+            sharing.setdefault(buffer.untyped_storage()._cdata, []).append(buffer)
+    moved: dict[Tensor | None, Tensor | None] = {None: None}  # by object: one that two modules hold stays one
+    sent: list[Tensor] = []
+    for together in sharing.values():
+        first = together[0]
+        dtype = precision.buffers if precision.buffers and first.is_floating_point() else first.dtype
+        if len(together) == 1:
+            sent.append(first.to(comm.device, dtype).contiguous())
+            moved[first] = sent[-1]
+            continue
+        if any(buffer.dtype != first.dtype for buffer in together):
+            name = next(name for name, buffer in model.named_buffers() if buffer is first)
+            raise ModelError(f"buffer {name!r} shares memory with one of another dtype. Give each a copy (.clone()).")
+        memory = torch.empty(0, dtype=first.dtype, device=first.device).set_(first.untyped_storage())
+        sent.append(memory.to(comm.device, dtype))
+        for buffer in together:
+            moved[buffer] = sent[-1].as_strided(buffer.shape, buffer.stride(), buffer.storage_offset())
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = moved[buffer]
+    comm.broadcast(sent)
+
+
+def needs_whole(optimizer: Optimizer, stage: int, world_size: int) -> bool:
+    """Whether ``optimizer`` must see whole parameters in their own shapes.
+
+    Raises:
+        OptimizerError: if it must see all parameters together and cannot.
+    """
+    found = kind(optimizer)
+    if found == "global" and stage > 0 and world_size > 1:
+        raise OptimizerError(
+            f"{type(optimizer).__name__} needs all parameters on one rank for its step, and stage {stage} shards them. "
+            f"Use stage 0 without offload_optimizer, or an optimizer that works on each element or each parameter."
+        )
+    return found != "elementwise"
+
+
+def take_over(optimizer: Optimizer, layout: Layout) -> None:
+    """Put this rank's runs in the place of the model's parameters in ``optimizer``."""
+    runs = layout.runs
+    replace_params(
+        optimizer,
+        [[run.param for run in runs if run.run.group == index] for index in range(len(optimizer.param_groups))],
+    )
+    prepare(optimizer)
+
+
+def sample_optimizer(name: str, params: Mapping[str, Any]) -> Optimizer:
+    """The configured optimizer on a tensor of nothing, to learn what it needs before the layout is made."""
+    return build_optimizer(name, params, [{"params": [torch.zeros(8, 8)]}])
+
+
+def new_optimizer(name: str, params: Mapping[str, Any], groups: ParamGroups, layout: Layout) -> Optimizer:
+    """The configured optimizer on this rank's runs, with the options of the user's param groups."""
+    runs = layout.runs
+    optimizer = build_optimizer(
+        name,
+        params,
+        [
+            {**group, "params": [run.param for run in runs if run.run.group == index]}
+            for index, group in enumerate(groups)
+        ],
+    )
+    prepare(optimizer)
+    return optimizer
+
+
+def regroup(
+    layout: Layout,
+    config: Config,
+    precision: Precision,
+    comm: Comm,
+    optimizer: Optimizer,
+    groups: Mapping[str, int],
+    parked: dict[str, ParamState],
+    on_touch: Callable[[Unit], bool],
+    *,
+    whole: bool,
+    ages: Mapping[str, int] | None = None,
+) -> Layout:
+    """Lay the model out anew after parameters were frozen, unfrozen or added to the optimizer. Collective.
+
+    Weights, masters and optimizer state move by name, and pass whole through every rank; the state of frozen parameters
+    waits in ``parked``. ``ages`` are the steps that each parameter's state has seen, where it is still to be loaded.
+    """
+    states: dict[str, ParamState] = dict(parked)
+    weights: dict[str, Tensor] = {}
+    runs = layout.runs
+    for unit in layout.units:
+        weights.update({entry.param.name: tensor.clone() for entry, tensor in whole_weights(unit)})
+        states.update(take_states(unit, runs, optimizer))
+    specs = [
+        replace(
+            spec,
+            group=groups.get(spec.name) if layout.params[spec.name].requires_grad else None,
+            era=ages.get(spec.name, 0) if ages is not None else states[spec.name].steps if spec.name in states else 0,
+        )
+        for spec in layout.plan.params
+    ]
+    plan = _plan(_in_order(specs, layout.params), layout.modules, config, comm.world_size, whole=whole)
+    comm.agree({"the parameters that are trained": plan.fingerprint})
+    units = _units(plan, layout.params, config, precision, comm, layout.pool, on_touch, layout.offload)
+    made = Layout(plan, layout.params, units, layout.modules, layout.pool, layout.offload)
+    for unit in made.units:
+        unit.allocate()
+        for bucket in unit.buckets:
+            for entry in bucket.plan.entries:
+                bucket.store(entry, weights.pop(entry.param.name))
+        unit.settle()
+    new_runs = made.runs
+    for index, group in enumerate(optimizer.param_groups):
+        group["params"] = [run.param for run in new_runs if run.run.group == index]
+    optimizer.state.clear()
+    trained = {spec.name for spec in specs if spec.trainable}
+    put_states(new_runs, {name: state for name, state in states.items() if name in trained}, optimizer)
+    parked.clear()
+    parked.update({name: state for name, state in states.items() if name not in trained})
+    prepare(optimizer)
+    return made
+
+
+def _in_order(specs: Iterable[ParamSpec], params: Mapping[str, nn.Parameter]) -> list[ParamSpec]:
+    """Definition order, which is that of the layout's parameters."""
+    by_name = {spec.name: spec for spec in specs}
+    return [by_name[name] for name in params]

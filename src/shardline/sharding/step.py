@@ -1,0 +1,341 @@
+"""The update: one row that ranks compare, one norm, one optimizer step, and the weights that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property, partial
+from weakref import proxy
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from shardline.comm import Comm, Work
+from shardline.optim import takes_grad_scale
+from shardline.optim.clip import divisor, square_sum
+from shardline.sharding.gradient import SealedGrad, gradient_error
+from shardline.sharding.unit import RunTensors, Unit
+
+__all__ = ["Row", "Update", "Verdict"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What each rank tells the others once a step, as float64: a number for each attribute.
+
+    Attributes:
+        squares: sum of squares of this rank's shard of the summed, unscaled gradients (0-dim, float64).
+        weight: what this rank's gradients count for: micro-steps, samples or tokens.
+        left: whether this rank left an agreed order of collectives since the last step.
+        late: units with gradients that no reduction has seen yet.
+        samples: samples seen.
+        backwards: backwards in this window.
+        leaving: whether this rank was asked to save and end.
+        transitions: digest of the collectives issued since the last step.
+        alike: digest of what must be the same on all ranks (:class:`shardline.sharding.alike.Statement`).
+        on_device: the same of what only the device knows (0-dim, float64), if there is such a thing.
+    """
+
+    squares: Tensor
+    weight: float
+    left: bool
+    late: int
+    samples: int
+    backwards: int
+    leaving: bool
+    transitions: int
+    alike: int
+    on_device: Tensor | None
+
+    def stack(self, device: torch.device) -> Tensor:
+        # One copy to the device: pinned memory would not be faster for so few numbers.
+        known = torch.tensor(
+            [
+                self.weight,
+                self.left,
+                self.late,
+                self.samples,
+                self.backwards,
+                self.leaving,
+                self.transitions,
+                self.alike,
+                0.0,
+            ],
+            dtype=torch.float64,
+        )
+        row = torch.cat([self.squares.view(1), known.to(device, non_blocking=True)])
+        if self.on_device is not None:
+            row[-1] = self.on_device.to(device)
+        return row
+
+
+_COLUMN = {column.name: index for index, column in enumerate(fields(Row))}
+_SAME = slice(_COLUMN["transitions"], _COLUMN["on_device"] + 1)
+"""Columns in which a difference keeps the step from being applied. A list of them would be copied to the device."""
+
+
+@dataclass
+class Verdict:
+    """What the rows of all ranks say together. Tensors stay on the device; ``read`` brings the host's part here.
+
+    Attributes:
+        norm: L2 norm of the averaged gradients before clipping (0-dim, float64).
+        found_inf: 1.0 if the update must not be applied, else 0.0 (0-dim, fp32).
+        average: what gradients are divided by to be averaged and unscaled (0-dim, float64).
+        scale: the same times what clipping divides by (0-dim, float64).
+    """
+
+    rows: Tensor
+    norm: Tensor
+    found_inf: Tensor
+    average: Tensor
+    scale: Tensor
+    _host: Tensor | None = field(default=None, init=False, repr=False)
+    _arrived: torch.Event | None = field(default=None, init=False, repr=False)
+
+    @classmethod
+    def of(cls, rows: Tensor, *, unit_weight: float, loss_scale: float, clip: float, check: bool) -> Verdict:
+        """Combine ``rows`` (ranks x row), in rank order on every rank alike.
+
+        ``unit_weight`` is the weight by which ``backward`` divided already, so that the divisor of the average is the
+        sum of all weights over it.
+        """
+        weight, late, backwards = (rows[:, _COLUMN[name]] for name in ("weight", "late", "backwards"))
+        total = rows[:, _COLUMN["squares"]].sum()
+        average = weight.sum() / unit_weight * loss_scale
+        norm = total.sqrt() / average
+        found_inf = ~torch.isfinite(norm) if check else torch.zeros_like(norm, dtype=torch.bool)
+        # Ranks that sent different things have exchanged wrong ranges; those with late gradients need another round.
+        differ = (rows[:, _SAME] != rows[0, _SAME]).any()
+        found_inf = found_inf | differ | (late != 0).any() | (backwards.sum() == 0)
+        scale = average * divisor(norm, clip)
+        return cls(rows, norm, found_inf.float(), average, scale)
+
+    def send(self) -> Tensor:
+        """Start to bring the host's part here: a later :meth:`read` waits for nothing that is queued after this."""
+        host = found = torch.cat([self.rows.flatten(), torch.stack([self.norm, self.found_inf.double(), self.scale])])
+        if found.device.type != "cpu":
+            host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+            host.copy_(found, non_blocking=True)
+            self._arrived = torch.accelerator.current_stream(found.device).record_event()
+        self._host = host
+        return host
+
+    def read(self) -> HostVerdict:
+        """The host's part. On an accelerator this waits for what was queued before :meth:`send`."""
+        host = self.send() if self._host is None else self._host
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        *numbers, norm, found_inf, scale = host.tolist()
+        column = {name: numbers[index :: len(_COLUMN)] for name, index in _COLUMN.items()}
+        same = {name: all(value == values[0] for value in values) for name, values in column.items()}
+        return HostVerdict(
+            skipped=bool(found_inf),
+            norm=norm,
+            scale=scale,
+            diverged=not same["transitions"],
+            left=any(column["left"]),
+            late=any(column["late"]),
+            samples=int(sum(column["samples"])),
+            backwards=int(sum(column["backwards"])),
+            leaving=any(column["leaving"]),
+            alike=same["alike"] and same["on_device"],
+        )
+
+
+@dataclass(frozen=True)
+class HostVerdict:
+    """What the host needs to know of a step."""
+
+    skipped: bool
+    norm: float
+    scale: float
+    diverged: bool
+    left: bool
+    late: bool
+    samples: int
+    backwards: int
+    leaving: bool = False
+    alike: bool = True
+
+    @property
+    def refused(self) -> bool:
+        """Whether this was no step: the ranks did not do, or did not have, the same, or nobody had a backward."""
+        return self.diverged or not self.alike or not self.backwards
+
+
+def _read(run: RunTensors, operation: str) -> Tensor:
+    """The gradients of ``run`` between backward and step; raises where they are not whole."""
+    name = f"the optimizer's {', '.join(repr(fragment.name) for fragment in run.fragments[:3])}"
+    if run.bucket.whole_grad(name, operation) is None:
+        return torch.zeros_like(run.param)
+    grad = run.bucket.run_grad(run.run)
+    if grad is None or run.bucket.grad_dtype != run.bucket.master_dtype:  # a copy: what is done to it would be lost
+        raise gradient_error(name, operation)
+    return grad
+
+
+class Update:
+    """Applies the optimizer to this rank's runs and brings the result into everyone's weights.
+
+    Attributes:
+        runs: this rank's runs in plan order; the optimizer's parameters.
+        device: where they are, with their gradients and the optimizer's state.
+    """
+
+    def __init__(self, units: Sequence[Unit], comm: Comm, optimizer: Optimizer, runs: Sequence[RunTensors]) -> None:
+        self.units, self.comm, self.optimizer, self.runs = units, comm, optimizer, runs
+        self.device = units[0].state_device if units else comm.device
+        self.applying = False
+        self._sealed = self._scale_is_out = False
+
+    def squares(self) -> Tensor:
+        """Sum of squares of this rank's shard of the gradients, whatever part of them the stage keeps here."""
+        shards = [
+            bucket.own(bucket.grad) for unit in self.units for bucket in unit.trainable if bucket.grad is not None
+        ]  # replicated gradients count once: each rank its own shard of them
+        return square_sum(shards, self.device)
+
+    def needs_host(self, hooked: bool) -> bool:
+        """Whether a step must know on the host what its gradients are: not with fused kernels that nobody watches."""
+        optimizer = self.optimizer
+        hooked = hooked or bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+        return hooked or not takes_grad_scale(optimizer)
+
+    def attach(self, runs: Sequence[RunTensors]) -> None:
+        """Give the optimizer the gradients of ``runs``: views of the reduced ones, in the dtype of the masters."""
+        for run in runs:
+            run.param.grad = run.bucket.run_grad(run.run)
+
+    def detach(self, runs: Sequence[RunTensors]) -> None:
+        for run in runs:
+            run.param.grad = None
+
+    def seal(self, *, scale_is_out: bool) -> None:
+        """From backward to step: let a read of ``.grad`` of what the optimizer holds give the gradient, or raise.
+
+        ``scale_is_out``: what a GradScaler multiplied the loss by was taken out: its ``unscale_`` shall do nothing.
+        """
+        self._scale_is_out = scale_is_out
+        if not self._sealed:
+            self._sealed = True
+            for run, sealed in zip(self.runs, self._seals, strict=True):
+                run.param.grad = sealed
+
+    def unseal(self) -> None:
+        if self._sealed:
+            self._sealed = False
+            self.detach(self.runs)
+
+    @cached_property
+    def _seals(self) -> list[SealedGrad]:
+        update = proxy(self)  # states on a device are free with the last reference, not when a cycle is collected
+        return [SealedGrad.stand_for(run.param, partial(_read, run), lambda: update._scale_is_out) for run in self.runs]
+
+    def unscale(self, scale: float | Tensor) -> None:
+        """Divide the attached gradients by ``scale``, a number or a 0-dim tensor where they are."""
+        grads = [run.param.grad for run in self.runs if run.param.grad is not None]
+        if grads and (isinstance(scale, Tensor) or scale != 1.0):
+            torch._foreach_div_(grads, scale)
+
+    def apply(
+        self,
+        verdict: Verdict,
+        host: HostVerdict | None,
+        clip: float,
+        before: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
+    ) -> None:
+        """Step the optimizer, unless the verdict says not to, and refresh the weights.
+
+        Args:
+            verdict: on the device; what fused optimizers follow without the host knowing.
+            host: the same on the host where it is known; then a skipped step does not call the optimizer at all.
+            clip: the norm to which gradients are clipped again after ``before`` may have changed them.
+            before: called with averaged gradients attached, where the user wants to see or change them.
+            after: called when masters and state are new and the weights do not follow from them yet.
+        """
+        self.unseal()
+        if host is not None and host.skipped:
+            return
+        works: list[Work] = []
+        for units, runs in self._portions(hooked=before is not None or after is not None):
+            self._update(runs, verdict, host, clip, before)
+            if after is not None:
+                after()
+            works += [work for unit in units for work in unit.refresh()]
+        for work in works:  # nobody ever sees half a gather
+            work.wait()
+
+    def _portions(self, *, hooked: bool) -> Iterable[tuple[Sequence[Unit], Sequence[RunTensors]]]:
+        """What one call of the optimizer updates: everything; or a unit, whose weights go up while the next is updated.
+
+        An optimizer leaves out what has no gradient. Those that we know notice nothing else of being called often.
+        """
+        up = any(unit.offload is not None for unit in self.units)
+        if hooked or not up or not takes_grad_scale(self.optimizer) or self.optimizer._optimizer_step_post_hooks:
+            return [(self.units, self.runs)]
+        return self._by_unit
+
+    @cached_property
+    def _by_unit(self) -> list[tuple[Sequence[Unit], Sequence[RunTensors]]]:
+        return [([unit], [run for run in self.runs if run.bucket in unit.buckets]) for unit in self.units]
+
+    @cached_property
+    def _double(self) -> bool:
+        return any(run.param.dtype is torch.float64 for run in self.runs)
+
+    def _update(
+        self,
+        runs: Sequence[RunTensors],
+        verdict: Verdict,
+        host: HostVerdict | None,
+        clip: float,
+        before: Callable[[], None] | None,
+    ) -> None:
+        """Step the optimizer on ``runs``, with ``before`` as :meth:`apply` says."""
+        self.attach(runs)
+        self.applying = True
+        try:
+            scale, known = verdict.scale, None if host is None else host.scale
+            if before is not None:
+                self.unscale(float(verdict.average))
+                before()
+                total = self.comm.rows(square_sum(self._own_grads(), self.device).view(1)).sum()
+                scale = divisor(total.sqrt(), clip)
+                known = float(scale)
+            self._step(scale, verdict.found_inf, known)
+        finally:
+            self.applying = False
+            self.detach(runs)
+
+    def _own_grads(self) -> list[Tensor]:
+        """The attached gradients, each element on one rank only."""
+        own = []
+        for run in self.runs:
+            grad = run.param.grad
+            if grad is not None:
+                first, last = max(run.run.start, run.low), min(run.run.stop, run.high)
+                flat = grad.as_strided((grad.numel(),), (1,))
+                own.append(flat[first - run.run.start : max(first, last) - run.run.start])
+        return own
+
+    def _step(self, scale: Tensor, found_inf: Tensor, known: float | None) -> None:
+        """``known`` is the value of ``scale`` where the host has it: then gradients are finite, too."""
+        optimizer = self.optimizer
+        if known == 1.0:
+            optimizer.step()
+        elif takes_grad_scale(optimizer):
+            taken: Tensor | None = scale.float()  # what fused kernels take
+            if self._double:  # for which that is not exact enough
+                self.unscale(scale)
+                taken = None
+            optimizer.grad_scale, optimizer.found_inf = taken, found_inf  # type: ignore[attr-defined]
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+        else:
+            self.unscale(scale if known is None else known)
+            optimizer.step()

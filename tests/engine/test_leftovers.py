@@ -1,0 +1,36 @@
+"""What the graph of a loss says of a scaler or a division that was left in the loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from shardline.engine.leftovers import grad_scale, is_divided_by, is_scaled_by
+
+
+@pytest.fixture
+def loss():
+    return nn.Linear(4, 4)(torch.ones(2, 4)).square().mean()
+
+
+def test_the_scale_of_a_scaler_is_found(loss) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    for scaled in (scaler.scale(loss), scaler.scale(loss / 4), scaler.scale(loss) * 0.5, scaler.scale(loss).float()):
+        scale = grad_scale(scaled)
+        assert scale is not None and float(scale) == 512.0
+        assert is_scaled_by(scaler.scale(loss), scale) and not is_scaled_by(loss, scale)
+
+
+def test_no_other_factor_is_taken_for_one(loss) -> None:
+    weight = nn.Parameter(torch.tensor(512.0))
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    for other in (loss, loss * 512.0, loss * torch.tensor(512.0), loss * weight, loss * loss, off.scale(loss)):
+        assert grad_scale(other) is None
+
+
+def test_a_division_is_found(loss) -> None:
+    for divided in (loss / 4, loss * 0.25, 0.25 * loss, (loss + loss) / 4, loss / torch.tensor(4), (loss / 4).double()):
+        assert is_divided_by(divided, 4) and not is_divided_by(divided, 8)
+    for other in (loss, 4 / loss, loss / 4 + loss, loss / loss):
+        assert not is_divided_by(other, 4)
