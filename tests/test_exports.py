@@ -78,7 +78,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 def test_import_loads_nothing_and_touches_no_device():
     modules, calls = imported_by("import shardline")
-    assert [m for m in modules if m.startswith("shardline")] == ["shardline"]
+    assert [m for m in modules if m.startswith("shardline")] == ["shardline", "shardline._version"]
     assert not [m for m in modules if m.startswith(("torch", "pydantic"))]
     assert calls == []
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from shardline._version import __version__
+
 if TYPE_CHECKING:
     from shardline.config import Config
     from shardline.config.arguments import add_config_arguments
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
     from shardline.features.meta import empty_weights
     from shardline.runtime.accelerator import get_accelerator
     from shardline.runtime.topology import init_distributed
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",

@@ -9,16 +9,22 @@ from typing import Any, TypeVar
 
 from shardline.errors import ConfigError
 
-__all__ = ["call", "nearest"]
+__all__ = ["call", "closest", "nearest"]
 
 T = TypeVar("T")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence with a leading space that names the nearest of ``known`` whatever its case, or an empty string."""
-    folded = {one.casefold(): one for one in known}
-    found = get_close_matches(name.casefold(), folded, n=1, cutoff=0.6)
-    return f" Did you mean {folded[found[0]]!r}?" if found else ""
+    found = closest(name, known)
+    return f" Did you mean {found!r}?" if found else ""
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name most like ``name``, ignoring case, or None if none is alike."""
+    by_folded = {one.casefold(): one for one in known}
+    found = get_close_matches(name.casefold(), by_folded, n=1, cutoff=cutoff)
+    return by_folded[found[0]] if found else None
 
 
 def call(target: Callable[..., T], *given: Any, what: str, params: Mapping[str, Any], also: Collection[str] = ()) -> T:

@@ -222,7 +222,7 @@ def test_offsets_do_not_depend_on_the_world(model, world, other) -> None:
 @given(models(), st.integers(1, 400))
 def test_in_a_world_of_one_large_parameters_are_alone(model, least) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("shardline.plan._ALONE", least)
+        patch.setattr("shardline.plan.plan._ALONE", least)
         plan, on_two = make_plan(*model, 1), make_plan(*model, 2)
     for unit in plan.units:
         large = [param for bucket in unit.buckets for param in [e.param for e in bucket.entries]]

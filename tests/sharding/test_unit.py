@@ -256,7 +256,7 @@ def test_a_unit_in_use_is_not_updated() -> None:
 
 def test_alone_a_large_gradient_is_taken_as_it_is(monkeypatch) -> None:
     """No copy, whatever its size and strides; but not of memory that another gradient lies in too."""
-    monkeypatch.setattr("shardline.plan._ALONE", 9)
+    monkeypatch.setattr("shardline.plan.plan._ALONE", 9)
     unit, model, _ = make()
     made = {name: torch.randn_like(p) for name, p in model.named_parameters() if p.requires_grad}
     for name, p in model.named_parameters():

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from shardline import __version__
+from shardline._version import __version__
 from shardline.errors import ShardlineError
 
 __all__ = ["main"]

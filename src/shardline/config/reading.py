@@ -23,8 +23,9 @@ from shardline.config.deepspeed import (
     is_comment,
 )
 from shardline.config.kinds import Section, adapter, left_out, section_of
-from shardline.config.sentences import allowed, found, nearest
+from shardline.config.sentences import allowed, found
 from shardline.errors import ConfigError
+from shardline.names import closest
 
 __all__ = ["Reading"]
 
@@ -213,9 +214,9 @@ def _unknown(root: type[Section], model: type[Section], path: str, name: str) ->
     elsewhere = [parent or "the top level" for parent in places.get(name, ()) if parent != path]
     if elsewhere:
         return f"{start}; {name} belongs to {' or '.join(elsewhere)}."
-    if close := nearest(name, siblings):
+    if close := closest(name, siblings):
         return f"{start}; did you mean {join(path, close)}?"
-    if far := nearest(name, places, cutoff=0.75):
+    if far := closest(name, places, cutoff=0.75):
         return f"{start}; did you mean {' or '.join(join(parent, far) for parent in places[far])}?"
     return f"{start}; its keys are {', '.join(model.model_fields)}."
 

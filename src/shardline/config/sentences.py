@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
-__all__ = ["allowed", "found", "listed", "nearest"]
+__all__ = ["allowed", "found", "listed"]
 
 TYPE_WORDS: dict[str, str] = {
     "integer": "a whole number",
@@ -80,10 +79,3 @@ def listed(items: Iterable[object], last: str = "or") -> str:
     """``"a", "b" or "c"``, values as in JSON."""
     words = [json.dumps(item) for item in items]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}" if words else "nothing"
-
-
-def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name most like ``name``, ignoring case, or None if none is alike."""
-    by_lower = {candidate.lower(): candidate for candidate in known}
-    matches = get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
-    return by_lower[matches[0]] if matches else None

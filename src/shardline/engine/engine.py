@@ -29,7 +29,7 @@ from shardline.engine.report import Ended, Reporter
 from shardline.engine.weights import full_state_dict, gathered, units_of
 from shardline.errors import UsageError
 from shardline.events import Events, Notice
-from shardline.features.compiling import compile_blocks
+from shardline.features.compiling import compile_blocks, compiled_in
 from shardline.optim import lr
 from shardline.optim.guard import guard
 from shardline.optim.options import Options
@@ -167,7 +167,8 @@ class Engine(nn.Module):
     def _make_hooks(self) -> Hooks:
         sees_calls = self.precision.autocast is not None or self.precision.cast_inputs
         on_call = self._see_call if sees_calls else None
-        return Hooks(self.module, self._layout.units, self.schedule, self._begin_forward, on_call)
+        compiled = compiled_in(self.module)
+        return Hooks(self.module, self._layout.units, self.schedule, self._begin_forward, on_call, compiled)
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
@@ -526,9 +527,9 @@ class Engine(nn.Module):
             for bucket in unit.buckets:
                 if bucket.standing is not None:
                     self._tell_once(
-                        f"frozen parameter {bucket.standing!r} is edited again and again, and most of its elements stay "
-                        f"what they were: {bucket.plan.dtype} rounds away what a moving average adds to them. Keep its "
-                        f"modules in fp32 (data_types.module_dtypes).",
+                        f"frozen parameter {bucket.standing!r} is edited again and again, and most of its elements "
+                        f"stay what they were: {bucket.plan.dtype} rounds away what a moving average adds to them. "
+                        f"Keep its modules in fp32 (data_types.module_dtypes).",
                         key="standing",
                     )
 
@@ -669,8 +670,9 @@ class Engine(nn.Module):
     def before_step(self, hook: StepHook) -> Handle:
         """Call ``hook(fragments)`` before every update, with averaged, unscaled, unclipped gradients.
 
-        ``fragments`` are this rank's pieces of parameters (:class:`shardline.sharding.fragments.StateFragment`): weights,
-        gradients and optimizer state, all views that may be changed in place. Clipping follows, on what is there then.
+        ``fragments`` are this rank's pieces of parameters (:class:`shardline.sharding.fragments.StateFragment`):
+        weights, gradients and optimizer state, all views that may be changed in place. Clipping follows, on what is
+        there then.
         """
         self._before.append(hook)
         return Handle(self._before, hook)

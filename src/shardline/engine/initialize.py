@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-import shardline
+from shardline._version import __version__
 from shardline.comm import Comm
 from shardline.config import Config, load_config
 from shardline.config.arguments import config_path
@@ -23,6 +24,7 @@ from shardline.engine import Engine
 from shardline.engine.origin import Origin
 from shardline.errors import ConfigError, DisagreementError, LostRankError, ShardlineError, UsageError
 from shardline.events import Notice
+from shardline.features import meta
 from shardline.features.offload import Offload
 from shardline.features.recompute import recompute_blocks, recomputed_blocks
 from shardline.observe import Console
@@ -144,7 +146,7 @@ def _make_engine(
     comm.agree(
         {
             "the version of torch": torch.__version__,
-            "the version of shardline": shardline.__version__,
+            "the version of shardline": __version__,
             **{f"the configuration's {key}": value for key, value in settings.to_dict().items()},
             "the length of training_data": length(training_data),
         }
@@ -192,7 +194,8 @@ def _make_engine(
                     engine.destroy()
 
     undo.push(go_back)
-    load_model(model, layout, precision, comm, init_fn)
+    fill = partial(meta.fill, model, init_fn=init_fn) if meta.is_on_meta(model) else None
+    load_model(model, layout, precision, comm, fill)
 
     def finish() -> Engine:
         final: Optimizer | None = given

@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from shardline.errors import UsageError
+from shardline.features.recompute import compiled_call
 from shardline.plan import UnitPlan
 from shardline.plan.describe import blocks, is_below
+from shardline.sharding.hooks import Compiled
 
-__all__ = ["compile_blocks", "is_compiled"]
+__all__ = ["compile_blocks", "compiled_in", "is_compiled"]
 
 
 class _Compiled:
@@ -47,6 +49,15 @@ class _Compiled:
 def is_compiled(module: nn.Module) -> bool:
     """Whether what runs inside ``module`` is compiled: by :func:`compile_blocks`, or as ``torch.compile(module)``."""
     return isinstance(module.__dict__.get("forward"), _Compiled) or "_orig_mod" in module._modules
+
+
+def compiled_in(model: nn.Module) -> Compiled:
+    """The compiled modules of ``model``, for its hooks."""
+    modules = dict(model.named_modules())
+    return Compiled(
+        frozenset(path for path, module in modules.items() if is_compiled(module)),
+        frozenset(path for path, module in modules.items() if compiled_call(module)),
+    )
 
 
 def compile_blocks(

@@ -88,7 +88,7 @@ def fill(
     names: dict[nn.Parameter, str],
     store: Callable[[str], None],
     fetch: Callable[[str], Tensor],
-    init_fn: Callable[[nn.Module], None] | None,
+    init_fn: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Give everything on ``meta`` its values. Parameters are left without theirs, which ``store`` has taken.
 

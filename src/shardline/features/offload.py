@@ -31,9 +31,8 @@ class Offload:
         bytes: that travelled, by direction.
     """
 
-    device = torch.device("cpu")
-
     def __init__(self, source: torch.device, *, pin: bool) -> None:
+        self.device = torch.device("cpu")
         self._stream = None if source.type == "cpu" else torch.Stream(source)
         self._pinned_for = source if pin and self._stream is not None else None
         self._pieces: defaultdict[int, list[Tensor]] = defaultdict(list)  # by bytes: what was lent before

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from shardline.config.sentences import nearest
 from shardline.errors import ConfigError, ModelError
+from shardline.names import closest
 from shardline.plan import ModuleSpec, ParamSpec
-from shardline.sharding.precision import Precision
 
 __all__ = ["blocks", "chosen_units", "describe_modules", "describe_params", "first_names", "is_below"]
+
+
+class Dtypes(Protocol):
+    """Decides the dtype of each parameter; :class:`shardline.sharding.precision.Precision` is one."""
+
+    @property
+    def modules(self) -> Mapping[str, torch.dtype]:
+        """What the user chose, by the name of a module or parameter, or by module class."""
+
+    def param_dtype(self, module: nn.Module, param: Tensor, chosen: torch.dtype | None = None) -> torch.dtype:
+        """The dtype of ``param``, held by ``module``, for which the user chose ``chosen``."""
 
 
 def first_names(model: nn.Module) -> dict[nn.Parameter, tuple[str, ...]]:
@@ -24,7 +35,7 @@ def first_names(model: nn.Module) -> dict[nn.Parameter, tuple[str, ...]]:
 
 
 def describe_params(
-    model: nn.Module, precision: Precision, groups: Mapping[str, int]
+    model: nn.Module, dtypes: Dtypes, groups: Mapping[str, int]
 ) -> tuple[list[ParamSpec], dict[str, nn.Parameter]]:
     """The specs of ``model``'s parameters, and the parameters themselves by first name.
 
@@ -34,14 +45,14 @@ def describe_params(
 
     Raises:
         ModelError: for a parameter that cannot lie in a flat buffer.
-        ConfigError: for a name in ``precision.modules`` that concerns no parameter.
+        ConfigError: for a name in ``dtypes.modules`` that concerns no parameter.
     """
-    dtypes: dict[nn.Parameter, torch.dtype] = {}
-    chosen = _chosen_dtypes(model, precision.modules)
+    found: dict[nn.Parameter, torch.dtype] = {}
+    chosen = _chosen_dtypes(model, dtypes.modules)
     for module in model.modules():
         for param in module._parameters.values():
             if param is not None:
-                dtypes.setdefault(param, precision.param_dtype(module, param, chosen.get(param)))
+                found.setdefault(param, dtypes.param_dtype(module, param, chosen.get(param)))
     specs, params = [], {}
     for param, names in first_names(model).items():
         if isinstance(param, nn.parameter.UninitializedParameter):
@@ -61,7 +72,7 @@ def describe_params(
                 aliases=names,
                 shape=tuple(param.shape),
                 stride=_dense_stride(param),
-                dtype=dtypes[param],
+                dtype=found[param],
                 group=groups.get(names[0]) if param.requires_grad else None,
             )
         )
@@ -110,7 +121,7 @@ def _outwards(path: str) -> Iterator[str]:
 
 def _meaningless(where: str, name: str, known: Iterable[str]) -> ConfigError:
     ends = {path.rpartition(".")[2] for path in known}
-    close = nearest(name, known) or nearest(name, ends)
+    close = closest(name, known) or closest(name, ends)
     hint = f"; did you mean {close!r}?" if close and close != name else "."
     return ConfigError(f"{where} names {name!r}, which means no parameter of the model{hint}")
 

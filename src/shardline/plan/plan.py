@@ -43,8 +43,8 @@ ALIGNMENT = 64
 """Elements to which every parameter's offset and every shard boundary is aligned."""
 
 _ALONE = 1 << 16
-"""Elements from which a parameter is a bucket of its own in a world of one: nothing travels that would gain from company,
-and what autograd hands over as its gradient needs no copy."""
+"""Elements from which a parameter is a bucket of its own in a single process: there is no communication to batch, and
+what autograd hands over as its gradient needs no copy."""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,6 @@ from torch.optim import Optimizer
 from shardline.comm import DONE, Comm
 from shardline.config import Config
 from shardline.errors import ModelError, OptimizerError
-from shardline.features import meta
-from shardline.features.meta import is_on_meta
-from shardline.features.offload import Offload
 from shardline.optim import build as build_optimizer
 from shardline.optim import kind, prepare, replace_params
 from shardline.plan import Entry, ModuleSpec, ParamSpec, Plan, make_plan
@@ -25,10 +22,12 @@ from shardline.plan.placement import STAGES, Stage
 from shardline.sharding.buffer import Pool, view
 from shardline.sharding.fragments import ParamState, put_states, take_states, whole_bucket, whole_weights
 from shardline.sharding.gradient import drop_grads
+from shardline.sharding.host import HostMemory
 from shardline.sharding.precision import Precision
 from shardline.sharding.unit import Bucket, RunTensors, Unit
 
 __all__ = [
+    "Fill",
     "Layout",
     "ParamGroups",
     "group_parameters",
@@ -43,6 +42,10 @@ __all__ = [
 ]
 
 ParamGroups = list[dict[str, Any]]
+
+Fill = Callable[[dict[nn.Parameter, str], Callable[[str], None], Callable[[str], Tensor]], None]
+"""Gives a model on ``meta`` its values: takes the first name of every parameter; what stores the values of the
+parameter of a name, which is whole; and what returns them."""
 
 
 @dataclass
@@ -62,7 +65,7 @@ class Layout:
     units: list[Unit]
     modules: list[ModuleSpec]
     pool: Pool
-    offload: Offload | None = None
+    offload: HostMemory | None = None
 
     def where(self, name: str) -> tuple[Unit, Bucket, Entry]:
         """The unit, bucket and entry of the parameter whose first name is ``name``."""
@@ -108,7 +111,7 @@ def lay_out(
     *,
     whole: bool,
     on_touch: Callable[[Unit], bool],
-    offload: Offload | None = None,
+    offload: HostMemory | None = None,
 ) -> Layout:
     """Plan ``model`` and make its units, still empty. Ranks compare what they planned.
 
@@ -165,7 +168,7 @@ def _units(
     comm: Comm,
     pool: Pool,
     on_touch: Callable[[Unit], bool],
-    offload: Offload | None,
+    offload: HostMemory | None,
 ) -> list[Unit]:
     return [
         Unit(unit, params, _row(unit.numel, config, offload), comm, pool, precision, on_touch, offload)
@@ -173,7 +176,7 @@ def _units(
     ]
 
 
-def _row(numel: int, config: Config, offload: Offload | None) -> Stage:
+def _row(numel: int, config: Config, offload: HostMemory | None) -> Stage:
     """The row by which a unit of ``numel`` elements rests.
 
     A small one keeps its weights at stage 3, as at stage 2.
@@ -183,7 +186,7 @@ def _row(numel: int, config: Config, offload: Offload | None) -> Stage:
     return STAGES[2 if small else stage]
 
 
-def resting_stage(config: Config, offload: Offload | None) -> int:
+def resting_stage(config: Config, offload: HostMemory | None) -> int:
     """The configured stage; but states in host memory are divided at stage 0, too, as at stage 1.
 
     The ranks of one host would keep, and update, as many copies of them in the same memory.
@@ -197,11 +200,11 @@ def load_model(
     layout: Layout,
     precision: Precision,
     comm: Comm,
-    init_fn: Callable[[nn.Module], None] | None = None,
+    fill: Fill | None = None,
 ) -> None:
     """Move the model's values into the units, unit by unit, and its buffers to the device.
 
-    Rank 0's win on every rank. What is on ``meta`` is filled as :mod:`shardline.features.meta` says.
+    Rank 0's win on every rank. Where some of the model is on ``meta``, ``fill`` gives it its values.
 
     Raises:
         ModelError: for a parameter or buffer that nothing gives a value, or another one than its constructor did.
@@ -227,7 +230,6 @@ def load_model(
             held.append((bucket, whole_bucket(unit, bucket)))
         return view(held[0][1], entry)
 
-    on_meta = is_on_meta(model)
     before = DONE  # rank 0 packs the next bucket while the others still copy this one
     for unit in layout.units:
         unit.allocate()
@@ -239,14 +241,14 @@ def load_model(
                         store(entry.param.name)
                 continue
             work = bucket.load()
-            if not on_meta:
+            if fill is None:
                 for entry in bucket.plan.entries:
                     unit.rest(bucket, entry)
             before.wait()
             before = work
     before.wait()
-    if on_meta:
-        meta.fill(model, {param: name for name, param in layout.params.items()}, store, fetch, init_fn)
+    if fill is not None:
+        fill({param: name for name, param in layout.params.items()}, store, fetch)
         held.clear()
         for name in layout.params:
             unit, bucket, entry = layout.where(name)

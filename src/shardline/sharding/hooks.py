@@ -24,15 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from shardline.features.compiling import is_compiled
-from shardline.features.recompute import compiled_call
 from shardline.plan.describe import is_below
 from shardline.runtime.modes import is_recorded, outside_modes
 from shardline.sharding.containers import tensors_in
 from shardline.sharding.schedule import Schedule
 from shardline.sharding.unit import Bucket, Unit
 
-__all__ = ["Hooks", "watch_outputs"]
+__all__ = ["Compiled", "Hooks", "watch_outputs"]
 
 
 @dataclass(frozen=True)
@@ -92,11 +90,27 @@ _NOTHING: Callable[..., None] = nullcontext().__exit__
 """What is left of a hook in a copy: nothing, of the standard library, so that a pickled module needs no Shardline."""
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """Paths of the modules that are compiled.
+
+    Attributes:
+        inside: what runs inside these is compiled, their hooks are not.
+        around: the hooks of these are compiled as well.
+    """
+
+    inside: frozenset[str] = frozenset()
+    around: frozenset[str] = frozenset()
+
+
+_NOT_COMPILED = Compiled()
+
+
 class Hooks:
     """The hooks of one engine on one model. ``remove`` takes them off again.
 
     ``on_forward`` is called when a forward of the model begins, and returns the hooks that serve it: others than these
-    where the model was planned anew at that moment. ``on_call`` is called before each module that no other one of the
+    where the model was planned again at that moment. ``on_call`` is called before each module that no other one of the
     model's calls, outside of any backward: whether it is the model itself, and what it is given.
     """
 
@@ -107,6 +121,7 @@ class Hooks:
         schedule: Schedule,
         on_forward: Callable[[], Hooks],
         on_call: Callable[[bool, Any], None] | None = None,
+        compiled: Compiled = _NOT_COMPILED,
     ) -> None:
         self.schedule, self._on_forward, self._on_call = schedule, on_forward, on_call
         self._stack: list[tuple[list[Unit], bool]] = []
@@ -116,18 +131,17 @@ class Hooks:
         self._pinned: list[tuple[Unit, _Graph]] = []
         self._handles: list[Any] = []
         self._model, modules = model, dict(model.named_modules())
-        compiled = {path for path, module in modules.items() if is_compiled(module)}
         used: dict[str, list[Unit]] = {"": []}
         for unit in units:
             for path in unit.plan.users:
                 # A root's hooks serve all that is inside it; those inside are for calls that go past the root.
                 inside = {root for root in unit.plan.roots if path != root and is_below(path, root)}
-                if path in unit.plan.roots or not inside or (unit.sharded and not inside & compiled):
+                if path in unit.plan.roots or not inside or (unit.sharded and not inside & compiled.inside):
                     used.setdefault(path, []).append(unit)
         self._root = used[""]
         enter, leave = self._before, self._after
         if any(
-            compiled_call(modules[path]) or any(path != root and is_below(path, root) for root in compiled)
+            path in compiled.around or any(path != root and is_below(path, root) for root in compiled.inside)
             for path in used
         ):
             # The user compiled what runs the hooks as well; they must not be traced.

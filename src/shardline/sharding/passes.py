@@ -2,7 +2,8 @@
 
 Two ranks that gather units of one size in different orders would swap weights without any error, and two that wait for
 different collectives wait for ever. So what is issued is the same on all ranks, either because all follow one
-:class:`~shardline.sharding.orders.Order` to the letter, whatever they need themselves, or because they have just said so.
+:class:`~shardline.sharding.orders.Order` to the letter, whatever they need themselves, or because they have just said
+so.
 """
 
 from __future__ import annotations

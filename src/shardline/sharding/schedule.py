@@ -2,7 +2,8 @@
 
 A rank runs passes: forwards with and without gradients, and backwards. The first one of a kind is negotiated with the
 other ranks gather by gather; if all turn out to do the same, what they did is the order that the next ones follow, and
-nothing is said any more (:mod:`shardline.sharding.passes`). After a step in which ranks differed the next step is negotiated.
+nothing is said any more (:mod:`shardline.sharding.passes`). After a step in which ranks differed the next step is
+negotiated.
 
 * **gathers** come in the order of their uses.
 * **reductions** come in the order in which units get ready, once that was alike on all ranks, at first in the reverse

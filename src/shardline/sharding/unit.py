@@ -10,8 +10,8 @@ A :class:`Bucket` holds the buffers of one flat layout:
 
 A :class:`Unit` moves its buckets together. In a world of one every transition is an alias: nothing is copied or sent.
 
-``master`` and ``grad`` may live in host memory (:mod:`shardline.features.offload`): then a complete sum goes down and is added
-up there, and a refresh brings masters up.
+``master`` and ``grad`` may live in host memory (:class:`HostMemory`): then a complete sum goes down and is added up
+there, and a refresh brings masters up.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from torch import Tensor, nn
 
 from shardline.comm import DONE, Comm, Work
 from shardline.errors import ModelError, UsageError
-from shardline.features.offload import Offload
 from shardline.plan import BucketPlan, Entry, Fragment, Run, UnitPlan
 from shardline.plan.placement import Placement, Stage, Transition, transition
 from shardline.runtime.modes import outside_modes
 from shardline.sharding.buffer import Pool, empty, has_memory_alone, view
 from shardline.sharding.gradient import drop_grads, gradient_error, has_grads, take_grads
+from shardline.sharding.host import HostMemory
 from shardline.sharding.parameter import Record, assign, left_grad, let_go, seal, show
 from shardline.sharding.precision import Precision
 from shardline.sharding.rounding import Standstill
@@ -87,7 +87,7 @@ class Bucket:
         comm: Comm,
         pool: Pool,
         precision: Precision,
-        offload: Offload | None = None,
+        offload: HostMemory | None = None,
         *,
         touched: Callable[[], bool] = lambda: False,
         converted: Callable[[], bool] = lambda: False,
@@ -455,7 +455,7 @@ class Bucket:
 
         return Work((), finish, arrived=work.has_arrived)
 
-    def _reduce_down(self, offload: Offload, unit: int, source: Tensor, borrowed: list[Tensor]) -> Work:
+    def _reduce_down(self, offload: HostMemory, unit: int, source: Tensor, borrowed: list[Tensor]) -> Work:
         """The same where ``grad`` is in host memory: the sum goes there when it is complete."""
         if self.comm.world_size == 1:
             total, work, borrowed = source, DONE, [each for each in borrowed if each is not source]
@@ -543,7 +543,7 @@ class Bucket:
         return None if whole is None else view(whole, entry)
 
     def whole_grad(self, name: str, operation: str) -> Tensor | None:
-        """The gradients of the bucket, to be seen and changed; None where none was collected. Raises as :meth:`grad_of`.
+        """The bucket's gradients, to be seen and changed; None where none was collected. Raises as :meth:`grad_of`.
 
         ``name`` and ``operation`` are for the error.
         """
@@ -655,7 +655,7 @@ class Unit:
         pool: Pool,
         precision: Precision,
         on_touch: Callable[[Unit], bool],
-        offload: Offload | None = None,
+        offload: HostMemory | None = None,
     ) -> None:
         self.plan, self.row, self.comm, self.pool, self.offload = plan, row, comm, pool, offload
         self.state_device = comm.device if offload is None else offload.device

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from shardline._version import __version__
 from shardline.checkpoint.engine.background import BackgroundSave
 from shardline.checkpoint.engine.capture import (
     Captured,
@@ -265,7 +265,7 @@ class Checkpointer:
             raise UsageError(f"client_state is a {type(client_state).__name__}; it must be a dict.")
         common = {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "shardline": import_module("shardline").__version__,
+            "shardline": __version__,
             "torch": torch.__version__,
             "world_size": parts.comm.world_size,
             "stage": trainer.config.zero_optimization.stage,

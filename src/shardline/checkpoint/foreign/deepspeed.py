@@ -12,13 +12,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shardline._version import __version__
 from shardline.checkpoint.engine.capture import Captured
 from shardline.checkpoint.engine.extra import EXTRA_KEY
 from shardline.checkpoint.foreign.pickled import Opaque, load
@@ -302,7 +302,7 @@ def _write(
     steps = int(first["global_steps"])
     common: dict[str, Any] = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "shardline": import_module("shardline").__version__,
+        "shardline": __version__,
         "torch": torch.__version__,
         "imported_from": {"deepspeed": first.get("ds_version"), "stage": stage, "world_size": ranks},
         "world_size": 1,

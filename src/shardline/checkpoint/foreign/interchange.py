@@ -16,7 +16,6 @@ import math
 import os
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 from torch.optim import Optimizer
 
+from shardline._version import __version__
 from shardline.checkpoint.engine.capture import Captured, add_reports
 from shardline.checkpoint.engine.window import persistent_buffers
 from shardline.checkpoint.format.commit import Alone, Content, commit, together
@@ -254,7 +254,7 @@ class Writer(StorageWriter):
                 _check_cover(name, math.prod(row["shape"]), record.get("pieces"))
         return {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "shardline": import_module("shardline").__version__,
+            "shardline": __version__,
             "torch": torch.__version__,
             "world_size": len(reports),
             "stage": 0,
