@@ -22,7 +22,7 @@ from shardline.testing import Pool
 from tests.conftest import Ranks
 from tests.device import simulated
 from tests.device.conftest import DeviceRanks
-from tests.device.training import config, make, train
+from tests.device.training import config, make, train, train_all
 
 
 class OneDevice(DeviceRanks):
@@ -57,11 +57,7 @@ def share(cases: list[dict[str, Any]]) -> Any:
         staged = isinstance(engine.comm._transports[0], HostStagedTransport)
         device = str(engine.device)
         engine.destroy()
-    return device, staged, said, [train(settings) for settings in cases], simulated.races()
-
-
-def train_each(cases: list[dict[str, Any]]) -> list[Any]:
-    return [train(settings) for settings in cases]
+    return device, staged, said, train_all(cases), simulated.races()
 
 
 CASES = [config(0, "fp32"), config(1), config(2, accumulation=2), config(3), config(3, "fp32", optimizer="Lamb")]
@@ -69,7 +65,7 @@ CASES = [config(0, "fp32"), config(1), config(2, accumulation=2), config(3), con
 
 def test_two_ranks_of_one_device_train_as_two_of_the_cpu(one_device: Ranks, cpu_ranks: Ranks) -> None:
     """The script made its group for nccl, which refuses that."""
-    expected = cpu_ranks(train_each, 2, CASES)
+    expected = cpu_ranks(train_all, 2, CASES)
     for (device, staged, said, found, races), wanted in zip(one_device(share, 2, CASES), expected, strict=True):
         assert device == "cuda:0" and staged and races == []
         assert [text for text in said if "ranks 0, 1 share a cuda device" in text]
@@ -142,6 +138,7 @@ def test_a_group_made_here_is_of_gloo_where_a_device_is_shared(one_device: Ranks
 
 
 def on_the_cpu() -> Any:
+    simulated.waits()  # of what ran here before
     shardline.init_distributed(device="cpu")
     engine = make(config(2, "fp32"))
     helper = shardline.get_accelerator()
