@@ -23,7 +23,9 @@ class Origin:
             for param, names in first_names(model).items()
             if not param.is_meta
         }
-        self._on_meta = [(param, param.detach()) for param in model.parameters() if param.is_meta]
+        self._on_meta = [
+            (param, param.shape, param.stride(), param.dtype) for param in model.parameters() if param.is_meta
+        ]
         self._buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
         self._optimizer = optimizer
         self._groups = [dict(group) for group in optimizer.param_groups] if optimizer is not None else []
@@ -61,8 +63,9 @@ class Origin:
                     let_go(param, value.to(device, dtype, copy=True))
                     if torch.promote_types(dtype, value.dtype) != value.dtype:
                         rounded.append(name)
-        for param, empty in self._on_meta:
+        for param, shape, stride, dtype in self._on_meta:
             if not param.is_meta:
+                empty = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
                 let_go(param, torch.empty(0, dtype=param.dtype, device=param.device))
                 torch._C._swap_tensor_impl(param, nn.Parameter(empty, param.requires_grad))  # .data takes none of meta
         layout.units.clear()
