@@ -62,6 +62,28 @@ def test_a_scaler_is_taken_out_again(ranks, world, stage, how) -> None:
         assert said[0] == "UsageError" and "engine.step()" in said[1], said
 
 
+def plain_backward_of_a_scaled_loss(config):
+    """Nothing tells what a plain backward came from: the notice names what may be wrong, once."""
+    found = []
+    for scaler in (None, torch.amp.GradScaler("cpu", enabled=False), torch.amp.GradScaler("cpu", init_scale=2.0)):
+        engine = start(Mlp, config)
+        told = notices(engine)
+        for step in range(2):
+            loss = mse(engine, engine.module, regression(4, seed=10 * step))
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            engine.step()
+        engine.destroy()
+        found.append(told)
+    return found
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 3)])
+def test_a_scaler_around_a_plain_backward_is_named(ranks, world, stage) -> None:
+    for without, disabled, told in ranks(plain_backward_of_a_scaled_loss, world, Setup(more=PLAIN).config(stage)):
+        assert not without and not disabled
+        assert len(told) == 1 and "GradScaler" in told[0] and "engine.backward(loss)" in told[0]
+
+
 def divided(config, by):
     engine = start(Mlp, config)
     told = notices(engine)

@@ -24,7 +24,7 @@ from shardline.data import Loader
 from shardline.data.place import Place
 from shardline.data.short import ShortBatches
 from shardline.data.split import Position
-from shardline.engine.leftovers import grad_scale, is_divided_by, is_scaled_by
+from shardline.engine.leftovers import grad_scale, is_divided_by, is_scaled_by, is_some_loss_scaled
 from shardline.engine.report import Ended, Reporter
 from shardline.engine.weights import full_state_dict, gathered, units_of
 from shardline.errors import UsageError
@@ -127,7 +127,7 @@ class Engine(nn.Module):
         self._told: set[str] = set()
         self._short = ShortBatches(config.train_micro_batch_size_per_gpu)
         self._called = False  # a forward or method of the model runs that was called through the engine
-        self._first_loss = True
+        self._first_loss = self._first_plain = True
         self._grad_scale: Tensor | None = None  # of a GradScaler that was left in the loop
         self._scheduled: int | None = None  # where the scheduler was after the last step
         self._ended: Ended | None = None  # the last step, until its verdict is known
@@ -387,6 +387,13 @@ class Engine(nn.Module):
         power of two, hence exact.
         """
         applied, by_accumulation = multiplied_by()
+        if self._first_plain and (applied, by_accumulation) == PLAIN:
+            self._first_plain = False
+            if is_some_loss_scaled():
+                self._tell_once(
+                    "gradients came by a plain loss.backward(), and a torch.amp.GradScaler is in use: if it scaled "
+                    "this loss, they are too large by its scale. Leave it away, and call engine.backward(loss)."
+                )
         if self.scaler.scale != 1.0 and (applied, by_accumulation) == PLAIN:
             self._tell_once(
                 "gradients of fp16 came without the loss scale, by a plain loss.backward() or set by hand: they count, "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["grad_scale", "is_divided_by", "is_scaled_by"]
+__all__ = ["grad_scale", "is_divided_by", "is_scaled_by", "is_some_loss_scaled"]
 
 _TIMES, _OVER = "MulBackward0", "DivBackward0"
 
@@ -29,6 +29,15 @@ def grad_scale(loss: Tensor) -> Tensor | None:
         if node == _TIMES and number.dtype is torch.float32 and _is_of_a_scaler(number):
             return number
     return None
+
+
+def is_some_loss_scaled() -> bool:
+    """Whether a :class:`torch.amp.GradScaler` of this process has scaled anything.
+
+    Looks through all objects of the process: not for every step.
+    """
+    scalers = [each for each in gc.get_objects() if issubclass(type(each), torch.amp.GradScaler)]
+    return any(scaler.is_enabled() and scaler._scale is not None for scaler in scalers)
 
 
 def is_scaled_by(loss: Tensor, scale: Tensor) -> bool:
