@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -317,3 +318,96 @@ def test_the_process_group_is_gone_before_the_interpreter_is_torn_down(own):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "destroyed\n"
+
+
+ENGINES = """
+for transport in "auto", "gloo":
+    engine, *_ = shardline.initialize(model=torch.nn.Linear(2, 2), config={
+        "train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "communication_transport": transport})
+"""
+
+THREADS = """
+import atexit, pathlib
+def threads():
+    names = [each.read_text().strip() for each in pathlib.Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+atexit.register(lambda: print("left:", threads()))
+"""
+
+
+@contextlib.contextmanager
+def two_processes(script):
+    """The processes that run ``script`` as ranks 0 and 1. Their input is open."""
+    address = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads")
+@pytest.mark.parametrize(
+    "end",
+    ["", "engine.destroy(); dist.destroy_process_group()", "raise SystemExit(0)"],
+    ids=["nothing destroyed", "destroyed by the script", "exit"],
+)
+def test_no_thread_of_a_process_group_outlives_what_runs_at_exit(end):
+    script = (
+        THREADS + "import torch, torch.distributed as dist, shardline\n"
+        "dist.init_process_group('gloo')\n" + ENGINES + "dist.all_gather_object([None] * 2, 1)\n" + end
+    )
+    with two_processes(script) as processes:
+        for process in processes:
+            out, err = process.communicate(timeout=90)
+            assert (process.returncode, out) == (0, "left: []\n"), err
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["made here", "made by the caller"])
+def test_after_an_uncaught_error_a_process_ends_though_its_peer_never_joins_a_collective(own):
+    script = (
+        "import sys, torch, torch.distributed as dist, shardline\n"
+        + ("" if own else "dist.init_process_group('gloo')\n")
+        + ENGINES
+        + "if dist.get_rank():\n"
+        "    sys.stdin.read()\n"
+        "started = dist.all_reduce(torch.ones(1), async_op=True)\n"
+        "raise ValueError('mine')\n"
+    )
+    with two_processes(script) as (process, peer):
+        process.wait(timeout=90)
+        assert process.returncode == 1
+        assert process.stderr.read().rstrip().endswith("ValueError: mine")
+        assert peer.poll() is None
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["ends", "hangs"])
+def test_after_an_uncaught_error_a_backend_that_can_abort_has_a_limited_time_for_it(ends):
+    script = (
+        "import time, torch.distributed as dist, shardline\n"
+        "from shardline.runtime import topology\n"
+        "dist.destroy_process_group = lambda *args: time.sleep(600)\n"
+        "topology._group_backend = lambda: 'cpu:gloo,cuda:nccl'\n"
+        "topology._ABORTING = 0.1\n"
+        "topology.c10d._abort_process_group = lambda: print('aborted', flush=True) or time.sleep("
+        + ("0" if ends else "600")
+        + ")\n"
+        "shardline.init_distributed()\n"
+        "raise ValueError('mine')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "aborted\n")
+    assert done.stderr.rstrip().endswith("ValueError: mine")

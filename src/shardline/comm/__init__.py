@@ -7,6 +7,7 @@ in which order is digested, so that ranks that did not do the same notice at the
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import zlib
@@ -15,7 +16,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from datetime import timedelta
+from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -33,6 +36,22 @@ _OPERATIONS = ("gather", "reduce")
 
 _LENGTH, _HEAD = 8, 512
 """Bytes of a length, and of the message that tells it: what is short travels along."""
+
+_OPEN: WeakSet[Comm] = WeakSet()
+
+
+@cache
+def _let_go_at_exit() -> None:
+    """Let the process groups end where ``init_distributed`` ends them: its hook is older, so it runs after this one.
+
+    The last reference ends the threads of a group. An engine that nobody destroyed would hold it for longer.
+    """
+
+    def let_go() -> None:
+        for comm in list(_OPEN):
+            comm._let_go()
+
+    atexit.register(let_go)
 
 
 class Comm:
@@ -61,6 +80,10 @@ class Comm:
         self.elements: Counter[str] = Counter()
         self._log: dict[str, array[int]] = {operation: array("l") for operation in _OPERATIONS}
         self._whole = group
+        self._host_group: dist.ProcessGroup | None = None
+        self._pair: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None] = (None, None)
+        _OPEN.add(self)
+        _let_go_at_exit()
         self._peers: Peers | None = None
         if group is None or dist.get_world_size(group) == 1:
             self.rank, self.world_size = 0, 1
@@ -84,7 +107,7 @@ class Comm:
         # Of the same kind on every rank whatever it computes on, and the host's: ranks compare that before they use
         # what may not work between their devices.
         self._groups = []
-        self._host_group = make_group("gloo" if "cpu" not in inherited else backend)
+        self._host_group = host = make_group("gloo" if "cpu" not in inherited else backend)
         if backend is None:
             backend = self._backend_between(inherited)
         self._transports, self._staged = None, False
@@ -96,9 +119,9 @@ class Comm:
             self._transports = (gathers, reductions)
             return
         fits = device.type == "cpu" or (backend is None and "cpu" in inherited)
-        self._pair = self._host_group if fits else make_group(backend), make_group(backend)
-        self._transports = choose(self._pair[0], device), choose(self._pair[1], device)
-        self._staged = by_host(self._pair[0], device)
+        self._pair = first, second = host if fits else make_group(backend), make_group(backend)
+        self._transports = choose(first, device), choose(second, device)
+        self._staged = by_host(first, device)
         if device.type != "cpu":
             # A communicator is made at its first use. In the middle of a backward that may wait for ranks which
             # wait, on the device, for this one.
@@ -125,8 +148,13 @@ class Comm:
             self._peers.close()
         for group in self._groups:
             dist.destroy_process_group(group)
-        self._groups, self._transports, self._peers = [], None, None
-        self._closed = True
+        self._peers, self._closed = None, True
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._closed = self._closed or bool(self._groups)  # alone, all works without a group
+        self._groups, self._transports, self._whole, self._host_group = [], None, None, None
+        self._pair = None, None
 
     def give_up(self, error: ShardlineError | None) -> None:
         """Let ranks that wait for this one raise ``error`` too; ``None`` takes it back.

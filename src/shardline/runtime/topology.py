@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
 import os
 import re
+import sys
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
 from shardline.errors import LaunchError, UsageError
@@ -45,6 +51,9 @@ logger = logging.getLogger("shardline")
 
 DEFAULT_PORT = 29500
 DEFAULT_TIMEOUT = timedelta(minutes=10)
+
+_ABORTING = 10.0  # seconds to wait, after an error, until a backend has ended its collectives
+_LETTING_GO = 0.02  # seconds; a thread that waits for the interpreter has it after 5 ms
 
 
 @dataclass(frozen=True)
@@ -329,11 +338,41 @@ def make_current(device: torch.device) -> None:
 
 @cache
 def _leave_at_exit() -> None:
-    """Destroy the process group before the interpreter is torn down.
+    """End the process groups before the interpreter is torn down.
 
-    What gloo's threads do after that ends one process in thirty with SIGABRT (torch 2.13, a script of three lines).
+    A thread of gloo that lets go of a tensor needs the interpreter. One that waits for it while the interpreter is torn
+    down ends the process with SIGABRT.
     """
-    atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if getattr(sys, "last_value", None) is not None:
+        _abandon()
+        return
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    # The threads of a group end with the last reference to it. This module, which torch's compiler imports, keeps one
+    # to the default group of that time: in the defaults of its functions, where None means the default group too.
+    for function in vars(sys.modules.get("torch.distributed.nn.functional", object)).values():
+        if isinstance(function, FunctionType) and function.__defaults__:
+            kept = function.__defaults__
+            function.__defaults__ = tuple(None if isinstance(each, dist.ProcessGroup) else each for each in kept)
+    time.sleep(_LETTING_GO)  # a group that the script still refers to has its threads still
+
+
+def _abandon() -> None:
+    """After an uncaught error: leave without waiting for collectives that other ranks perhaps never join."""
+    if not dist.is_initialized():
+        return
+    # The end of a group of gloo waits for its collectives, and none can be aborted. So these groups have no end: a
+    # reference too many keeps them when modules are torn down.
+    for group in list(c10d._world.pg_map):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    if _group_backend() != "gloo":
+        aborting = threading.Thread(target=c10d._abort_process_group, daemon=True)
+        aborting.start()
+        aborting.join(_ABORTING)
 
 
 def listen_on(address: str) -> None:
