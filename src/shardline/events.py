@@ -14,7 +14,7 @@ __all__ = ["Event", "Events", "Notice", "PhaseTimes", "StepDone", "StepSkipped"]
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """One optimizer step was applied.
+    """One optimizer step was applied. It comes when that is known: on an accelerator when the next step ends.
 
     ``loss``, ``grad_norm`` and what is in ``lr`` may be zero-dimensional tensors that are still being computed: a sink
     reads them with ``float()`` when it shows them, so that steps nobody looks at wait for nothing.

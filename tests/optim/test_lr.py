@@ -325,3 +325,64 @@ def test_what_cannot_be_built_says_why_and_leaves_the_rates(name: str, params: d
 def test_a_run_shorter_than_its_warm_up_is_told(caplog: pytest.LogCaptureFixture) -> None:
     lr.WarmupCosineLR(two_groups(), 10, warmup_num_steps=11)
     assert "the run ends before the warm-up does" in caplog.text
+
+
+# --- steps that are taken back ----------------------------------------------------------------------------------------
+
+UNDONE: dict[str, Callable[[Optimizer], Any]] = {
+    "OneCycle": lambda optimizer: lr.OneCycle(optimizer, 1e-3, 1e-2, cycle_first_step_size=3, decay_step_size=1),
+    "WarmupDecayLR": lambda optimizer: lr.WarmupDecayLR(optimizer, total_num_steps=7, warmup_num_steps=3),
+    "OneCycleLR": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=30),
+    "MultiStepLR": lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 5]),
+    "CosineAnnealingWarmRestarts": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 3),
+    "SequentialLR": lambda optimizer: torch.optim.lr_scheduler.SequentialLR(
+        optimizer, [StepLR(optimizer, 2), torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)], milestones=[4]
+    ),
+    "ChainedScheduler": lambda optimizer: torch.optim.lr_scheduler.ChainedScheduler(
+        [StepLR(optimizer, 2), torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)], optimizer
+    ),
+}
+
+
+def all_of(optimizer: Optimizer, scheduler: Any) -> str:
+    groups = [{key: one for key, one in group.items() if key != "params"} for group in optimizer.param_groups]
+    return repr((groups, scheduler.state_dict()))
+
+
+@pytest.mark.parametrize("name", UNDONE)
+@pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])
+def test_a_step_that_is_taken_back_leaves_nothing(name: str, tensors: bool) -> None:
+    """At every place of the schedule; a run with steps that were undone is the run without them."""
+    found = []
+    for undone in (False, True):
+        optimizer = two_groups()
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"]) if tensors else group["lr"]
+        scheduler, seen = UNDONE[name](optimizer), []
+        for _ in range(9):
+            optimizer.step()
+            if undone:
+                before, rate = all_of(optimizer, scheduler), optimizer.param_groups[0]["lr"]
+                undo = lr.step(scheduler, optimizer, {})
+                assert all_of(optimizer, scheduler) != before
+                assert undo() is True and all_of(optimizer, scheduler) == before
+                assert not tensors or optimizer.param_groups[0]["lr"] is rate, "the tensor stays"
+            scheduler.step()
+            seen.append(all_of(optimizer, scheduler))
+        found.append(seen)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", [lr.OneCycle, StepLR])
+def test_what_the_loop_set_since_stays(kind: Any) -> None:
+    optimizer = two_groups()
+    scheduler = StepLR(optimizer, 1) if kind is StepLR else lr.OneCycle(optimizer, 1e-3, 1e-2, cycle_first_step_size=3)
+    optimizer.step()
+    first, second = (group["lr"] for group in optimizer.param_groups)
+    undo = lr.step(scheduler, optimizer, {})
+    optimizer.param_groups[0]["lr"] = 0.125
+    assert undo() and [group["lr"] for group in optimizer.param_groups] == [0.125, second] and first != 0.125
+    undo = lr.step(scheduler, optimizer, {})
+    scheduler.step()
+    moved = all_of(optimizer, scheduler)
+    assert undo() is False and all_of(optimizer, scheduler) == moved

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau as Plateau
 
+from shardline.engine import _ENGINES
 from tests.conftest import late_verdict
 from tests.harness import Setup, start
 from tests.models import Mlp, regression
@@ -33,6 +34,9 @@ SCHEDULES: dict[str, Any] = {
         milestones=[3],
     ),
     "ReduceLROnPlateau": lambda optimizer: Plateau(optimizer, factor=0.5, patience=1),
+    "asks": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda n: 1 / (1 + n + [engine.skipped_steps for engine in _ENGINES.values()].count(-1))
+    ),
     "no state": lambda optimizer: Halved(optimizer),
 }  # fmt: skip
 
@@ -97,7 +101,7 @@ def follow(plan: list[tuple[bool, str]], config: dict[str, Any], schedule: str, 
         engine.events.subscribe(listen)
         for number, (finite, action) in enumerate(plan):
             for micro in range(engine.gradient_accumulation_steps()):
-                x, y = regression(4, seed=number * 100 + micro * 10 + rank)
+                x, y = (each.to(engine.device) for each in regression(4, seed=number * 100 + micro * 10 + rank))
                 loss = F.mse_loss(engine(x), y)
                 engine.backward(loss if finite or rank else loss * float("inf"))
                 engine.step(**lr_kwargs(schedule, number))
@@ -158,3 +162,114 @@ def test_a_verdict_that_comes_late_changes_nothing(ranks, tmp_path, world, stage
             assert all(torch.equal(value, at_once["weights"][name]) for name, value in late["weights"].items())
             steps = [(step, kind == "StepDone") for kind, step, *_ in late["told"]]
             assert steps == [(number + 1, finite) for number, (finite, _) in enumerate(plan)], schedule
+
+
+# --- what else a step may be ------------------------------------------------------------------------------------------
+
+
+def listening(engine: Any) -> list[tuple[str, Any]]:
+    told: list[tuple[str, Any]] = []
+    engine.events.subscribe(lambda event: told.append((type(event).__name__, getattr(event, "step", None))))
+    return told
+
+
+def one(engine: Any, number: int, *, aside: bool = False) -> None:
+    """A step; ``aside``: the head's weight is also used before the forward, so that this gradient comes last of all."""
+    extra = engine.module.head.weight.square().sum() if aside else 0.0
+    x, y = regression(4, seed=number * 10 + dist.get_rank())
+    engine.backward(F.mse_loss(engine(x), y) + extra)
+    engine.step()
+
+
+def late_gradients(config: dict[str, Any], asides: str) -> Any:
+    """Steps with "+" have an aside, at "|" a parameter is frozen; what was told, the counts, and what changed when."""
+    with pytest.MonkeyPatch.context() as patch:
+        late_verdict(patch)
+        engine = start(Mlp, config)
+        told, moved = listening(engine), []
+        for number, mark in enumerate(asides):
+            if mark == "|":
+                engine.module.blocks[0].up.bias.requires_grad_(False)
+                continue
+            before = engine.full_state_dict()["head.weight"]
+            one(engine, number, aside=mark == "+")
+            moved.append(not torch.equal(before, engine.full_state_dict()["head.weight"]))
+        skipped, weights = engine.skipped_steps, engine.full_state_dict()
+        engine.destroy()
+    return told, moved, skipped, weights
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_late_gradients_cost_at_most_the_first_step_that_has_them(ranks, stage) -> None:
+    """None where the first step of a layout has them; all ranks hear of a later one. Then none is lost any more."""
+    config = Setup().config(stage)
+    for asides, lost in {"++.+": [], ".+++": [1], "+|+.+": [], ".|.++": [2]}.items():
+        results = ranks(late_gradients, 2, config, asides)
+        assert ranks(late_gradients, 1, config, asides)[0][2] == 0, "one rank has nothing to reduce"
+        for told, moved, skipped, weights in results:
+            steps = len(asides.replace("|", ""))
+            assert [number for number in range(steps) if not moved[number]] == lost, asides
+            assert told == [("StepSkipped" if n in lost else "StepDone", n + 1) for n in range(steps)], asides
+            assert skipped == len(lost)
+            assert all(torch.equal(value, results[0][3][name]) for name, value in weights.items())
+
+
+def refused(config: dict[str, Any]) -> Any:
+    """Steps that are none: options differ, or no rank has a backward. What is said, and what is left of them."""
+    from shardline.errors import DisagreementError, UsageError
+
+    with pytest.MonkeyPatch.context() as patch:
+        late_verdict(patch)
+        engine = start(Mlp, config | {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 9}}})
+        told, said = listening(engine), []
+        one(engine, 0)
+        one(engine, 1)
+        place = engine.lr_scheduler.state_dict()
+        for what in ("options", "no backward"):
+            if what == "options":
+                engine.optimizer.param_groups[0]["weight_decay"] += dist.get_rank()
+                one(engine, 2)
+                engine.optimizer.param_groups[0]["weight_decay"] = 0.5
+            else:
+                engine.step()
+            try:
+                one(engine, 3)
+            except (DisagreementError, UsageError) as error:
+                said.append(str(error))
+            said.append((engine.global_steps, engine.global_samples, engine.lr_scheduler.state_dict() == place))
+        one(engine, 4)
+        engine.destroy()
+    return said, told
+
+
+def test_a_step_that_is_refused_late_leaves_nothing(ranks) -> None:
+    for said, told in ranks(refused, 2, Setup().config(2)):
+        first, after, second, again = said
+        assert "weight_decay" in first and "the step before was not applied" in first
+        assert "before this one came without a backward" in second
+        assert after == again == (2, 16, True)
+        assert told == [("StepDone", 1), ("StepDone", 2), ("StepDone", 3)]
+
+
+def hooked(config: dict[str, Any], kind: str) -> int:
+    """How often a hook that comes with applied updates is called in three steps, of which the last is skipped."""
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        late_verdict(patch)
+        engine = start(Mlp, config)
+        if kind == "engine":
+            engine.after_step(lambda fragments: calls.append(1))
+        else:
+            engine.optimizer.register_step_post_hook(lambda *_: calls.append(1))
+        one(engine, 0)
+        one(engine, 1)
+        x, y = regression(4)
+        engine.backward(F.mse_loss(engine(x), y) * float("nan"))
+        engine.step()
+        engine.destroy()
+    return len(calls)
+
+
+@pytest.mark.parametrize("kind", ["engine", "optimizer"])
+def test_hooks_see_applied_updates_only(ranks, kind) -> None:
+    assert ranks(hooked, 2, Setup().config(1), kind) == [2, 2]

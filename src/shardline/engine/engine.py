@@ -78,7 +78,7 @@ class Engine(nn.Module):
     Attributes:
         module: the user's model; its parameters are views of the engine's buffers.
         optimizer: a ``torch.optim.Optimizer`` over this rank's runs, or ``None``.
-        lr_scheduler: stepped after every applied step; may be set to ``None`` to step it oneself.
+        lr_scheduler: stepped after every applied step (or undone after a skipped one); ``None`` to step it oneself.
         training_dataloader: the loader of ``training_data``, or ``None``.
         config: the typed configuration.
         topology: rank, world size, device of this process in the whole job.
@@ -518,12 +518,12 @@ class Engine(nn.Module):
         finally:
             self._drop_gradients()
         self.progress.global_steps += 1
+        loss = None if window.loss is None else window.loss * (self._accumulation / window.steps)
+        self._ended = self._reporter.ended(self.global_steps, loss=loss, lr=rates, loss_scale=scale)
         if host is None or not host.skipped:
             self._note_new_weights()
             if self.lr_scheduler is not None:
                 self._step_scheduler(lr_kwargs, certain=host is not None)
-        loss = None if window.loss is None else window.loss * (self._accumulation / window.steps)
-        self._ended = self._reporter.ended(self.global_steps, loss=loss, lr=rates, loss_scale=scale)
         if host is not None:
             self._settle()
 
@@ -562,7 +562,11 @@ class Engine(nn.Module):
         if certain or optimizer is None:
             scheduler.step(**lr_kwargs)
         else:
-            self._unschedule = lr.step(scheduler, optimizer, lr_kwargs)
+            undo = lr.step(scheduler, optimizer, lr_kwargs)
+            if self._ended is not None:
+                self._unschedule = undo
+            elif not self.progress.applied:  # the schedule has asked the engine something
+                undo()
         self._scheduled = getattr(scheduler, "last_epoch", None)
 
     def _resolve(self) -> None:
