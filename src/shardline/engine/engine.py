@@ -504,7 +504,7 @@ class Engine(nn.Module):
         before = (lambda: self._call(self._before)) if self._before else None
         after = (lambda: self._call(self._after)) if self._after else None
         try:
-            self._settle()
+            self._settle(ending=True)
             self.checkpoints.before_step()
             rates, scale = self._rates(), self._reported_scale()
             self._hooks.unpin()  # its graphs are of weights that now change
@@ -583,11 +583,11 @@ class Engine(nn.Module):
         else:
             self._reporter.tell(ended, host, loss_scale=self._reported_scale())
 
-    def _settle(self) -> None:
+    def _settle(self, *, ending: bool = False) -> None:
         """The same, and its consequences, on every rank at the same place."""
         self._resolve()
         if self._boundary is not None:
-            self._boundary.settle()
+            self._boundary.settle(ending=ending)
 
     def _drop_gradients(self) -> None:
         self.schedule.finish_reductions()

@@ -258,9 +258,12 @@ class Boundary:
         """Whether the last step is known to be refused, and :meth:`settle` has not said so yet."""
         return self._last is not None and self._last.host is not None and self._last.host.refused
 
-    def settle(self) -> None:
+    def settle(self, *, ending: bool = False) -> None:
         """Take the consequences of the last step, which was read. Collective: every rank does this before the same
         step or save.
+
+        Args:
+            ending: whether :meth:`end` of the next step follows.
 
         Raises:
             UsageError, DisagreementError: as :meth:`end`; that step was not applied.
@@ -268,7 +271,7 @@ class Boundary:
         judged, self._last = self._last, None
         if judged is not None and judged.host is not None:
             self._refuse(judged, judged.host, "the step before")
-            self._adopt(judged.host, late=judged.late or judged.host.late)
+            self._adopt(judged.host, late=judged.late or judged.host.late, ending=ending)
 
     def forget(self) -> None:
         """The last step does not count any more: other states were loaded."""
@@ -284,12 +287,12 @@ class Boundary:
         if not host.backwards:
             raise no_backward(before=what == "the step before")
 
-    def _adopt(self, host: HostVerdict, *, late: bool) -> None:
+    def _adopt(self, host: HostVerdict, *, late: bool, ending: bool) -> None:
         """What ranks decide together. ``late``: some rank had late gradients."""
         self.progress.leaving = self.progress.leaving or host.leaving
         if host.left or late:  # some rank did not do what was agreed, or cannot: all hear of it
             untrusted = self.comm.exchange(sorted(self.schedule.untrusted))
-            self.schedule.distrust({index for indices in untrusted for index in indices})
+            self.schedule.distrust({index for indices in untrusted for index in indices}, ending=ending)
 
     def _reduce_late(self) -> None:
         """A second round for gradients that came after their unit was reduced, on every rank alike."""

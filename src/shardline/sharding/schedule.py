@@ -308,14 +308,16 @@ class Schedule:
         self._passes.clear()
         return left
 
-    def distrust(self, untrusted: Iterable[int] = ()) -> None:
+    def distrust(self, untrusted: Iterable[int] = (), *, ending: bool = False) -> None:
         """Some rank left an agreed order, or had late gradients, and all have heard: the next step is negotiated.
 
         Args:
             untrusted: units of which any rank had late gradients.
+            ending: whether :meth:`end_step` follows at once, so that the next step is the one after it.
         """
         self.untrusted.update(untrusted)
         self._disagree()
+        self._doubt += ending
 
     def _disagree(self) -> None:
         self._disagreements += 1
