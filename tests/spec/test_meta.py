@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tests.features.test_meta import LibraryModel, Outer
 from tests.harness import STAGES, Setup, assert_close, assert_identical, assert_ranks_agree, live_bytes, seeded, spread
 from tests.models import LateInit, Mlp, Orphan, cross_entropy, tokens
-from tests.test_meta import LibraryModel, Outer
 
 
 def from_meta(build, batches, config, kwargs):
