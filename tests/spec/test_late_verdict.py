@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau as Plateau
 
-from shardline.engine import _ENGINES
+from shardline.engine.engine import _ENGINES
 from tests.conftest import late_verdict
 from tests.harness import Setup, start
 from tests.models import Mlp, regression
