@@ -5,9 +5,14 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # Accelerators are hidden from all tests but test-gpu, so that a suite means the same on every machine.
 PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
+# What goes another way where the host reads a step's verdict late.
+LATE := --arrived --late-verdict tests/spec/test_01_swap.py tests/spec/test_06_edits.py tests/spec/test_07_uneven.py
+# In front of what needs the simulated device.
+COMPILED := command -v $${CXX:-g++} >/dev/null || { echo "SKIPPED, no C++ compiler: the simulated device. Install one \
+(Debian: g++), or name yours in CXX."; exit 0; };
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo demo-resume cifar10 test test-full test-faults test-device test-gpu bench bench-quick check format clean
+.PHONY: help .venv demo demo-resume cifar10 test test-full test-faults test-device test-late test-gpu gpu-first gpu-wheels bench bench-quick check format clean
 
 help:  ## this list
 	@grep -hE '^[a-z.][a-z0-9.-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -40,16 +45,36 @@ test: .venv  ## the test suite
 test-full: .venv  ## the test suite with the whole parity matrix, and what ranks say to each other over gloo alone
 	$(PYTEST) -m "not gpu" $(ARGS)
 	$(PYTEST) -m "not slow and not gpu" --transport gloo tests/spec tests/comm tests/test_parity.py $(ARGS)
-	$(PYTEST) -m "not slow" --arrived --late-verdict tests/spec/test_01_swap.py tests/spec/test_06_edits.py tests/spec/test_07_uneven.py tests/spec/test_paths.py $(ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(LATE) tests/spec/test_paths.py $(ARGS)
+	@$(COMPILED) $(PYTEST) tests/device $(ARGS)
+	@$(COMPILED) SIMCUDA=1 $(BIN)/python benchmarks/gpu_first.py
 
 test-faults: .venv  ## checkpoints with the full matrices: layouts, kills, damage
 	$(PYTEST) tests/checkpoint $(ARGS)
 
 test-device: .venv  ## the path that a GPU takes, on a simulated device; needs a C++ compiler
-	$(PYTEST) tests/device $(ARGS)
+	@$(COMPILED) $(PYTEST) tests/device $(ARGS)
+
+test-late: .venv  ## orders, edits and uneven batches of the spec, with verdicts read late, as on a GPU
+	$(PYTEST) -m "not slow and not gpu" $(LATE) $(ARGS)
 
 test-gpu: .venv  ## the tests that need an accelerator
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+HAS_TORCH := $(PYTHON) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
+
+# For a machine with a GPU and no package index: its own Python runs this if it has torch, and takes from wheels/ what
+# else is missing. SIMCUDA=1 runs it on a simulated device.
+gpu-first:  ## the first 9 minutes on a machine with one GPU; report in runs/gpu-first
+	@$(HAS_TORCH) || $(MAKE) --no-print-directory .venv
+	@if $(HAS_TORCH); then python=$(PYTHON); else python=$(BIN)/python; fi; $$python benchmarks/gpu_first.py $(ARGS)
+
+gpu-wheels:  ## what gpu-first needs beside torch, as wheels for Python 3.12 on Linux, in wheels/
+	rm -rf wheels
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --only-binary=:all: --dest wheels -c constraints.txt \
+		--implementation cp --python-version 3.12 \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+		pydantic safetensors tqdm zlib-ng pytest pytest-timeout hypothesis
 
 bench: .venv-bench/.installed  ## speed and memory beside DeepSpeed, FSDP2, DDP and the limit, about 25 minutes
 	.venv-bench/bin/python benchmarks/bench.py $(ARGS)

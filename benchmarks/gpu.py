@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py                # a GPT of 1.0B parameters in bf16; results in runs/gpu
     python benchmarks/gpu.py --device cpu   # the same paths on a tiny GPT, to test them where there is no GPU
+    python benchmarks/gpu.py --size tiny    # the tiny GPT on the GPU
 
 Every part runs in a process of its own, and the engines take turns: A B C A B C. Ratios are taken within a round.
 
@@ -11,7 +12,7 @@ Every part runs in a process of its own, and the engines take turns: A B C A B C
 * update: what ``engine.step()`` takes, as bytes per second, beside a measured copy of a large buffer. An AdamW step
   with fp32 masters moves at least 28 bytes per parameter: the gradient in bf16, master and both moments in and out,
   the weight in bf16 out.
-* checks: a step that waits for the GPU raises in CUDA's sync debug mode; kernels and copies by stream, from a profile.
+* checks: how often two steps wait for the GPU, by CUDA's sync debug mode; kernels and copies by stream, from a profile.
 * ranks: two ranks that share the GPU over gloo train as one process with both ranks' data does, at every stage.
 """
 
@@ -25,7 +26,9 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,31 +40,58 @@ ENGINES = ("compute", "fsdp2", "deepspeed-2", "deepspeed-3", "shardline-0", "sha
 BYTES_PER_PARAMETER = 28
 LIMIT = 150.0
 """Seconds that one part may take."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A GPT of ``depth`` blocks, ``micro`` sequences of ``time`` tokens, and how much is measured.
+
+    Attributes:
+        copy: bytes of the buffer whose copy is timed.
+        steps: of one turn of an engine.
+        shared: the model of two ranks that share the device, by its name in ``models.py``.
+    """
+
+    depth: int
+    width: int
+    vocabulary: int
+    time: int
+    micro: int
+    copy: int
+    steps: int
+    shared: str
+
+    def model(self) -> Any:
+        from models import gpt
+
+        return gpt(self.depth, self.width, self.vocabulary, self.time, self.micro, turn=1)
+
+
 SIZES = {
-    "cuda": {"depth": 24, "width": 1792, "vocabulary": 32768, "time": 1024, "micro": 8, "copy": 1 << 30, "steps": 8},
-    "cpu": {"depth": 2, "width": 64, "vocabulary": 256, "time": 16, "micro": 2, "copy": 1 << 22, "steps": 2},
+    "large": Size(24, 1792, 32768, 1024, micro=8, copy=1 << 30, steps=8, shared="gpt"),
+    "tiny": Size(2, 64, 256, 16, micro=2, copy=1 << 22, steps=2, shared="tiny"),
 }
 
 
-def part_train(device: str, engine: str) -> dict[str, Any]:
+def part_train(device: str, size: Size, engine: str) -> dict[str, Any]:
     """One turn of an engine on one rank."""
     import torch
     from loops import ENGINES as MAKERS
     from loops import Work
 
     _world(device)
-    spec, size = _model(device), SIZES[device]
+    spec = size.model()
     with torch.device(device):
         model = spec.fresh()
     batches = spec.data(0, torch.bfloat16, device)
     parameters = sum(param.numel() for param in model.parameters())
     per_token = operations_per_token(model, size)
-    step = MAKERS[engine].make(model, Work(torch.bfloat16, micro=size["micro"]))
+    step = MAKERS[engine].make(model, Work(torch.bfloat16, micro=size.micro))
     for batch in batches[:3]:
         step([batch])
     memory = _Memory(device)
     seconds = []
-    for number in range(size["steps"]):
+    for number in range(size.steps):
         _wait(device)
         began = time.perf_counter()
         loss = step([batches[number % len(batches)]])
@@ -78,23 +108,22 @@ def part_train(device: str, engine: str) -> dict[str, Any]:
     }
 
 
-def operations_per_token(model: Any, size: dict[str, int]) -> int:
+def operations_per_token(model: Any, size: Size) -> int:
     """Floating-point operations of forward and backward, without the tables that are looked up."""
     looked_up = model.tokens.weight.numel() + model.positions.weight.numel()
     weights = sum(param.numel() for param in model.parameters()) - looked_up
-    return 6 * weights + 12 * size["depth"] * size["width"] * size["time"]
+    return 6 * weights + 12 * size.depth * size.width * size.time
 
 
-def part_copy(device: str) -> dict[str, Any]:
+def part_copy(device: str, size: Size) -> dict[str, Any]:
     """The copy bandwidth: bytes read and written per second."""
     import torch
 
-    size = SIZES[device]["copy"]
-    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return {"bytes/s": 2 * size / _timed(device, lambda: target.copy_(source), 10)}
+    source, target = (torch.ones(size.copy, dtype=torch.uint8, device=device) for _ in range(2))
+    return {"bytes/s": 2 * size.copy / _timed(device, lambda: target.copy_(source), 10)}
 
 
-def part_update(device: str, stage: str) -> dict[str, Any]:
+def part_update(device: str, size: Size, stage: str) -> dict[str, Any]:
     """``engine.step()`` alone, after a backward each time."""
     import torch
     from loops import Work, config
@@ -102,11 +131,11 @@ def part_update(device: str, stage: str) -> dict[str, Any]:
     import shardline
 
     _world(device)
-    spec, size = _model(device), SIZES[device]
+    spec = size.model()
     with torch.device(device):
         model = spec.fresh()
     parameters = sum(param.numel() for param in model.parameters())
-    engine = shardline.initialize(model=model, config=config(Work(torch.bfloat16, micro=size["micro"]), int(stage)))[0]
+    engine = shardline.initialize(model=model, config=config(Work(torch.bfloat16, micro=size.micro), int(stage)))[0]
     seconds = []
     for batch in (*spec.data(0, torch.bfloat16, device)[:5],):
         engine.backward(engine(*batch))
@@ -115,34 +144,32 @@ def part_update(device: str, stage: str) -> dict[str, Any]:
     return {"seconds": taken, "bytes/s": BYTES_PER_PARAMETER * parameters / taken}
 
 
-def part_checks(device: str, stage: str) -> dict[str, Any]:
-    """Two steps that may not wait for the device, and one under the profiler."""
+def part_checks(device: str, size: Size, stage: str) -> dict[str, Any]:
+    """How often two steps wait for the device, and a step under the profiler."""
     import torch
     from loops import ENGINES as MAKERS
     from loops import Work
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import ProfilerActivity, profile, supported_activities
 
     _world(device)
-    spec = _model(device)
+    spec = size.model()
     with torch.device(device):
         model = spec.fresh()
     batches = spec.data(0, torch.bfloat16, device)
-    step = MAKERS[f"shardline-{stage}"].make(model, Work(torch.bfloat16, micro=SIZES[device]["micro"]))
+    step = MAKERS[f"shardline-{stage}"].make(model, Work(torch.bfloat16, micro=size.micro))
     for batch in batches[:3]:
         step([batch])
-    waits = "none"
-    if device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
         step([batches[3]])
         step([batches[4]])
-    except RuntimeError as error:
-        waits = str(error).splitlines()[0]
-    finally:
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    with profile(activities=activities) as profiler:
+    waits = sum("synchronizing" in str(warning.message) for warning in said)
+    # torch's CPU build, which a simulated device runs on, records no CUDA
+    with profile(activities={ProfilerActivity.CPU, ProfilerActivity.CUDA} & supported_activities()) as profiler:
         step([batches[5]])
         _wait(device)
     streams: dict[str, float] = {}
@@ -153,7 +180,7 @@ def part_checks(device: str, stage: str) -> dict[str, Any]:
     return {"waits": waits, "busy ms by stream": streams, "events": len(profiler.events() or [])}
 
 
-def part_rank(device: str, stage: str) -> dict[str, Any]:
+def part_rank(device: str, size: Size, stage: str) -> dict[str, Any]:
     """One of two ranks on the same device over gloo; rank 0 also trains alone on both ranks' data."""
     import torch
     import torch.distributed as dist
@@ -162,7 +189,7 @@ def part_rank(device: str, stage: str) -> dict[str, Any]:
     from models import MODELS
 
     _world(device, backend="gloo")
-    rank, spec = dist.get_rank(), MODELS["gpt" if device == "cuda" else "tiny"]
+    rank, spec = dist.get_rank(), MODELS[size.shared]
     data = [spec.data(number, torch.float32, device) for number in range(2)]
     with torch.device(device):
         model, twin = spec.fresh(), spec.fresh()
@@ -178,21 +205,16 @@ def part_rank(device: str, stage: str) -> dict[str, Any]:
     return {"largest difference of the loss": worst}
 
 
-def _model(device: str) -> Any:
-    from models import gpt
-
-    size = SIZES[device]
-    return gpt(size["depth"], size["width"], size["vocabulary"], size["time"], size["micro"], turn=1)
-
-
 def _world(device: str, backend: str | None = None) -> None:
     import torch
     import torch.distributed as dist
 
+    from shardline.runtime.topology import default_backend
+
     if device == "cuda":
         torch.cuda.set_device(0)
     torch.set_num_threads(1 if device == "cpu" else torch.get_num_threads())
-    dist.init_process_group(backend or ("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"))
+    dist.init_process_group(backend or default_backend())
 
 
 def _wait(device: str) -> None:
@@ -229,17 +251,18 @@ class _Memory:
 PARTS = {"train": part_train, "copy": part_copy, "update": part_update, "checks": part_checks, "rank": part_rank}
 
 
-def run(device: str, part: str, *arguments: str, world: int = 1) -> dict[str, Any]:
+def run(device: str, size: str, part: str, *arguments: str, world: int = 1) -> dict[str, Any]:
     """A part in a process of its own, or in ``world`` of them; rank 0's answer, or what went wrong."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, __file__, "--device", device, "--part", part, *arguments]
+    command = [sys.executable, __file__, "--device", device, "--size", size, "--part", part, *arguments]
+    places = [*filter(None, [os.environ.get("PYTHONPATH")]), *PLACES]
     processes = []
     for rank in range(world):
         launcher = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
         environment = os.environ | {key: str(value) for key, value in launcher.items()}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": os.pathsep.join(PLACES), "OMP_NUM_THREADS": "1"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {}
         pipe = subprocess.PIPE
         processes.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
@@ -271,14 +294,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", choices=SIZES, help="large on a GPU, tiny on CPU")
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu")
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    size = args.size or ("large" if args.device == "cuda" else "tiny")
     if args.part:
-        print("RESULT " + json.dumps(PARTS[args.part[0]](args.device, *args.part[1:])), flush=True)
+        print("RESULT " + json.dumps(PARTS[args.part[0]](args.device, SIZES[size], *args.part[1:])), flush=True)
         return 0
 
     began = time.monotonic()
@@ -293,19 +318,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (args.out / "results.json").write_text(json.dumps(result, indent=1))
         return answer
 
-    copy = note("copy", run(args.device, "copy"))
+    copy = note("copy", run(args.device, size, "copy"))
     turns: dict[str, list[dict[str, Any]]] = {}
     for number in range(args.rounds):
         for engine in filter(installed, args.engines.split(",")):
-            answer = note(f"train {engine} {number}", run(args.device, "train", engine))
+            answer = note(f"train {engine} {number}", run(args.device, size, "train", engine))
             turns.setdefault(engine, []).append(answer)
     for stage in ("0", "3"):
-        update = note(f"update stage {stage}", run(args.device, "update", stage))
+        update = note(f"update stage {stage}", run(args.device, size, "update", stage))
         if "error" not in update and "error" not in copy:
             update["of copy"] = update["bytes/s"] / copy["bytes/s"]
-        note(f"checks stage {stage}", run(args.device, "checks", stage))
+        note(f"checks stage {stage}", run(args.device, size, "checks", stage))
     for stage in ("0", "1", "2", "3"):
-        note(f"two ranks stage {stage}", run(args.device, "rank", stage, world=2))
+        note(f"two ranks stage {stage}", run(args.device, size, "rank", stage, world=2))
     text = table(result, turns, copy)
     print(text)
     (args.out / "results.md").write_text(text)

@@ -90,7 +90,7 @@ struct World {
   std::vector<Pending> pending;
   std::vector<std::string> races, syncs;
   std::unordered_map<std::string, int64_t> ops;
-  int sync_mode = 0;  // 0: count, 2: raise
+  int sync_mode = 0;  // 0: count, 1: warn too, 2: raise
   int64_t next_stream = 1;
   c10::CachingDeviceAllocator::DeviceStats stats[kDevices];
 };
@@ -210,6 +210,7 @@ void sync(const std::string& what) {
   auto& w = world();
   if (w.syncs.size() < 10000) w.syncs.push_back(what);
   TORCH_CHECK(w.sync_mode != 2, "called a synchronizing CUDA operation (", what, ")");
+  if (w.sync_mode == 1) TORCH_WARN("called a synchronizing CUDA operation (", what, ")");
 }
 
 // -- memory -----------------------------------------------------------------------------------------------------------

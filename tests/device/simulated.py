@@ -109,7 +109,7 @@ def _install() -> ModuleType:
     cuda.max_memory_allocated = torch.accelerator.memory.max_memory_allocated
     cuda.memory_allocated = torch.accelerator.memory.memory_allocated
     cuda.reset_peak_memory_stats = torch.accelerator.memory.reset_peak_memory_stats
-    cuda.set_sync_debug_mode = lambda mode: found.set_sync_mode({"default": 0, "warn": 0, "error": 2}.get(mode, mode))
+    cuda.set_sync_debug_mode = lambda mode: found.set_sync_mode({"default": 0, "warn": 1, "error": 2}.get(mode, mode))
 
     def make_group(store: Any, rank: int, size: int, timeout: Any) -> Any:
         gloo = dist.ProcessGroupGloo(dist.PrefixStore("simulated", store), rank, size, timeout)
