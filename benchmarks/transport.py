@@ -51,9 +51,9 @@ def cases_of(comm: Comm, size: int, dtype: torch.dtype) -> dict[str, Callable[[]
     pool, world = Pool(CPU, comm.settle), comm.world_size
     shard = size // dtype.itemsize // world
     boundaries = [shard * rank for rank in range(world + 1)]
-    own, gradients = pool.take(shard, dtype).zero_(), pool.take(shard * world, dtype).zero_()
+    own, gradients = pool.borrow(shard, dtype).zero_(), pool.borrow(shard * world, dtype).zero_()
     out, row = torch.empty(shard), torch.zeros(8, dtype=torch.float64)
-    whole = pool.take(shard * world, dtype)
+    whole = pool.borrow(shard * world, dtype)
     return {
         "gather": lambda: comm.gather(0, whole, boundaries, own=own).wait(),
         "reduce": lambda: comm.reduce(0, gradients, boundaries, out, add=False, scratch=pool).wait(),

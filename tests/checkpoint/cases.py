@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import shardline
-from shardline.sharding.fragments import flat, local_fragments
+from shardline.sharding.buffer import flat
+from shardline.sharding.fragments import local_fragments
 from tests.harness import Setup
 
 WIDTH = 24

@@ -333,7 +333,7 @@ def pool_lends_again():
     """Rank 0 is through with a reduction whose buffer rank 1 has not read; then it takes a buffer again."""
     comm = Comm(dist.group.WORLD, CPU)
     pool, out = Pool(CPU, comm.settle), torch.zeros(LARGE)
-    source = pool.take(2 * LARGE, torch.float32).fill_(comm.rank + 1.0)
+    source = pool.borrow(2 * LARGE, torch.float32).fill_(comm.rank + 1.0)
     address = source.data_ptr()
     if not comm.rank:
         time.sleep(0.2)  # so that rank 1 finds nothing to do when it starts
@@ -342,9 +342,9 @@ def pool_lends_again():
         time.sleep(0.4)
     work.wait()
     del work
-    pool.give(source)
+    pool.give_back(source)
     del source
-    again = pool.take(2 * LARGE, torch.float32).fill_(-1.0)
+    again = pool.borrow(2 * LARGE, torch.float32).fill_(-1.0)
     same = again.data_ptr() == address
     dist.barrier()
     comm.close()

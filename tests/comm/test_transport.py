@@ -28,11 +28,11 @@ class Scratch:
     def __init__(self):
         self.out = []
 
-    def take(self, numel, dtype):
+    def borrow(self, numel, dtype):
         self.out.append(torch.full((numel,), 7.0).to(dtype))
         return self.out[-1]
 
-    def give(self, buffer):
+    def give_back(self, buffer):
         self.out = [other for other in self.out if other is not buffer]
 
 

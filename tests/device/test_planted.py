@@ -57,7 +57,7 @@ def sum_before_arrival(patch: pytest.MonkeyPatch) -> None:
     def reduce(
         self: transport.NcclTransport, buffer: Any, boundaries: Any, out: Any, *, add: bool, scratch: Any
     ) -> transport.Work:
-        target = scratch.take(out.numel(), buffer.dtype)
+        target = scratch.borrow(out.numel(), buffer.dtype)
         handle = transport._reduce_scatter(target, buffer, self.group)
         transport.add_in_order([target], out, add=add)
         return transport.Work([handle], hold=(buffer, target))
@@ -79,19 +79,19 @@ def count_on_the_host(patch: pytest.MonkeyPatch) -> None:
 
 def buffer_given_back_too_soon(patch: pytest.MonkeyPatch) -> None:
     """Memory goes back to the allocator while an all-gather still writes it."""
-    gather = unit.Unit.gather
+    gather = unit.Unit.unshard
 
     def gather_and_forget(self: unit.Unit) -> None:
         gather(self)
-        for work in self._works:
+        for work in self._gathers:
             work._hold = None
             for handle in work._handles:
                 KEPT.append(handle)
         for bucket in self.buckets:
-            if bucket.gathered is not None and self._works:
-                bucket.gathered = torch.empty_like(bucket.gathered)
+            if bucket.weights.full is not None and self._gathers:
+                bucket.weights.full = torch.empty_like(bucket.weights.full)
 
-    patch.setattr(unit.Unit, "gather", gather_and_forget)
+    patch.setattr(unit.Unit, "unshard", gather_and_forget)
 
 
 PLANTED = [

@@ -202,9 +202,9 @@ def _traffic(config, batches):
         engine.backward(mse(engine, engine.module, micro[engine.global_rank]))
         engine.step()
     units = engine._layout.units
-    elements = sum(bucket.stop - bucket.start for unit in units for bucket in unit.trainable)
+    elements = sum(bucket.shard.stop - bucket.shard.start for unit in units for bucket in unit.trainable)
     where = {
-        (bucket.master.data_ptr() != bucket.weights.data_ptr(), bucket.grad is None)
+        (bucket.weights.master.data_ptr() != bucket.weights.resting.data_ptr(), bucket.grads.reduced is None)
         for unit in units
         for bucket in unit.buckets
     }
@@ -295,7 +295,7 @@ def _on_a_cpu():
     try:
         engine = start(Mlp, offloaded(Setup().config(1)))
         beside = all(
-            bucket.master.data_ptr() == bucket.weights.data_ptr()
+            bucket.weights.master.data_ptr() == bucket.weights.resting.data_ptr()
             for unit in engine._layout.units
             for bucket in unit.buckets
         )
@@ -327,9 +327,9 @@ def _on_a_device(config, batches):
     buckets = [bucket for unit in engine._layout.units for bucket in unit.buckets]
     states = [value for state in engine.optimizer.state.values() for value in state.values()]
     found = {
-        "weights": {bucket.weights.device.type for bucket in buckets},
-        "masters": {bucket.master.device.type for bucket in buckets},
-        "pinned": {bucket.master.is_pinned() for bucket in buckets},
+        "weights": {bucket.weights.resting.device.type for bucket in buckets},
+        "masters": {bucket.weights.master.device.type for bucket in buckets},
+        "pinned": {bucket.weights.master.is_pinned() for bucket in buckets},
         "states": {value.device.type for value in states if isinstance(value, torch.Tensor)},
         "state": engine.full_state_dict(),
         "losses": losses,

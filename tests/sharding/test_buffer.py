@@ -66,28 +66,28 @@ def test_memory_goes_with_the_last_view() -> None:
 
 def test_what_is_given_back_is_lent_again() -> None:
     pool = Pool(CPU)
-    buffer = pool.take(LARGE, torch.float32)
+    buffer = pool.borrow(LARGE, torch.float32)
     address = buffer.data_ptr()
-    pool.give(buffer)
+    pool.give_back(buffer)
     del buffer
-    again = pool.take(2 * LARGE - 64, torch.bfloat16)  # another dtype, nearly the same bytes
+    again = pool.borrow(2 * LARGE - 64, torch.bfloat16)  # another dtype, nearly the same bytes
     assert again.data_ptr() == address and again.shape == (2 * LARGE - 64,) and again.dtype is torch.bfloat16
-    assert pool.take(LARGE, torch.float32).data_ptr() != address
+    assert pool.borrow(LARGE, torch.float32).data_ptr() != address
 
 
 @pytest.mark.parametrize("keep", ["the buffer", "a view", "autograd"])
 def test_what_somebody_holds_is_not_lent(keep: str) -> None:
     pool = Pool(CPU)
-    buffer = pool.take(LARGE, torch.float32).fill_(1.0)
+    buffer = pool.borrow(LARGE, torch.float32).fill_(1.0)
     address = buffer.data_ptr()
     if keep == "autograd":
         weight = torch.ones(LARGE, requires_grad=True)
         held = (weight * buffer).sum()  # saves the buffer
     else:
         held = buffer if keep == "the buffer" else buffer[64:128].view(8, 8)
-    pool.give(buffer)
+    pool.give_back(buffer)
     del buffer
-    other = pool.take(LARGE, torch.float32).fill_(2.0)
+    other = pool.borrow(LARGE, torch.float32).fill_(2.0)
     assert other.data_ptr() != address
     if keep == "autograd":
         held.backward()
@@ -104,24 +104,24 @@ def test_what_somebody_holds_is_not_lent(keep: str) -> None:
 def test_the_best_fitting_piece_is_lent_and_none_that_is_much_too_large() -> None:
     pool = Pool(CPU)
     sizes = (LARGE, 9 * LARGE // 8, 4 * LARGE)
-    buffers = {size: pool.take(size, torch.float32) for size in sizes}
+    buffers = {size: pool.borrow(size, torch.float32) for size in sizes}
     places = {size: buffer.data_ptr() for size, buffer in buffers.items()}
     for size in sizes:
-        pool.give(buffers.pop(size))
-    got = pool.take(LARGE + 64, torch.float32)
+        pool.give_back(buffers.pop(size))
+    got = pool.borrow(LARGE + 64, torch.float32)
     assert got.data_ptr() == places[9 * LARGE // 8]
-    small = pool.take(LARGE, torch.float32)
+    small = pool.borrow(LARGE, torch.float32)
     assert small.data_ptr() == places[LARGE]
-    assert pool.take(LARGE, torch.float32).data_ptr() != places[4 * LARGE]
+    assert pool.borrow(LARGE, torch.float32).data_ptr() != places[4 * LARGE]
 
 
 def test_two_buffers_in_use_never_overlap() -> None:
     pool, lent = Pool(CPU), []
     for turn in range(200):
         if turn % 3 == 2:
-            pool.give(lent.pop(turn % len(lent)))
+            pool.give_back(lent.pop(turn % len(lent)))
         else:
-            lent.append(pool.take(LARGE + 64 * (turn % 7), torch.float32))
+            lent.append(pool.borrow(LARGE + 64 * (turn % 7), torch.float32))
         spans = sorted((b.data_ptr(), b.data_ptr() + b.numel() * 4) for b in lent)
         assert all(stop <= start for (_, stop), (start, _) in pairwise(spans))
 
@@ -129,19 +129,19 @@ def test_two_buffers_in_use_never_overlap() -> None:
 def test_buffers_are_no_inference_tensors_and_may_be_empty() -> None:
     pool = Pool(CPU)
     with torch.inference_mode():
-        first = pool.take(LARGE, torch.float32)
-        pool.give(first)
+        first = pool.borrow(LARGE, torch.float32)
+        pool.give_back(first)
         del first
-        second = pool.take(LARGE, torch.float32)
+        second = pool.borrow(LARGE, torch.float32)
     assert not second.is_inference()
     second.requires_grad_(True)
-    assert pool.take(0, torch.float32).shape == (0,)
+    assert pool.borrow(0, torch.float32).shape == (0,)
 
 
 def test_clear_lets_go() -> None:
     pool = Pool(CPU)
-    buffer = pool.take(LARGE, torch.float32)
-    pool.give(buffer)
+    buffer = pool.borrow(LARGE, torch.float32)
+    pool.give_back(buffer)
     pool.clear()
     assert not pool._free
 

@@ -111,8 +111,8 @@ def test_gradients_from_before_are_gone() -> None:
 def test_small_units_rest_whole_at_stage_3() -> None:
     block = sum(p.numel() for p in Mlp().blocks[0].parameters())
     layout, *_ = build(Mlp(), 3, stage3_param_persistence_threshold=block)
-    assert [unit.row.number for unit in layout.units] == [3, 3, 3, 3, 2]
-    assert [unit.row.number for unit in build(Mlp(), 1, stage3_param_persistence_threshold=block)[0].units] == [1] * 5
+    assert [unit.stage.number for unit in layout.units] == [3, 3, 3, 3, 2]
+    assert [unit.stage.number for unit in build(Mlp(), 1, stage3_param_persistence_threshold=block)[0].units] == [1] * 5
 
 
 def test_whole_runs_have_the_shapes_of_parameters() -> None:

@@ -8,8 +8,8 @@ from torch import nn
 
 from shardline.errors import OptimizerError
 from shardline.plan import Fragment, Run
+from shardline.sharding.bucket import RunTensors
 from shardline.sharding.fragments import ParamState, local_fragments, put_states, take_states, whole_weights
-from shardline.sharding.unit import RunTensors
 from tests.harness import Setup, seeded, start
 from tests.models import Mlp, Odd, TinyGpt, cross_entropy, mse, odd_loss, regression, tokens
 

@@ -76,7 +76,7 @@ class Wire:
 class FakeUnit:
     """A unit of one rank. Its gradients are numbers: what was summed over all ranks is in ``total``."""
 
-    local, sharded, pinned = False, True, False
+    is_local, sharded, pinned = False, True, False
     on_convert: Any = None
 
     def __init__(self, rank: int, index: int, wire: Wire, numel: int, arrived: bool) -> None:
@@ -88,38 +88,38 @@ class FakeUnit:
         self.works: list[int] = []
         self.reductions: list[int] = []
 
-    def gather(self) -> None:
+    def unshard(self) -> None:
         if self.residence is Residence.SHARDED:
             self.works.append(self.wire.post("gather", self.rank, self.index))
             self.residence = Residence.GATHERING
 
-    def wait(self) -> None:
-        self.gather()
+    def wait_for_unshard(self) -> None:
+        self.unshard()
         while self.works:
             self.wire.wait("gather", self.works.pop())
         self.residence = Residence.GATHERED
 
-    def join(self) -> None:
+    def join_unshard(self) -> None:
         self.wire.wait("gather", self.wire.post("gather", self.rank, self.index))
 
-    def release(self) -> None:
+    def reshard(self) -> None:
         if not self.holds and self.residence is not Residence.SHARDED:
             while self.works:
                 self.wire.wait("gather", self.works.pop())
             self.residence = Residence.SHARDED
 
-    def hide(self) -> None:
+    def seal_keeping_buffer(self) -> None:
         if not self.holds and self.residence is Residence.GATHERED:
-            self.residence = Residence.GATHERING
+            self.residence = Residence.GATHERED_SEALED
 
-    def has_grad(self) -> bool:
+    def has_uncollected(self) -> bool:
         return self.grad > 0
 
-    def fold(self, factor: float) -> None:
+    def accumulate(self, factor: float) -> None:
         self.partial, self.grad = self.partial + self.grad, 0
 
-    def reduce(self, factor: float) -> None:
-        self.fold(factor)
+    def reduce_scatter(self, factor: float) -> None:
+        self.accumulate(factor)
         self.reductions.append(self.wire.post("reduce", self.rank, self.index, self.partial))
         self.partial = 0
 
@@ -127,7 +127,7 @@ class FakeUnit:
         with self.wire.changed:
             return self.arrived or all(self.wire.over("reduce", number) for number in self.reductions)
 
-    def finish_reduce(self) -> None:
+    def wait_for_reduce(self) -> None:
         while self.reductions:
             self.total += sum(self.wire.wait("reduce", self.reductions.pop(0)))
 
@@ -264,7 +264,7 @@ def run(paths: Paths, way: Way, ranks: int) -> list[Rank]:
     for index in range(len(way.sizes)):
         count = Counter(index for step in paths for each in step[:-1] for path in each for index in path)[index]
         for rank in world:
-            rank.units[index].finish_reduce()
+            rank.units[index].wait_for_reduce()
             assert rank.units[index].total == count, f"unit {index} on rank {rank.rank}"
     return world
 

@@ -25,44 +25,44 @@ class FakeUnit:
         root = f"b{index}"
         self.plan = SimpleNamespace(roots=(root,), users=(root, *users), numel=100)
 
-    def gather(self) -> None:
+    def unshard(self) -> None:
         if self.residence is Residence.SHARDED:
             self.log.append(f"gather {self.index}")
             self.residence = Residence.GATHERING
 
-    def wait(self) -> None:
-        self.gather()
+    def wait_for_unshard(self) -> None:
+        self.unshard()
         self.residence = Residence.GATHERED
 
-    def join(self) -> None:
+    def join_unshard(self) -> None:
         self.log.append(f"join {self.index}")
 
-    def release(self) -> None:
+    def reshard(self) -> None:
         if self.sharded and not self.holds and self.residence is not Residence.SHARDED:
             self.log.append(f"release {self.index}")
             self.residence = Residence.SHARDED
 
-    def hide(self) -> None:
+    def seal_keeping_buffer(self) -> None:
         if self.residence is Residence.GATHERED:
-            self.residence = Residence.GATHERING
+            self.residence = Residence.GATHERED_SEALED
 
-    def reduce(self, factor: float) -> None:
+    def reduce_scatter(self, factor: float) -> None:
         self.log.append(f"reduce {self.index}")
         self.grads = False
 
-    def fold(self, factor: float) -> None:
+    def accumulate(self, factor: float) -> None:
         self.log.append(f"fold {self.index}")
         self.grads = False
 
-    local = False
+    is_local = False
 
     def has_reduced(self) -> bool:
         return True
 
-    def finish_reduce(self) -> None:
+    def wait_for_reduce(self) -> None:
         self.log.append(f"finish {self.index}")
 
-    def has_grad(self) -> bool:
+    def has_uncollected(self) -> bool:
         return self.grads
 
 
@@ -151,7 +151,7 @@ def test_a_unit_is_gathered_at_its_use_and_released_after_it() -> None:
     drive = Drive(3)
     drive.forward(0, 1, 2)
     assert drive.take() == ["gather 0", "release 0", "gather 1", "release 1", "gather 2"]
-    assert drive.units[2].residence is Residence.GATHERING
+    assert drive.units[2].residence is Residence.GATHERED_SEALED
     drive.backward(2, 1, 0)
     assert drive.take("gather", "release") == ["release 2", "gather 1", "release 1", "gather 0", "release 0"]
 
@@ -361,7 +361,7 @@ def test_a_touch_gathers_inside_a_forward_only() -> None:
     assert drive.take("gather") == ["gather 1"]
     drive.schedule.end_forward()
     assert not drive.schedule.touch(drive.units[0])
-    assert [unit.residence for unit in drive.units] == [Residence.SHARDED, Residence.GATHERING]
+    assert [unit.residence for unit in drive.units] == [Residence.SHARDED, Residence.GATHERED_SEALED]
 
 
 def test_a_forward_within_a_forward_is_one_forward() -> None:

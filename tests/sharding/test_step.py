@@ -135,8 +135,8 @@ def make(make_optimizer, compute=torch.float32, model_dtype=torch.float32, mixed
     unit.allocate()
     for bucket in unit.buckets:
         for entry in bucket.plan.entries:
-            bucket.store(entry, plain.get_parameter(entry.param.name).detach())
-    unit.settle()
+            bucket.weights.store(entry, plain.get_parameter(entry.param.name).detach())
+    unit.finish_load()
     runs = [run for bucket in unit.buckets for run in bucket.runs()]
     optimizer = make_optimizer([run.param for run in runs])
     prepare(optimizer)
@@ -148,7 +148,7 @@ def give_gradients(model, unit, times: float = 1.0) -> dict[str, torch.Tensor]:
              model.named_parameters()}  # fmt: skip
     for name, p in model.named_parameters():
         p.grad = (grads[name] * times).to(p.dtype)
-    unit.reduce(1.0)
+    unit.reduce_scatter(1.0)
     return grads
 
 
@@ -263,7 +263,7 @@ def test_low_precision_weights_follow_their_masters() -> None:
     unit.adopt()
     for _ in range(16):  # each step is lost in bf16 next to 1; sixteen of them are not
         model.weight.grad = torch.ones_like(model.weight)
-        unit.reduce(1.0)
+        unit.reduce_scatter(1.0)
         judged = verdict((1, 1, 0, 0, 0, 1))
         update.apply(judged, judged.read(), 0.0, None)
         unit.drop_grads()

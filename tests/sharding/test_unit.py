@@ -45,8 +45,8 @@ def make(stage=3, precision=None, comm=None, model=None):
     unit.allocate()
     for bucket in unit.buckets:
         for entry in bucket.plan.entries:
-            bucket.store(entry, before[entry.param.name])
-    unit.settle()
+            bucket.weights.store(entry, before[entry.param.name])
+    unit.finish_load()
     return unit, model, before
 
 
@@ -66,9 +66,12 @@ def test_alone_the_parameters_are_views_of_the_masters(stage) -> None:
     unit, model, before = make(stage)
     (bucket,) = unit.trainable
     assert same(values(model), before) and unit.residence is Residence.GATHERED and not unit.sharded
-    assert bucket.master is bucket.weights is bucket.gathered or bucket.master.data_ptr() == bucket.weights.data_ptr()
+    assert (
+        bucket.weights.master is bucket.weights.resting is bucket.weights.full
+        or bucket.weights.master.data_ptr() == bucket.weights.resting.data_ptr()
+    )
     model.matrix.data.fill_(3.0)
-    assert bool((bucket.master[bucket.plan.entries[0].offset :][:99] == 3.0).all())
+    assert bool((bucket.weights.master[bucket.plan.entries[0].offset :][:99] == 3.0).all())
     assert model.columns.stride() == (1, 5)
     assert not unit.comm.counts
 
@@ -77,10 +80,10 @@ def test_alone_the_parameters_are_views_of_the_masters(stage) -> None:
 def test_masters_keep_what_low_precision_loses(compute) -> None:
     unit, model, before = make(1, Precision(compute=compute))
     (bucket,) = unit.trainable
-    assert model.matrix.dtype is compute and bucket.master.dtype is FP32
+    assert model.matrix.dtype is compute and bucket.weights.master.dtype is FP32
     entry = bucket.plan.entries[0]
-    assert torch.equal(bucket.master[entry.offset : entry.stop], before["matrix"].flatten())
-    bucket.master.mul_(2.0)
+    assert torch.equal(bucket.weights.master[entry.offset : entry.stop], before["matrix"].flatten())
+    bucket.weights.master.mul_(2.0)
     unit.refresh()
     assert torch.equal(model.matrix, (before["matrix"] * 2).to(compute))
 
@@ -88,10 +91,10 @@ def test_masters_keep_what_low_precision_loses(compute) -> None:
 def test_frozen_parameters_have_no_masters_and_no_gradients() -> None:
     unit, model, _ = make(1, Precision(compute=BF16))
     frozen = next(bucket for bucket in unit.buckets if not bucket.plan.trainable)
-    assert frozen.master is None and list(frozen.runs()) == [] and frozen not in unit.trainable
+    assert frozen.weights.master is None and list(frozen.runs()) == [] and frozen not in unit.trainable
     set_grad(model.matrix, torch.ones(9, 11, dtype=BF16))
-    unit.fold(1.0)
-    assert frozen.grad is None and frozen.partial is None
+    unit.accumulate(1.0)
+    assert frozen.grads.reduced is None and frozen.grads.partial is None
 
 
 def test_gradients_are_collected_added_and_dropped() -> None:
@@ -100,50 +103,59 @@ def test_gradients_are_collected_added_and_dropped() -> None:
     for turn in (1.0, 2.0):
         set_grad(model.matrix, torch.full((9, 11), turn))
         set_grad(model.columns, torch.arange(35.0).reshape(5, 7))  # in another order than the weight
-        unit.reduce(0.5)
+        unit.reduce_scatter(0.5)
         assert left_grad(model.matrix) is None
-    places = {entry.param.name: bucket.grad[entry.offset : entry.stop] for entry in bucket.plan.entries}
+    places = {entry.param.name: bucket.grads.reduced[entry.offset : entry.stop] for entry in bucket.plan.entries}
     assert bool((places["matrix"] == 1.5).all()) and bool((places["scalar"] == 0).all())
     assert torch.equal(places["columns"].as_strided((5, 7), (1, 5)), torch.arange(35.0).reshape(5, 7))
-    assert float(bucket.grad.sum()) == float(places["matrix"].sum() + places["columns"].sum()), "padding stays zero"
+    assert float(bucket.grads.reduced.sum()) == float(places["matrix"].sum() + places["columns"].sum()), (
+        "padding stays zero"
+    )
     unit.drop_grads()
     set_grad(model.scalar, torch.tensor(4.0))
-    unit.reduce(1.0)
-    assert float(bucket.grad.sum()) == 4.0, "nothing of the window before"
+    unit.reduce_scatter(1.0)
+    assert float(bucket.grads.reduced.sum()) == 4.0, "nothing of the window before"
 
 
 def test_sparse_and_low_precision_gradients() -> None:
     model = nn.Embedding(6, 4, sparse=True)
     unit, model, _ = make(2, Precision(compute=BF16), model=model)
     model(torch.tensor([1, 1, 4])).float().sum().backward()
-    unit.fold(1.0)
+    unit.accumulate(1.0)
     (bucket,) = unit.trainable
-    assert bucket.grad.dtype is FP32 and bucket.grad[:24].view(6, 4).sum(1).tolist() == [0, 8, 0, 0, 4, 0]
+    assert bucket.grads.reduced.dtype is FP32 and bucket.grads.reduced[:24].view(6, 4).sum(1).tolist() == [
+        0,
+        8,
+        0,
+        0,
+        4,
+        0,
+    ]
 
 
 def test_runs_are_views_of_master_and_gradient() -> None:
     unit, _, _ = make(1, Precision(compute=BF16))
     (bucket,) = unit.trainable
     (run,) = bucket.runs()
-    assert bucket.run_grad(run.run) is None
-    unit.fold(1.0)
+    assert bucket.grads.of_run(run.run) is None
+    unit.accumulate(1.0)
     run.param.fill_(1.0)
-    bucket.run_grad(run.run).fill_(2.0)
-    assert bool((bucket.master == 1).all()) and bool((bucket.grad == 2).all())
+    bucket.grads.of_run(run.run).fill_(2.0)
+    assert bool((bucket.weights.master == 1).all()) and bool((bucket.grads.reduced == 2).all())
     assert [piece.name for piece in run.fragments] == ["matrix", "scalar", "columns"]
 
 
 def test_edits_at_rest_are_adopted() -> None:
     unit, model, _ = make(1, Precision(compute=BF16))
     (bucket,) = unit.trainable
-    kept = bucket.master.clone()
+    kept = bucket.weights.master.clone()
     with torch.no_grad():
         model.scalar.fill_(8.0)
     assert unit.edited() == ["scalar"]
     unit.adopt()
     entry = bucket.plan.entries[1]
-    assert float(bucket.master[entry.offset]) == 8.0 and unit.edited() == []
-    rest = torch.cat([bucket.master[: entry.offset], bucket.master[entry.stop :]])
+    assert float(bucket.weights.master[entry.offset]) == 8.0 and unit.edited() == []
+    rest = torch.cat([bucket.weights.master[: entry.offset], bucket.weights.master[entry.stop :]])
     assert torch.equal(rest, torch.cat([kept[: entry.offset], kept[entry.stop :]])), "the others keep their fp32 bits"
 
 
@@ -177,19 +189,19 @@ def test_data_edits_are_adopted_as_long_as_somebody_holds_it(stage) -> None:
     unit, model, _ = make(stage, Precision(compute=BF16))
     (bucket,) = unit.trainable
     low, high = bucket.plan.entries[2].offset, bucket.plan.entries[2].stop
-    kept, version = bucket.master.clone(), model.columns._version
+    kept, version = bucket.weights.master.clone(), model.columns._version
     held = model.columns.data[1:]  # a view of what .data gave: it is enough to write
     unit.adopt()
-    assert torch.equal(bucket.master, kept), "nothing was written"
+    assert torch.equal(bucket.weights.master, kept), "nothing was written"
     for value in (2.0, 3.0):
         held.fill_(value)
         unit.adopt()
-        shown = bucket.master[low:high].as_strided((5, 7), (1, 5))
+        shown = bucket.weights.master[low:high].as_strided((5, 7), (1, 5))
         assert bool((shown[1:] == value).all()) and torch.equal(shown[0], kept[low:high].as_strided((5, 7), (1, 5))[0])
-    assert torch.equal(bucket.master[:low], kept[:low]) and model.columns._version == version
+    assert torch.equal(bucket.weights.master[:low], kept[:low]) and model.columns._version == version
     del held
     unit.adopt()
-    assert not bucket.changed(), "nobody can write to it any more: it is not looked at again"
+    assert not bucket.edits.changed(), "nobody can write to it any more: it is not looked at again"
 
 
 @pytest.mark.parametrize("change", [lambda p: p.t_(), lambda p: p.unsqueeze_(0), lambda p: p.set_(torch.ones(9, 11))])
@@ -210,14 +222,14 @@ def test_assigned_data_is_copied_in() -> None:
     unit.adopt()
     assert model.columns.data_ptr() == memory and model.columns.stride() == (1, 5)
     entry = bucket.plan.entries[2]
-    assert bucket.master[entry.offset : entry.stop].tolist() == list(range(35))
+    assert bucket.weights.master[entry.offset : entry.stop].tolist() == list(range(35))
 
 
 def test_masters_come_back_with_the_weights() -> None:
     """Swapped out, taken over (a save does that), and swapped in again, before training goes on."""
     unit, model, _ = make(1, Precision(compute=BF16))
     (bucket,) = unit.trainable
-    masters, stored = bucket.master.clone(), values(model)
+    masters, stored = bucket.weights.master.clone(), values(model)
 
     def put(weights):
         for name, p in model.named_parameters():
@@ -226,22 +238,22 @@ def test_masters_come_back_with_the_weights() -> None:
 
     zeros = {name: torch.zeros_like(value) for name, value in stored.items()}
     put(zeros)
-    assert not bucket.master.any()
+    assert not bucket.weights.master.any()
     put({**stored, "scalar": torch.tensor(4.0)})
     entry = bucket.plan.entries[1]
     expected = masters.clone()
     expected[entry.offset] = 4.0
-    assert torch.equal(bucket.master, expected)
+    assert torch.equal(bucket.weights.master, expected)
     put(zeros)
-    unit.forget_before()  # training goes on from zeros
+    unit.forget_before_edit()  # training goes on from zeros
     put(stored)
-    assert torch.equal(bucket.master, masters.to(BF16).float()), "nothing but the rounded weights is left"
+    assert torch.equal(bucket.weights.master, masters.to(BF16).float()), "nothing but the rounded weights is left"
 
 
 def test_letting_go_gives_ordinary_parameters() -> None:
     unit, model, before = make(2)
-    memory = unit.buckets[0].weights
-    unit.let_go()
+    memory = unit.buckets[0].weights.resting
+    unit.detach_params()
     assert same(values(model), before) and type(model.matrix) is nn.Parameter
     memory.fill_(9.0)
     assert same(values(model), before)
@@ -264,22 +276,22 @@ def test_alone_a_large_gradient_is_taken_as_it_is(monkeypatch) -> None:
     places = {name: grad.data_ptr() for name, grad in made.items() if name != "scalar"}
     expected = {name: grad.clone() for name, grad in made.items()}
     del made, p
-    unit.fold(0.5)
+    unit.accumulate(0.5)
     for bucket in unit.trainable:
         for entry in bucket.plan.entries:
             name = entry.param.name
-            assert torch.equal(view(bucket.grad, entry), expected[name] * 0.5)
-            assert name == "scalar" or bucket.grad.data_ptr() == places[name]
+            assert torch.equal(view(bucket.grads.reduced, entry), expected[name] * 0.5)
+            assert name == "scalar" or bucket.grads.reduced.data_ptr() == places[name]
     unit.drop_grads()
 
     both = torch.randn(9, 11)
     for _ in range(2):  # the second is added to the first
         set_grad(model.matrix, both[:])
         set_grad(model.columns, both.view(-1)[:35].as_strided((5, 7), (1, 5)))
-        unit.fold(0.25)
+        unit.accumulate(0.25)
     (matrix, columns) = (bucket for bucket in unit.trainable if bucket.plan.entries[0].param.name != "scalar")
-    assert torch.equal(matrix.grad, both.view(-1) * 0.5)
-    assert torch.equal(columns.grad, both.view(-1)[:35] * 0.5)
+    assert torch.equal(matrix.grads.reduced, both.view(-1) * 0.5)
+    assert torch.equal(columns.grads.reduced, both.view(-1)[:35] * 0.5)
 
 
 # --- several ranks ----------------------------------------------------------------------------------------------------
@@ -290,37 +302,37 @@ def life(stage, compute):
     unit, model, before = make(stage, Precision(compute=compute))
     rank, world = unit.comm.rank, unit.comm.world_size
     (bucket,) = unit.trainable
-    seen = {"sharded": unit.sharded, "resting": bucket.weights.numel(), "sealed": is_sealed(model.matrix)}
-    seen["master"] = bucket.master.numel()
-    unit.wait()
+    seen = {"sharded": unit.sharded, "resting": bucket.weights.resting.numel(), "sealed": is_sealed(model.matrix)}
+    seen["master"] = bucket.weights.master.numel()
+    unit.wait_for_unshard()
     seen["gathered"] = same(values(model), before, compute)
     seen["residence"] = [unit.residence.value]
-    unit.release()
+    unit.reshard()
     seen["residence"].append(unit.residence.value)
     if not unit.sharded:
-        unit.settle_versions()
+        unit.note_versions()
     else:
-        unit.wait()
+        unit.wait_for_unshard()
     set_grad(model.matrix, torch.full((9, 11), rank + 1.0, dtype=compute))
     if rank == 0:
         set_grad(model.columns, torch.ones(5, 7, dtype=compute))
-    unit.reduce(0.5)
-    unit.finish_reduce()
-    for work in unit.share_grads():
+    unit.reduce_scatter(0.5)
+    unit.wait_for_reduce()
+    for work in unit.gather_grads():
         work.wait()
-    low, high = bucket.state_range
-    grad = bucket.grad if high - low == bucket.plan.size else bucket.own(bucket.grad)
+    low, high = bucket.shard.states
+    grad = bucket.grads.reduced if high - low == bucket.plan.size else bucket.shard.own(bucket.grads.reduced)
     expected = torch.zeros(bucket.plan.size)
     for entry in bucket.plan.entries:
         total = {"matrix": world * (world + 1) / 4, "columns": 0.5, "scalar": 0.0}[entry.param.name]
         expected[entry.offset : entry.stop] = total
     seen["reduced"] = torch.equal(grad, expected[low:high])
-    generation = bucket.generation
-    bucket.master.add_(grad)
+    generation = bucket.weights.generation
+    bucket.weights.master.add_(grad)
     for work in unit.refresh():
         work.wait()
-    seen["generation"] = bucket.generation - generation
-    unit.wait()
+    seen["generation"] = bucket.weights.generation - generation
+    unit.wait_for_unshard()
     totals = {"matrix": world * (world + 1) / 4, "columns": 0.5, "scalar": 0.0, "frozen": 0.0}
     seen["updated"] = same(values(model), {name: value + totals[name] for name, value in before.items()}, compute)
     seen["size"] = bucket.plan.size
@@ -349,19 +361,19 @@ def accumulate(reduce_dtype):
     rank = unit.comm.rank
     if rank == 0:
         set_grad(model.scalar, torch.tensor(1.0, dtype=BF16))
-    unit.fold(1.0)
+    unit.accumulate(1.0)
     waits = [unit.has_partial()]
     set_grad(model.scalar, torch.tensor(2.0**-9, dtype=BF16))  # lost if it were added to 1 in bf16
-    unit.reduce(1.0)
-    unit.finish_reduce()
+    unit.reduce_scatter(1.0)
+    unit.wait_for_reduce()
     set_grad(model.scalar, torch.tensor(4.0, dtype=BF16))
-    unit.reduce(1.0)
-    unit.finish_reduce()
+    unit.reduce_scatter(1.0)
+    unit.wait_for_reduce()
     waits.append(unit.has_partial())
     (bucket,) = unit.trainable
     entry = bucket.plan.entries[1]
-    mine = bucket.start <= entry.offset < bucket.stop
-    found = float(bucket.grad[entry.offset - bucket.start]) if mine else None
+    mine = bucket.shard.start <= entry.offset < bucket.shard.stop
+    found = float(bucket.grads.reduced[entry.offset - bucket.shard.start]) if mine else None
     unit.comm.close()
     return found, waits
 
@@ -385,27 +397,31 @@ def edits():
         model.matrix.add_(1.0)
     except SealedError as error:
         said.append(str(error))
-    unit.wait()
+    unit.wait_for_unshard()
     unit.holds += 1
     with torch.no_grad():
         model.scalar.fill_(2.0 + rank)
     unit.write_back()
     unit.holds -= 1
-    unit.release()
-    unit.wait()
+    unit.reshard()
+    unit.wait_for_unshard()
     scalar = float(model.scalar)
-    generations = [bucket.generation for bucket in unit.buckets]
+    generations = [bucket.weights.generation for bucket in unit.buckets]
     versions = model.frozen._version
     with torch.no_grad():
         model.frozen.fill_(5.0)
-    unit.release()
+    unit.reshard()
     # What was saved of this parameter is stale by its version, and what was saved of others is not.
-    raised = model.frozen._version - versions, [bucket.generation for bucket in unit.buckets] == generations
-    unit.wait()
+    raised = model.frozen._version - versions, [bucket.weights.generation for bucket in unit.buckets] == generations
+    unit.wait_for_unshard()
     frozen = model.frozen.detach().clone()
     (bucket,) = unit.trainable
     entry = bucket.plan.entries[1]
-    masters = [float(bucket.master[entry.offset - bucket.start])] if bucket.start <= entry.offset < bucket.stop else []
+    masters = (
+        [float(bucket.weights.master[entry.offset - bucket.shard.start])]
+        if bucket.shard.start <= entry.offset < bucket.shard.stop
+        else []
+    )
     rest = torch.equal(model.matrix.float(), before["matrix"].to(BF16).float())
     unit.comm.close()
     return said, scalar, raised, frozen, masters, rest
@@ -422,13 +438,13 @@ def test_edits_of_gathered_weights(ranks) -> None:
 def edits_by_data():
     """The same by ``.data``, which no version tells: on this rank's shard, and the names of what was changed."""
     unit, model, before = make(3, Precision(compute=BF16))
-    unit.wait()
+    unit.wait_for_unshard()
     named = [unit.edited()]
     model.frozen.data.fill_(5.0)
     model.scalar.data  # noqa: B018 - read, not written
     named.append(unit.edited())
-    unit.release()
-    unit.wait()
+    unit.reshard()
+    unit.wait_for_unshard()
     named.append(unit.edited())
     right = bool((model.frozen == 5).all()) and same({"matrix": model.matrix}, {"matrix": before["matrix"]}, BF16)
     unit.comm.close()
@@ -445,13 +461,13 @@ def test_edits_of_gathered_weights_by_data(ranks) -> None:
 def early_release():
     """A gather that is under way is let go without an answer; the next one is right."""
     unit, model, before = make(3)
-    unit.gather()
+    unit.unshard()
     states = [unit.residence.value]
-    unit.release()
+    unit.reshard()
     states.append(unit.residence.value)
     unit.holds += 1
-    unit.wait()
-    unit.release()  # in use: stays
+    unit.wait_for_unshard()
+    unit.reshard()  # in use: stays
     states.append(unit.residence.value)
     right = same(values(model), before)
     counts = unit.comm.counts["gather", 0]
@@ -467,7 +483,7 @@ def test_residence_moves_through_its_states(ranks) -> None:
 
 def let_go():
     unit, model, before = make(3)
-    unit.let_go()
+    unit.detach_params()
     unit.comm.close()
     return same(values(model), before), [type(p).__name__ for p in model.parameters()], model.columns.stride()
 

@@ -86,9 +86,9 @@ class Transport(Protocol):
 class Scratch(Protocol):
     """Where transports borrow temporary flat buffers."""
 
-    def take(self, numel: int, dtype: torch.dtype) -> Tensor: ...
+    def borrow(self, numel: int, dtype: torch.dtype) -> Tensor: ...
 
-    def give(self, buffer: Tensor) -> None: ...
+    def give_back(self, buffer: Tensor) -> None: ...
 
 
 BLOCK = 1 << 17
@@ -142,7 +142,7 @@ class ExchangeTransport:
     def reduce(self, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch) -> Work:
         # gloo's reduce-scatter is an all-reduce and a slice (2 to 3 times the time); summing here also rounds once.
         mine = boundaries[self.rank + 1] - boundaries[self.rank]
-        received = scratch.take(mine * self.size, buffer.dtype)
+        received = scratch.borrow(mine * self.size, buffer.dtype)
         sizes = [boundaries[rank + 1] - boundaries[rank] for rank in range(self.size)]
         handle = dist.all_to_all_single(
             received, buffer[: boundaries[-1]], [mine] * self.size, sizes, group=self.group, async_op=True
@@ -150,7 +150,7 @@ class ExchangeTransport:
 
         def add_up() -> None:
             add_in_order(received.view(self.size, mine).unbind(), out, add=add)
-            scratch.give(received)
+            scratch.give_back(received)
 
         return Work([handle], add_up, hold=(buffer, received))
 
@@ -171,13 +171,13 @@ class NcclTransport(ExchangeTransport):
         if not _equal(boundaries):
             return super().reduce(buffer, boundaries, out, add=add, scratch=scratch)
         direct = out.dtype == buffer.dtype and not add
-        target = out if direct else scratch.take(out.numel(), buffer.dtype)
+        target = out if direct else scratch.borrow(out.numel(), buffer.dtype)
         handle = _reduce_scatter(target, buffer, self.group)
 
         def store() -> None:
             if not direct:
                 add_in_order([target], out, add=add)
-                scratch.give(target)
+                scratch.give_back(target)
 
         return Work([handle], store, hold=(buffer, target), arrived=_the_stream_waits)
 
@@ -213,10 +213,10 @@ class HostStagedTransport:
 
 
 class _HostScratch:
-    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
+    def borrow(self, numel: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(numel, dtype=dtype)
 
-    def give(self, buffer: Tensor) -> None:
+    def give_back(self, buffer: Tensor) -> None:
         pass
 
 

@@ -252,7 +252,7 @@ class Engine(nn.Module):
             self._check_held()
             if torch.is_grad_enabled():
                 for unit in self._layout.units:
-                    unit.forget_before()
+                    unit.forget_before_edit()
             if self.optimizer is not None and self._trained != self._requires_grad():
                 self._regroup()
         return self._hooks
@@ -412,7 +412,7 @@ class Engine(nn.Module):
     @outside_modes
     def _collect_unseen(self) -> bool:
         """Collect gradients that nothing announced: of a backward through ``model.encode()``, or written by hand."""
-        if self._boundary is None or not any(unit.has_grad() for unit in self._layout.units):
+        if self._boundary is None or not any(unit.has_uncollected() for unit in self._layout.units):
             return False
         self._start_backward(factor=self._foreign_factor())
         self._end_backward()
@@ -530,11 +530,11 @@ class Engine(nn.Module):
     def _note_new_weights(self) -> None:
         torch.autograd.graph.increment_version(self._trainable)
         for unit in self._layout.units:
-            unit.settle_versions()
+            unit.note_versions()
             for bucket in unit.buckets:
-                if bucket.standing is not None:
+                if (standing := bucket.edits.standing) is not None:
                     self._tell_once(
-                        f"frozen parameter {bucket.standing!r} is edited again and again, and most of its elements "
+                        f"frozen parameter {standing!r} is edited again and again, and most of its elements "
                         f"stay what they were: {bucket.plan.dtype} rounds away what a moving average adds to them. "
                         f"Keep its modules in fp32 (data_types.module_dtypes).",
                         key="standing",
@@ -1069,8 +1069,8 @@ class Engine(nn.Module):
         while self._undo:
             self._undo.pop()()
         for unit in self._layout.units:
-            unit.wait()
-            unit.let_go()
+            unit.wait_for_unshard()
+            unit.detach_params()
         self._destroyed = True
         _ENGINES.pop(id(self), None)
         self.comm.close()

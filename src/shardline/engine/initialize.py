@@ -267,7 +267,7 @@ def _advice(engine: Engine, topology: Topology) -> str | None:
     if topology.world_size == topology.local_world_size or engine.comm.world_size == 1 or engine.optimizer is None:
         return None
     larger = any(
-        bucket.row.states is Placement.REPLICATED and bucket.grad_dtype.itemsize > bucket.plan.dtype.itemsize
+        bucket.shard.stage.states is Placement.REPLICATED and bucket.grads.dtype.itemsize > bucket.plan.dtype.itemsize
         for unit in engine._layout.units
         for bucket in unit.trainable
     )

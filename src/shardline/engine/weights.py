@@ -82,7 +82,7 @@ def gathered(units: Sequence[Unit], hooks: Hooks, *, write: bool) -> Iterator[No
 def _show(units: Sequence[Unit]) -> None:
     for unit in units:
         unit.adopt()
-        unit.wait()
+        unit.wait_for_unshard()
         unit.holds += 1
 
 
@@ -105,7 +105,7 @@ def _take(units: Sequence[Unit], *, write: bool) -> None:
 def _let_go(units: Sequence[Unit]) -> None:
     for unit in units:
         unit.holds -= 1
-        unit.release()
+        unit.reshard()
 
 
 def units_of(layout: Layout, params: Iterable[nn.Parameter | str] | nn.Module | None) -> list[Unit]:

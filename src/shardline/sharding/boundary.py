@@ -196,7 +196,7 @@ class Boundary:
         if host is not None:
             self._refuse(judged, host, "this step")
             self.scaler.update(overflow=host.skipped)
-        for work in [work for unit in self.units for work in unit.share_grads()]:
+        for work in [work for unit in self.units for work in unit.gather_grads()]:
             work.wait()
         self.update.apply(verdict, host, self._clip, before, after)
         self._first, self._last = False, judged
@@ -210,7 +210,7 @@ class Boundary:
         """One small collective: what the ranks' gradients, weights and doings say together."""
         self.schedule.finish_reductions()
         for unit in self.units:
-            unit.arrive()
+            unit.wait_for_host()
         log = self.comm.take_log()
         row = Row(
             squares=self.update.squares(),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shardline.plan import Entry
 
-__all__ = ["Pool", "empty", "has_memory_alone", "view"]
+__all__ = ["Pool", "empty", "flat", "has_memory_alone", "view"]
 
 _SMALL = 1 << 16
 """Bytes below which a buffer is not worth keeping: malloc serves these from memory that is already mapped."""
@@ -85,7 +85,7 @@ class Pool:
         self._free: list[torch.UntypedStorage] = []
         self._labels: dict[int, Any] = {}
 
-    def take(self, numel: int, dtype: torch.dtype, *, lasting: bool = False) -> Tensor:
+    def borrow(self, numel: int, dtype: torch.dtype, *, lasting: bool = False) -> Tensor:
         """A buffer of ``numel`` elements with arbitrary contents.
 
         With ``lasting`` it gets a piece of its own size: others of its kind will live beside it, so that what it left
@@ -118,7 +118,7 @@ class Pool:
         self._free = [memory for memory in self._free if not any(memory is other for other in fits)]
         return None
 
-    def give(self, buffer: Tensor) -> None:
+    def give_back(self, buffer: Tensor) -> None:
         """Take a lent buffer back. The caller must not use it any more."""
         memory = buffer.untyped_storage()
         self._labels.pop(memory._cdata, None)
@@ -149,6 +149,11 @@ def has_memory_alone(tensor: Tensor) -> bool:
     return int(torch._C._storage_Use_Count(memory._cdata)) == 2
 
 
-def view(flat: Tensor, entry: Entry) -> Tensor:
-    """The range of ``flat`` (1-D) that belongs to ``entry``, in the parameter's own shape and strides."""
-    return flat.as_strided(entry.param.shape, entry.param.stride, flat.storage_offset() + entry.offset)
+def flat(tensor: Tensor) -> Tensor:
+    """The elements of a dense ``tensor`` in storage order, as a 1-D view."""
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def view(buffer: Tensor, entry: Entry) -> Tensor:
+    """The range of ``buffer`` (1-D) that belongs to ``entry``, in the parameter's own shape and strides."""
+    return buffer.as_strided(entry.param.shape, entry.param.stride, buffer.storage_offset() + entry.offset)

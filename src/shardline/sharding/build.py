@@ -19,12 +19,13 @@ from shardline.optim import kind, prepare, replace_params
 from shardline.plan import Entry, ModuleSpec, ParamSpec, Plan, make_plan
 from shardline.plan.describe import chosen_units, describe_modules, describe_params, first_names
 from shardline.plan.placement import STAGES, Stage
+from shardline.sharding.bucket import Bucket, RunTensors
 from shardline.sharding.buffer import Pool, view
-from shardline.sharding.fragments import ParamState, put_states, take_states, whole_bucket, whole_weights
+from shardline.sharding.fragments import ParamState, put_states, take_states, whole_weights
 from shardline.sharding.gradient import drop_grads
 from shardline.sharding.host import HostMemory
 from shardline.sharding.precision import Precision
-from shardline.sharding.unit import Bucket, RunTensors, Unit
+from shardline.sharding.unit import Unit
 
 __all__ = [
     "Fill",
@@ -219,7 +220,7 @@ def load_model(
         value = layout.params[name].detach()
         comm.broadcast([value])
         comm.settle()  # all have read what was sent, so it is not kept beside the next
-        bucket.store(entry, value)
+        bucket.weights.store(entry, value)
         if held and held[0][0] is bucket:
             view(held[0][1], entry).copy_(value)
 
@@ -227,7 +228,7 @@ def load_model(
         unit, bucket, entry = layout.where(name)
         if not held or held[0][0] is not bucket:
             held.clear()
-            held.append((bucket, whole_bucket(unit, bucket)))
+            held.append((bucket, bucket.weights.gather_authoritative(unit.index)))
         return view(held[0][1], entry)
 
     before = DONE  # rank 0 packs the next bucket while the others still copy this one
@@ -240,7 +241,7 @@ def load_model(
                     if not param.is_meta:
                         store(entry.param.name)
                 continue
-            work = bucket.load()
+            work = bucket.weights.load(bucket.params)
             if fill is None:
                 for entry in bucket.plan.entries:
                     unit.rest(bucket, entry)
@@ -254,7 +255,7 @@ def load_model(
             unit, bucket, entry = layout.where(name)
             unit.rest(bucket, entry)
     for unit in layout.units:
-        unit.settle()
+        unit.finish_load()
     layout.pool.clear()
     _move_buffers(model, precision, comm)
 
@@ -377,8 +378,8 @@ def regroup(
         unit.allocate()
         for bucket in unit.buckets:
             for entry in bucket.plan.entries:
-                bucket.store(entry, weights.pop(entry.param.name))
-        unit.settle()
+                bucket.weights.store(entry, weights.pop(entry.param.name))
+        unit.finish_load()
     new_runs = made.runs
     for index, group in enumerate(optimizer.param_groups):
         group["params"] = [run.param for run in new_runs if run.run.group == index]

@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 from shardline.errors import OptimizerError
 from shardline.optim import placed
 from shardline.plan import Entry
-from shardline.plan.placement import Placement
-from shardline.sharding.buffer import view
-from shardline.sharding.unit import Bucket, RunTensors, Unit
+from shardline.sharding.bucket import RunTensors
+from shardline.sharding.buffer import flat, view
+from shardline.sharding.unit import Unit
 
 __all__ = [
     "ParamState",
@@ -28,7 +28,6 @@ __all__ = [
     "local_fragments",
     "put_states",
     "take_states",
-    "whole_bucket",
     "whole_weights",
 ]
 
@@ -66,12 +65,8 @@ class ParamState:
         return int(self.scalars.get("step", 0))
 
 
-def flat(tensor: Tensor) -> Tensor:
-    """The elements of a dense ``tensor`` in storage order, as a 1-D view."""
-    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-
-
-def _is_per_element(value: Any, param: Tensor) -> bool:
+def is_per_element(value: Any, param: Tensor) -> bool:
+    """Whether ``value``, of the state of ``param``, has an element for each of the parameter's."""
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape == param.shape
 
 
@@ -81,7 +76,7 @@ def local_fragments(runs: Iterable[RunTensors], optimizer: Optimizer) -> Iterato
         weight = flat(run.param)
         grad = None if run.param.grad is None else flat(run.param.grad)
         state = {
-            key: flat(value) if _is_per_element(value, run.param) else value
+            key: flat(value) if is_per_element(value, run.param) else value
             for key, value in optimizer.state.get(run.param, {}).items()
         }
         for piece in run.fragments:
@@ -100,27 +95,10 @@ def local_fragments(runs: Iterable[RunTensors], optimizer: Optimizer) -> Iterato
             )
 
 
-def _whole(unit: Unit, bucket: Bucket, part: Tensor, placement: Placement) -> Tensor:
-    """``part``, a buffer of ``bucket`` in ``placement``, whole on every rank, where it is. Collective where sharded."""
-    if placement is Placement.REPLICATED or unit.comm.world_size == 1:
-        return part
-    whole = torch.empty(bucket.plan.size, dtype=part.dtype, device=unit.comm.device)
-    bucket.own(whole).copy_(part)
-    unit.comm.gather(unit.index, whole, bucket.plan.boundaries).wait()
-    return whole.to(part.device)
-
-
-def whole_bucket(unit: Unit, bucket: Bucket) -> Tensor:
-    """``bucket`` whole, from the masters where there are any: those themselves where they are whole. Collective."""
-    if bucket.master is not None:
-        return _whole(unit, bucket, bucket.master, unit.row.states)
-    return _whole(unit, bucket, bucket.weights, unit.row.weights)
-
-
 def whole_weights(unit: Unit) -> Iterator[tuple[Entry, Tensor]]:
     """Every parameter of ``unit`` whole and in its own shape, from the masters where there are any. Collective."""
     for bucket in unit.buckets:
-        whole = whole_bucket(unit, bucket)
+        whole = bucket.weights.gather_authoritative(unit.index)
         for entry in bucket.plan.entries:
             yield entry, view(whole, entry)
 
@@ -132,14 +110,14 @@ def take_states(unit: Unit, runs: Sequence[RunTensors], optimizer: Optimizer) ->
     """
     found: dict[str, ParamState] = {}
     for bucket in unit.trainable:
-        low, high = bucket.state_range
-        mine = [run for run in runs if bucket.master is not None and _lies_in(run.param, bucket.master)]
+        low, high = bucket.shard.states
+        mine = [run for run in runs if bucket.weights.master is not None and _lies_in(run.param, bucket.weights.master)]
         # By parameter: an optimizer may keep other tensors for one than for another in the same bucket.
         keys = {
             piece.name: [
                 (key, str(value.dtype))
                 for key, value in optimizer.state.get(run.param, {}).items()
-                if _is_per_element(value, run.param)
+                if is_per_element(value, run.param)
             ]
             for run in mine
             for piece in run.fragments
@@ -148,14 +126,14 @@ def take_states(unit: Unit, runs: Sequence[RunTensors], optimizer: Optimizer) ->
             piece.name: {
                 key: value.clone() if isinstance(value, Tensor) else value
                 for key, value in optimizer.state.get(run.param, {}).items()
-                if not _is_per_element(value, run.param)
+                if not is_per_element(value, run.param)
             }
             for run in mine
             for piece in run.fragments
         }
         for run in mine:
             for key, value in optimizer.state.get(run.param, {}).items():
-                if isinstance(value, Tensor) and value.numel() > 1 and not _is_per_element(value, run.param):
+                if isinstance(value, Tensor) and value.numel() > 1 and not is_per_element(value, run.param):
                     raise OptimizerError(
                         f"the state {key!r} of {type(optimizer).__name__} has another shape than its parameter, so it "
                         f"cannot move to another layout. With this optimizer, choose what is trained before initialize."
@@ -174,7 +152,7 @@ def take_states(unit: Unit, runs: Sequence[RunTensors], optimizer: Optimizer) ->
                 value = optimizer.state.get(run.param, {}).get(key)
                 if value is not None:
                     part[run.run.start - low : run.run.stop - low].copy_(flat(value))
-            whole = _whole(unit, bucket, part, unit.row.states)
+            whole = bucket.weights.gather(unit.index, part, unit.stage.states)
             for entry in bucket.plan.entries:
                 if (key, dtype) in held.get(entry.param.name, ()):
                     found[entry.param.name].tensors[key] = whole[entry.offset : entry.stop].clone()

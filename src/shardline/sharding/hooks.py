@@ -26,9 +26,10 @@ from torch.autograd import Variable
 
 from shardline.plan.describe import is_below
 from shardline.runtime.modes import is_recorded, outside_modes
+from shardline.sharding.bucket import Bucket
 from shardline.sharding.containers import tensors_in
 from shardline.sharding.schedule import Schedule
-from shardline.sharding.unit import Bucket, Unit
+from shardline.sharding.unit import Unit
 
 __all__ = ["Compiled", "Hooks", "watch_outputs"]
 
@@ -316,7 +317,7 @@ class Hooks:
             if kind is not graph and graph is _Graph.INNER:
                 self._pin(unit, kind)
         for unit, _ in pinned:
-            unit.release()
+            unit.reshard()
 
     # -- what autograd saves ----------------------------------------------------------------------------------------
 
@@ -349,15 +350,17 @@ class Hooks:
     @outside_modes
     def _look_up(self, saved: _Place) -> Tensor:
         unit, bucket = saved.unit, saved.bucket
-        if saved.generation != bucket.generation or saved.version != saved.param._version:
+        if saved.generation != bucket.weights.generation or saved.version != saved.param._version:
             raise RuntimeError(
                 f"one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"parameter {saved.name!r} was changed (by step(), or in place) between this forward and its backward."
             )
         self.schedule.need(unit)
-        if bucket.gathered is None:
+        if bucket.weights.full is None:
             raise AssertionError(f"unit {unit.name} was needed and is not here")
-        return bucket.gathered.as_strided(saved.size, saved.stride, bucket.gathered.storage_offset() + saved.offset)
+        return bucket.weights.full.as_strided(
+            saved.size, saved.stride, bucket.weights.full.storage_offset() + saved.offset
+        )
 
     @outside_modes
     def _find(self, tensor: Tensor) -> _Place | None:
@@ -367,13 +370,13 @@ class Hooks:
         if holds is None:
             return None
         unit, bucket = holds
-        if bucket.gathered is None or tensor.dtype != bucket.plan.dtype:
+        if bucket.weights.full is None or tensor.dtype != bucket.plan.dtype:
             return None
-        offset = int(tensor.storage_offset()) - int(bucket.gathered.storage_offset())
+        offset = int(tensor.storage_offset()) - int(bucket.weights.full.storage_offset())
         index = bisect_right(bucket.plan.entries, offset, key=lambda entry: entry.offset) - 1
         param, entry = bucket.params[index], bucket.plan.entries[index]
         return _Place(
-            unit, bucket, bucket.generation, param, param._version, entry.param.name,
+            unit, bucket, bucket.weights.generation, param, param._version, entry.param.name,
             tensor.size(), tensor.stride(), offset,
         )  # fmt: skip
 

@@ -45,7 +45,7 @@ class Negotiation:
             again: whether it was used, and let go, in this forward before.
         """
         answers = self._round(unit.index + again * len(self._units), issued)
-        unit.wait()
+        unit.wait_for_unshard()
         return all(answer[0] == answers[0][0] for answer in answers)
 
     def reduced(self, number: int, issued: int) -> None:
@@ -82,9 +82,9 @@ class Negotiation:
             count = len(self._units)
             for index in dict.fromkeys(answer[0] % count for answer in answers if answer[0] >= 0):
                 if want >= 0 and index == want % count:
-                    self._units[index].gather()
+                    self._units[index].unshard()
                 else:
-                    self._units[index].join()
+                    self._units[index].join_unshard()
             self.repeated |= {answer[0] - count for answer in answers if answer[0] >= count}
         except BaseException:
             self._broken = True  # the others do not hear of it, so there is nobody to settle with

@@ -45,20 +45,20 @@ class Reductions:
             number, oldest = self._in_flight.popleft()
             if wait is not None:
                 wait(number, oldest)
-            oldest.finish_reduce()
-        unit.reduce(factor)
+            oldest.wait_for_reduce()
+        unit.reduce_scatter(factor)
         self._in_flight.append((self.issued, unit))
         self.issued += 1
 
     def let_go(self) -> None:
         """Give back what reductions that are over held, before the next gradients take memory."""
         while self._in_flight and self._in_flight[0][1].has_reduced():
-            self._in_flight.popleft()[1].finish_reduce()
+            self._in_flight.popleft()[1].wait_for_reduce()
 
     def finish(self) -> None:
         """Return when everything that was reduced has arrived."""
         while self._in_flight:
-            self._in_flight.popleft()[1].finish_reduce()
+            self._in_flight.popleft()[1].wait_for_reduce()
 
 
 class Pass:
@@ -73,12 +73,12 @@ class Pass:
 
     def bring(self, unit: Unit, *, again: bool = False) -> None:
         """Return when ``unit`` is here. ``again``: by a use of which a second one in the pass is to be remembered."""
-        unit.wait()
+        unit.wait_for_unshard()
 
     def let_go(self, unit: Unit) -> None:
         """A use of ``unit`` is over."""
         if unit.index not in self.stays:
-            unit.release()
+            unit.reshard()
 
     def advance(self, unit: Unit) -> None:
         """The gradients of ``unit`` are complete: issue what has waited for that."""
@@ -120,7 +120,7 @@ class Negotiated(Pass):
         if unit.residence is not Residence.SHARDED:  # also from before this pass
             if not known:
                 self.events.append(unit.index)
-            unit.wait()
+            unit.wait_for_unshard()
         else:
             self.events.append(unit.index)
             self._negotiation.want(unit, self.issued, again=again and known)
@@ -199,7 +199,7 @@ class Replayed(Pass):
         elif unit.residence is Residence.SHARDED:
             self._catch_up(unit)
         self.left = self.left or unit.index in self.order.idle
-        unit.wait()
+        unit.wait_for_unshard()
         self._run()
 
     def let_go(self, unit: Unit) -> None:
@@ -225,9 +225,9 @@ class Replayed(Pass):
                 self.left = self.left or event not in self.order.idle
                 unit = self._units[event]
                 if event in self.stays and unit.residence is Residence.SHARDED:
-                    unit.gather()
+                    unit.unshard()
                 else:
-                    unit.join()
+                    unit.join_unshard()
 
     def _run(self) -> None:
         """Issue what follows, as far as it waits for nothing: one gather ahead of its use."""
@@ -249,7 +249,7 @@ class Replayed(Pass):
             self._position += 1
             self._gathered.add(event)
             self._ahead = self._units[event]
-            self._ahead.gather()
+            self._ahead.unshard()
 
     def _catch_up(self, unit: Unit) -> None:
         """Issue all that comes before the gather of ``unit``, and that."""
@@ -273,7 +273,7 @@ class Replayed(Pass):
                 self._gathered.add(event)
                 if event in self._here:  # it was, and this rank has let it go
                     raise self._refusal(unit)
-                unit.gather()
+                unit.unshard()
 
     def _gather(self, index: int) -> None:
         """Take part in a gather that this rank does not need now."""
@@ -283,9 +283,9 @@ class Replayed(Pass):
             return
         self._gathered.add(index)
         if unit.residence is not Residence.SHARDED:
-            unit.join()
+            unit.join_unshard()
             return
-        unit.gather()
+        unit.unshard()
         self._keep(unit)
 
     def _reduce(self, index: int) -> None:
@@ -304,7 +304,7 @@ class Replayed(Pass):
         while sum(each.plan.numel for each in self._kept) > self._room:
             oldest = next(iter(self._kept))
             del self._kept[oldest]
-            oldest.release()
+            oldest.reshard()
 
     def _drop_ahead(self) -> None:
         """What was to be used next is not."""

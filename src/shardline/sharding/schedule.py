@@ -75,7 +75,7 @@ class Schedule:
     ) -> None:
         self.units = units
         self._negotiation = Negotiation(units, ask)
-        self._local = all(unit.local for unit in units)  # nothing is ever reduced
+        self._local = all(unit.is_local for unit in units)  # nothing is ever reduced
         self._prefetch, self._reshard, self._max_kept = prefetch, reshard_after_forward, max_kept
         self._on_host = on_host
         self._sharded = [unit.index for unit in units if unit.sharded]
@@ -142,7 +142,7 @@ class Schedule:
             self._let_go_but(self._resting)
             if self._reshard:
                 for index in self._resting:
-                    self.units[index].hide()
+                    self.units[index].seal_keeping_buffer()
 
     def use(self, unit: Unit) -> bool:
         """A module that uses ``unit`` begins its forward. Returns whether :meth:`done` must follow."""
@@ -169,7 +169,7 @@ class Schedule:
             self._forward.let_go(unit)
         else:
             self._resting.discard(unit.index)
-            unit.release()
+            unit.reshard()
 
     def touch(self, unit: Unit) -> bool:
         """A sealed parameter of ``unit`` is used outside of its module. Gathers if all ranks can be doing the same."""
@@ -190,7 +190,7 @@ class Schedule:
 
     def _end_conversions(self) -> None:
         while self._converted:
-            self._converted.pop().take_back()
+            self._converted.pop().restore_views()
 
     def _use(self, unit: Unit) -> None:
         if self._forward is not None:
@@ -211,7 +211,7 @@ class Schedule:
             else:
                 self._differed = True
         else:
-            unit.wait()
+            unit.wait_for_unshard()
 
     def release_all(self) -> None:
         """Let every unit go that is not in use."""
@@ -220,7 +220,7 @@ class Schedule:
     def _let_go_but(self, stays: Collection[int]) -> None:
         for index in self._sharded:
             if index not in stays:
-                self.units[index].release()
+                self.units[index].reshard()
 
     # -- agreement --------------------------------------------------------------------------------------------------
 
@@ -399,7 +399,7 @@ class Schedule:
             self._backward.advance(unit)
             return
         if unit.trainable:
-            unit.fold(self.factor)
+            unit.accumulate(self.factor)
         self._backward.let_go(unit)
 
     def _is_ready(self, index: int) -> bool:
@@ -414,11 +414,11 @@ class Schedule:
         self._backward.drain()
         for unit in self.units:
             if not self.reducing and unit.index not in self._ready:
-                unit.fold(self.factor)
-            elif unit.has_grad():
+                unit.accumulate(self.factor)
+            elif unit.has_uncollected():
                 if unit.index not in self._reductions.forced:
                     self.untrusted.add(unit.index)
-                unit.fold(self.factor)
+                unit.accumulate(self.factor)
         self._conclude(self._backward, _END_OF_BACKWARD)
         self.finish_reductions()
         self._leave_backward()
@@ -446,5 +446,5 @@ class Schedule:
     def reduce_now(self, units: Iterable[Unit]) -> None:
         """Reduce what ``units`` hold, outside of a backward; every rank gives the same units in the same order."""
         for unit in units:
-            unit.reduce(1.0)
-            unit.finish_reduce()
+            unit.reduce_scatter(1.0)
+            unit.wait_for_reduce()

@@ -14,8 +14,10 @@ from torch.optim import Optimizer
 from shardline.comm import Comm, Work
 from shardline.optim import takes_grad_scale
 from shardline.optim.clip import divisor, square_sum
+from shardline.sharding.bucket import RunTensors
+from shardline.sharding.buffer import flat
 from shardline.sharding.gradient import SealedGrad, gradient_error
-from shardline.sharding.unit import RunTensors, Unit
+from shardline.sharding.unit import Unit
 
 __all__ = ["Row", "Update", "Verdict"]
 
@@ -168,10 +170,11 @@ class HostVerdict:
 def _read(run: RunTensors, operation: str) -> Tensor:
     """The gradients of ``run`` between backward and step; raises where they are not whole."""
     name = f"the optimizer's {', '.join(repr(fragment.name) for fragment in run.fragments[:3])}"
-    if run.bucket.whole_grad(name, operation) is None:
+    if run.bucket.grads.full(name, operation) is None:
         return torch.zeros_like(run.param)
-    grad = run.bucket.run_grad(run.run)
-    if grad is None or run.bucket.grad_dtype != run.bucket.master_dtype:  # a copy: what is done to it would be lost
+    grad = run.bucket.grads.of_run(run.run)
+    is_copy = run.bucket.grads.dtype != run.bucket.weights.master_dtype  # what is done to it would be lost
+    if grad is None or is_copy:
         raise gradient_error(name, operation)
     return grad
 
@@ -193,7 +196,10 @@ class Update:
     def squares(self) -> Tensor:
         """Sum of squares of this rank's shard of the gradients, whatever part of them the stage keeps here."""
         shards = [
-            bucket.own(bucket.grad) for unit in self.units for bucket in unit.trainable if bucket.grad is not None
+            bucket.shard.own(bucket.grads.reduced)
+            for unit in self.units
+            for bucket in unit.trainable
+            if bucket.grads.reduced is not None
         ]  # replicated gradients count once: each rank its own shard of them
         return square_sum(shards, self.device)
 
@@ -206,7 +212,7 @@ class Update:
     def attach(self, runs: Sequence[RunTensors]) -> None:
         """Give the optimizer the gradients of ``runs``: views of the reduced ones, in the dtype of the masters."""
         for run in runs:
-            run.param.grad = run.bucket.run_grad(run.run)
+            run.param.grad = run.bucket.grads.of_run(run.run)
 
     def detach(self, runs: Sequence[RunTensors]) -> None:
         for run in runs:
@@ -273,7 +279,7 @@ class Update:
 
         An optimizer leaves out what has no gradient. Those that we know notice nothing else of being called often.
         """
-        up = any(unit.offload is not None for unit in self.units)
+        up = any(unit.host is not None for unit in self.units)
         if hooked or not up or not takes_grad_scale(self.optimizer) or self.optimizer._optimizer_step_post_hooks:
             return [(self.units, self.runs)]
         return self._by_unit
@@ -316,9 +322,8 @@ class Update:
         for run in self.runs:
             grad = run.param.grad
             if grad is not None:
-                first, last = max(run.run.start, run.low), min(run.run.stop, run.high)
-                flat = grad.as_strided((grad.numel(),), (1,))
-                own.append(flat[first - run.run.start : max(first, last) - run.run.start])
+                low, high = run.own_range()
+                own.append(flat(grad)[low - run.run.start : high - run.run.start])
         return own
 
     def _step(self, scale: Tensor, found_inf: Tensor, known: float | None) -> None:

@@ -6,7 +6,7 @@ Every element is written by one rank: the one in whose shard it lies, also where
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,9 @@ from shardline.checkpoint.format.manifest import key_of
 from shardline.checkpoint.format.tensorfile import CODES, _bytes
 from shardline.checkpoint.format.values import encode, name_of
 from shardline.errors import CheckpointError
-from shardline.plan import Fragment
-from shardline.sharding.fragments import flat
-from shardline.sharding.unit import RunTensors
+from shardline.sharding.bucket import RunTensors
+from shardline.sharding.buffer import flat
+from shardline.sharding.fragments import is_per_element
 
 __all__ = [
     "Captured",
@@ -78,11 +78,8 @@ def capture_tensors(found: Captured, parts: Parts, *, frozen: bool = True) -> No
         for bucket in unit.buckets:
             if not (bucket.plan.trainable or frozen):
                 continue
-            source, placement = (
-                (bucket.weights, bucket.row.weights) if bucket.master is None else (bucket.master, bucket.row.states)
-            )
-            low, _ = bucket._range(placement)
-            for piece in bucket.plan.fragments(bucket.start, bucket.stop):
+            source, low, _ = bucket.weights.authoritative()
+            for piece in bucket.plan.fragments(bucket.shard.start, bucket.shard.stop):
                 size = piece.stop - piece.start
                 tensor = source[piece.offset - low : piece.offset - low + size]
                 found.add_piece("weight", piece.name, piece.start, piece.stop, tensor)
@@ -103,7 +100,7 @@ def capture_tensors(found: Captured, parts: Parts, *, frozen: bool = True) -> No
 
 
 def _capture_state(found: Captured, run: RunTensors, state: Mapping[str, Any]) -> None:
-    cut = {key: flat(value) for key, value in state.items() if _is_cut(value, run.param)}
+    cut = {key: flat(value) for key, value in state.items() if is_per_element(value, run.param)}
     rest = {key: value for key, value in state.items() if key not in cut}
     if run.run.entry is None:
         wrong = [key for key, value in rest.items() if isinstance(value, Tensor) and value.dim() > 0]
@@ -113,26 +110,13 @@ def _capture_state(found: Captured, run: RunTensors, state: Mapping[str, Any]) -
                 f"elements it belongs to, nor a number, so it cannot be saved by ranges. Set shardline_kind = "
                 f'"per_parameter" on the optimizer\'s class, so that it sees whole parameters.'
             )
-    for piece in _own(run):
+    for piece in run.own_fragments():
         offset = piece.offset - run.run.start
         for key, value in cut.items():
             part = value[offset : offset + piece.stop - piece.start]
             found.add_piece(f"state.{key}", piece.name, piece.start, piece.stop, part)
         if piece.start == 0 and rest:
             found.add_rest(piece.name, rest)
-
-
-def _is_cut(value: Any, param: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == param.shape
-
-
-def _own(run: RunTensors) -> Iterator[Fragment]:
-    """The fragments of ``run`` that lie in this rank's shard."""
-    for piece in run.fragments:
-        low, high = max(piece.offset, run.low), min(piece.offset + piece.stop - piece.start, run.high)
-        if low < high:
-            shift = piece.start - piece.offset
-            yield Fragment(piece.name, low + shift, high + shift, low)
 
 
 def checksums(buffers: Mapping[str, Tensor]) -> dict[str, int]:

@@ -210,7 +210,7 @@ def export_model(
         aliases: dict[str, str] = {}
         for unit in parts.units:
             for bucket in unit.buckets:
-                stored = bucket.plan.dtype if bucket.master is None else bucket.master.dtype
+                stored = bucket.plan.dtype if bucket.weights.master is None else bucket.weights.master.dtype
                 for entry in bucket.plan.entries if bucket.plan.trainable or frozen else ():
                     items[entry.param.name] = Item(exported_dtype(stored, dtype), entry.param.shape)
                     first, *others = entry.param.aliases

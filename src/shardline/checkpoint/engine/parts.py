@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 
 from shardline.comm import Comm
 from shardline.plan import ParamSpec
+from shardline.sharding.bucket import RunTensors
 from shardline.sharding.fragments import ParamState
-from shardline.sharding.unit import RunTensors, Unit
+from shardline.sharding.unit import Unit
 
 __all__ = ["Parts"]
 

@@ -19,8 +19,9 @@ from shardline.checkpoint.format.values import decode, dtype_named
 from shardline.errors import CheckpointError, UsageError
 from shardline.optim import prepare
 from shardline.plan import Fragment
-from shardline.sharding.fragments import ParamState, flat
-from shardline.sharding.unit import RunTensors
+from shardline.sharding.bucket import RunTensors
+from shardline.sharding.buffer import flat
+from shardline.sharding.fragments import ParamState
 
 __all__ = ["Match", "ages", "check_states", "load_buffers", "load_optimizer", "load_weights", "match"]
 
@@ -121,13 +122,10 @@ def load_weights(parts: Parts, reader: Reader, found: Match) -> None:
             f"gathered_parameters()."
         )
     for unit in parts.units:
-        unit.release()
+        unit.reshard()
         parts.comm.settle()
         for bucket in unit.buckets:
-            target, placement = (
-                (bucket.weights, bucket.row.weights) if bucket.master is None else (bucket.master, bucket.row.states)
-            )
-            low, high = bucket._range(placement)
+            target, low, high = bucket.weights.authoritative()
             strides = {entry.param.name: entry.param.stride for entry in bucket.plan.entries}
             for piece in bucket.plan.fragments(low, high):
                 if piece.name in found.params:
@@ -141,13 +139,13 @@ def settle_weights(parts: Parts) -> None:
     works = []
     for unit in parts.units:
         works += unit.refresh()
-        unit.renew()
+        unit.advance_generation()
     for work in works:
         work.wait()
     params = [param for unit in parts.units for bucket in unit.buckets for param in bucket.params]
     torch.autograd.graph.increment_version(params)
     for unit in parts.units:
-        unit.settle_versions()
+        unit.note_versions()
 
 
 def load_buffers(parts: Parts, reader: Reader, found: Match) -> None:

@@ -13,7 +13,7 @@ from shardline.checkpoint.format.manifest import Manifest, Parameter, key_of, re
 from shardline.checkpoint.format.tensorfile import TensorFile
 from shardline.checkpoint.format.values import decode, dtype_named
 from shardline.errors import CheckpointError
-from shardline.sharding.fragments import flat
+from shardline.sharding.buffer import flat
 
 __all__ = ["Reader"]
 

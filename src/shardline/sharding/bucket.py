@@ -1,0 +1,130 @@
+"""A bucket: parameters of one dtype and trainability that lie in the same flat buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from shardline.comm import Comm
+from shardline.plan import BucketPlan, Entry, Fragment, Run
+from shardline.plan.placement import Stage
+from shardline.sharding.buffer import Pool, view
+from shardline.sharding.edits import Edits
+from shardline.sharding.flat_grads import FlatGrads, cut
+from shardline.sharding.flat_weights import FlatWeights
+from shardline.sharding.gradient import drop_grads
+from shardline.sharding.host import HostMemory
+from shardline.sharding.parameter import Record, let_go, seal, show
+from shardline.sharding.precision import Precision
+from shardline.sharding.shard import Shard
+
+__all__ = ["Bucket", "RunTensors"]
+
+
+@dataclass(frozen=True)
+class RunTensors:
+    """A run of this rank's masters: the optimizer's parameter, and the fragments that it consists of."""
+
+    run: Run
+    bucket: Bucket
+    param: Tensor
+    fragments: tuple[Fragment, ...]
+
+    def own_fragments(self) -> Iterator[Fragment]:
+        """Its fragments in this rank's shard: a run of replicated states covers more than that."""
+        low, high = self.own_range()
+        return self.bucket.plan.fragments(low, high)
+
+    def own_range(self) -> tuple[int, int]:
+        """The range of the bucket that is both the run's and this rank's shard; it may be empty."""
+        shard = self.bucket.shard
+        low = max(self.run.start, shard.start)
+        return low, max(low, min(self.run.stop, shard.stop))
+
+
+class Bucket:
+    """The flat weights and gradients of one bucket on this rank, and the owner of its parameters' data.
+
+    Attributes:
+        params: the model's own parameters, in order of the entries.
+        shard: which part of the bucket is this rank's.
+        weights, grads: the buffers.
+        edits: what users do to the parameters.
+    """
+
+    def __init__(
+        self,
+        plan: BucketPlan,
+        params: Sequence[nn.Parameter],
+        stage: Stage,
+        comm: Comm,
+        pool: Pool,
+        precision: Precision,
+        host: HostMemory | None = None,
+        *,
+        touched: Callable[[], bool] = lambda: False,
+        may_convert: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.plan, self.params, self.touched = plan, list(params), touched
+        self.shard = Shard(plan, stage, *plan.shard(comm.rank))
+        self.weights = FlatWeights(self.shard, comm, pool, precision, host)
+        self.grads = FlatGrads(self.shard, self.params, comm, pool, precision, host)
+        self.edits = Edits(self.params, self.weights, may_convert)
+        self._records = {entry.param.name: Record(entry.param.name, i, self) for i, entry in enumerate(plan.entries)}
+
+    # -- what parameters show ---------------------------------------------------------------------------------------
+
+    def bind(self, full: Tensor) -> None:
+        """Make the parameters views of ``full``."""
+        for param, record, entry in zip(self.params, self._records.values(), self.plan.entries, strict=True):
+            show(param, view(full, entry), record)
+        self.edits.note_versions()
+
+    def seal(self) -> None:
+        """Take the parameters' data away."""
+        self.edits.forget_handed()
+        for param, record in zip(self.params, self._records.values(), strict=True):
+            seal(param, record, self.weights.resting)
+
+    def rest(self, entry: Entry, *, sealed: bool) -> None:
+        """Seal one parameter, whose values are stored, or make it a view of the weights at rest."""
+        record = self._records[entry.param.name]
+        if sealed:
+            seal(self.params[record.index], record, self.weights.resting)
+        else:
+            show(self.params[record.index], view(self.weights.resting, entry), record)
+
+    def detach_params(self) -> None:
+        """Give the parameters tensors of their own; the bucket is not used any more."""
+        full = self.weights.full
+        if full is not None:
+            for param, entry in zip(self.params, self.plan.entries, strict=True):
+                let_go(param, view(full, entry).clone())
+            drop_grads(self.params)
+        self.weights.clear()
+        self.grads.partial = self.grads.reduced = None
+        self.params.clear()  # what they know of the bucket, and it of them, is a cycle
+
+    # -- parameter.Owner --------------------------------------------------------------------------------------------
+
+    def handed_out(self, index: int, alias: Tensor) -> None:
+        self.edits.handed_out(index, alias)
+
+    def assigned(self, index: int, value: Tensor) -> None:
+        self.edits.assigned(index, value)
+
+    def grad_of(self, index: int) -> Tensor | None:
+        return self.grads.of_param(index)
+
+    # -- what the optimizer sees ------------------------------------------------------------------------------------
+
+    def runs(self) -> Iterator[RunTensors]:
+        """This rank's runs, each with its range of the masters."""
+        master = self.weights.master
+        if master is None:
+            return
+        low, high = self.shard.states
+        for run in self.plan.runs(low, high):
+            yield RunTensors(run, self, cut(master, run, low), tuple(self.plan.fragments(run.start, run.stop)))

@@ -1,0 +1,211 @@
+"""The flat weights of one bucket on this rank: what rests here, the full buffer while it is in use, and the masters.
+
+    resting     what rests on this rank: the full bucket (placement R) or this rank's shard (S)
+    full        all weights while they are in use; ``resting`` itself where they rest in full
+    master      what the optimizer updates, in fp32: a view of ``resting`` where that is fp32, else a buffer
+
+``master`` may live in host memory (:class:`shardline.sharding.host.HostMemory`); a refresh brings it up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+from shardline.comm import Comm, Work
+from shardline.plan import Entry
+from shardline.plan.placement import Placement
+from shardline.sharding.buffer import Pool, empty, flat, view
+from shardline.sharding.host import HostMemory
+from shardline.sharding.precision import Precision
+from shardline.sharding.shard import Range, Shard, within
+
+__all__ = ["FlatWeights"]
+
+
+class FlatWeights:
+    """See the module.
+
+    Attributes:
+        generation: raised whenever the weights change other than by an edit, which a parameter's version tells; what
+            was saved under an older one is stale.
+        before_edit: the masters before an edit, until training goes on: where a weight comes back, its master does.
+    """
+
+    def __init__(
+        self, shard: Shard, comm: Comm, pool: Pool, precision: Precision, host: HostMemory | None = None
+    ) -> None:
+        self.shard, self.comm, self.pool, self.host = shard, comm, pool, host
+        self.dtype = shard.plan.dtype
+        self.master_dtype = precision.master_dtype(self.dtype)
+        self.masters_are_weights = self.master_dtype == self.dtype and host is None
+        self.resting: Tensor = torch.empty(0)
+        self.full: Tensor | None = None
+        self.master: Tensor | None = None
+        self.generation = 0
+        self.before_edit: Tensor | None = None
+
+    def allocate(self) -> None:
+        """Make weights and masters, still without values but for the gaps, which are zero."""
+        low, high = self.shard.weights
+        self.resting = self._clear_gaps(empty(high - low, self.dtype, self.comm.device), low)
+        if not self.shard.plan.trainable:
+            return
+        low, high = self.shard.states
+        if self.masters_are_weights:
+            sharded = self.shard.stage.states is Placement.SHARDED
+            self.master = self.shard.own(self.resting) if sharded else self.resting
+        elif self.host is not None:
+            self.master = self._clear_gaps(self.host.empty(high - low, self.master_dtype), low)
+        else:
+            self.master = self._clear_gaps(empty(high - low, self.master_dtype, self.comm.device), low)
+
+    def _clear_gaps(self, buffer: Tensor, low: int) -> Tensor:
+        """``buffer``, which begins at element ``low`` of the bucket, with zeros where no parameter lies."""
+        for start, stop in self.shard.plan.gaps:
+            buffer[max(start - low, 0) : max(stop - low, 0)].zero_()
+        return buffer
+
+    def authoritative(self) -> tuple[Tensor, int, int]:
+        """The values that count, masters where there are any, and the range of the bucket that they cover."""
+        if self.master is not None:
+            return self.master, *self.shard.states
+        return self.resting, *self.shard.weights
+
+    def gather_authoritative(self, unit: int) -> Tensor:
+        """The same in full: those themselves where they are. Collective where they are sharded."""
+        stage = self.shard.stage
+        return self.gather(unit, self.authoritative()[0], stage.weights if self.master is None else stage.states)
+
+    def gather(self, unit: int, part: Tensor, placement: Placement) -> Tensor:
+        """``part``, a buffer in ``placement``, in full on every rank, where it is. Collective where it is sharded."""
+        if placement is Placement.REPLICATED or self.comm.world_size == 1:
+            return part
+        full = torch.empty(self.shard.plan.size, dtype=part.dtype, device=self.comm.device)
+        self.shard.own(full).copy_(part)
+        self.comm.gather(unit, full, self.shard.plan.boundaries).wait()
+        return full.to(part.device)
+
+    # -- values come in ---------------------------------------------------------------------------------------------
+
+    def store(self, entry: Entry, value: Tensor) -> None:
+        """Copy ``value``, the whole parameter of ``entry`` in any float dtype, into weights and masters."""
+        if value.stride() != entry.param.stride:
+            value = torch.empty_strided(entry.param.shape, entry.param.stride, dtype=value.dtype).copy_(value)
+        self._store(flat(value), entry, self.resting, self.shard.weights)
+        if self.master is not None and not self.masters_are_weights:
+            self._store(flat(value), entry, self.master, self.shard.states)
+
+    @staticmethod
+    def _store(elements: Tensor, entry: Entry, target: Tensor, covered: Range) -> None:
+        low, high = max(entry.offset, covered[0]), min(entry.stop, covered[1])
+        if low < high:
+            target[low - covered[0] : high - covered[0]].copy_(elements[low - entry.offset : high - entry.offset])
+
+    def load(self, params: Sequence[nn.Parameter], source: int = 0) -> Work:
+        """Start to copy the values that rank ``source`` holds in ``params`` themselves, in one broadcast.
+
+        Collective. The parameters are not needed any more; their values are here when the work is done.
+        """
+        plan = self.shard.plan
+        dtype = reduce(torch.promote_types, (param.dtype for param in params))
+        in_place = dtype == self.dtype and self.resting.numel() == plan.size
+        full = self.resting if in_place else self.pool.borrow(plan.size, dtype)
+        if self.comm.rank == source:
+            for start, stop in plan.gaps:
+                full[start:stop].zero_()
+            for param, entry in zip(params, plan.entries, strict=True):
+                view(full, entry).copy_(param.detach())
+        sent = self.comm.start_broadcast(full, source)
+
+        def finish() -> None:
+            sent.wait()
+            if self.master is not None and not self.masters_are_weights:
+                low, high = self.shard.states
+                self.master.copy_(full[low:high])
+            if not in_place:
+                low, high = self.shard.weights
+                self.resting.copy_(full[low:high])
+                self.pool.give_back(full)
+
+        work = Work((), finish, arrived=sent.has_arrived)
+        if work.has_arrived():  # a single process: a buffer that is borrowed goes back at once
+            work.wait()
+        return work
+
+    def write_from(self, full: Tensor, spans: Sequence[Range], *, keep: bool = False) -> None:
+        """Copy ``spans`` of ``full`` (in the dtype of the weights) into weights at rest and masters.
+
+        Args:
+            keep: whether masters come back if the weights do; see :meth:`update_masters`.
+        """
+        self.comm.settle()
+        if self.resting.data_ptr() != full.data_ptr():
+            first = self.shard.weights[0]
+            for start, stop in within(spans, self.shard.weights):
+                self.resting[start - first : stop - first].copy_(full[start:stop])
+        self.update_masters(full, spans, keep=keep)
+
+    def update_masters(self, full: Tensor, spans: Sequence[Range], *, keep: bool) -> None:
+        """Bring masters up to weights that were edited; where a weight is still its rounded master, that stays.
+
+        Args:
+            keep: whether the masters of now come back if, until the next update, the weights do.
+        """
+        if self.master is None or self.masters_are_weights:
+            return
+        low = self.shard.states[0]
+        for start, stop in within(spans, self.shard.states):
+            part = full[start:stop].to(self.master.device)
+            master = self.master[start - low : stop - low]
+            same = master.to(part.dtype) == part
+            if keep and self.before_edit is None and not bool(same.all()):
+                self.before_edit = self.master.clone()
+            updated = torch.where(same, master, part.to(self.master_dtype))
+            if self.before_edit is not None:
+                before = self.before_edit[start - low : stop - low]
+                updated = torch.where(before.to(part.dtype) == part, before, updated)
+            master.copy_(updated)
+
+    def refresh(self, unit: int) -> None:
+        """Bring this rank's updated masters into the weights at rest."""
+        self.before_edit = None
+        if self.master is None or self.masters_are_weights:
+            return
+        self.comm.settle()
+        low, _ = self.shard.weights
+        first, last = self.shard.states
+        target = self.resting[first - low : last - low]
+        if self.host is None:
+            target.copy_(self.master)
+        else:
+            self.host.up(unit, self.master, target)
+
+    # -- in full ----------------------------------------------------------------------------------------------------
+
+    def start_gather(self, unit: int) -> Work:
+        """Start to bring all weights into a new ``full``."""
+        self.full = self.pool.borrow(self.shard.plan.size, self.dtype)
+        return self._gather_into(self.full, unit)
+
+    def join_gather(self, unit: int) -> None:
+        """Take part in a gather for other ranks, and drop what comes."""
+        full = self.pool.borrow(self.shard.plan.size, self.dtype)
+        self._gather_into(full, unit).wait()
+        self.pool.give_back(full)
+
+    def _gather_into(self, full: Tensor, unit: int) -> Work:
+        return self.comm.gather(unit, full, self.shard.plan.boundaries, own=self.resting)
+
+    def drop_full(self) -> None:
+        """Give the buffer of a gather back."""
+        if self.full is not None:
+            self.pool.give_back(self.full)
+            self.full = None
+
+    def clear(self) -> None:
+        """Let go of all memory."""
+        self.resting, self.full, self.master = torch.empty(0), None, None
