@@ -12,7 +12,7 @@ COMPILED := command -v $${CXX:-g++} >/dev/null || { echo "SKIPPED, no C++ compil
 (Debian: g++), or name yours in CXX."; exit 0; };
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo demo-resume cifar10 test test-full test-faults test-device test-late test-gpu gpu-first gpu-wheels bench bench-quick check format clean
+.PHONY: help .venv demo demo-resume cifar10 test test-full test-faults test-device test-late test-gpu gpu-first gpu-wheels docs bench bench-quick check format clean
 
 help:  ## this list
 	@grep -hE '^[a-z.][a-z0-9.-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -92,6 +92,18 @@ bench-quick: .venv  ## does the benchmark itself work? A minute, with what .venv
 		-c constraints.txt -c benchmarks/constraints.txt deepspeed
 	@touch $@
 
+docs: .venv-docs/.installed  ## the documentation site, in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+	@echo "The site is in build/site; look at it with: .venv-docs/bin/mkdocs serve"
+
+# What the extra "docs" names, in an environment of its own: it needs neither torch nor the package.
+.venv-docs/.installed: pyproject.toml docs/constraints.txt
+	@echo "Installing what the site needs into .venv-docs ..."
+	@test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -c docs/constraints.txt $$(.venv-docs/bin/python \
+		-c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	@touch $@
+
 check: .venv  ## formatting, lint, types, import levels
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -103,5 +115,5 @@ format: .venv  ## format and sort imports in place
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and everything that was made
-	rm -rf .venv .venv-bench build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-bench .venv-docs build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

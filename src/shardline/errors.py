@@ -1,22 +1,26 @@
 """The error tree: every error a user can cause, each a sentence that says what was found, where, and what to do.
 
     ShardlineError
-    |-- ConfigError         the configuration cannot be used: a key, a value or a combination
-    |-- UsageError          a call out of order or with arguments that cannot work
-    |   `-- SealedError     a sharded parameter was touched where it is not gathered
-    |-- ModelError          the model holds something the engine cannot manage, named by parameter
-    |-- OptimizerError      an optimizer that cannot be computed right on shards
-    |-- DataError           the dataset, sampler or collate function
-    |-- DisagreementError   ranks that must agree do not; names both sides
-    |-- LostRankError       a rank ended, or did not come, while others waited for it
-    |-- CheckpointError     a checkpoint that cannot be written or read; names the file
-    `-- LaunchError         starting processes: environment variables, ports, scripts
+    |-- ConfigError         SL101  the configuration cannot be used: a key, a value or a combination
+    |-- UsageError          SL201  a call out of order or with arguments that cannot work
+    |   `-- SealedError     SL202  a sharded parameter was touched where it is not gathered
+    |-- ModelError          SL301  the model holds something the engine cannot manage, named by parameter
+    |-- OptimizerError      SL401  an optimizer whose update is incorrect on sharded parameters
+    |-- DataError           SL501  the dataset, sampler or collate function
+    |-- DisagreementError   SL601  ranks that must agree do not; names both sides
+    |-- LostRankError       SL701  a rank ended, or did not come, while others waited for it
+    |-- CheckpointError     SL801  a checkpoint that cannot be written or read; names the file
+    `-- LaunchError         SL901  starting processes: environment variables, ports, scripts
 
-Classes also derive from the built-in that a caller would expect to catch (``ValueError``, ``RuntimeError``).
+Classes also derive from the built-in that a caller would expect to catch (``ValueError``, ``RuntimeError``). The text
+of an error ends with its code, which never changes its meaning; ``docs/errors/`` has a page for each, with causes and
+remedies.
 Internal mistakes of Shardline itself are ``AssertionError`` and never appear in this tree.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 __all__ = [
     "CheckpointError",
@@ -30,48 +34,94 @@ __all__ = [
     "SealedError",
     "ShardlineError",
     "UsageError",
+    "text_of",
 ]
 
 
 class ShardlineError(Exception):
     """Base of every error that Shardline raises on purpose."""
 
+    code: ClassVar[str] = ""
+    """Short and stable, such as ``SL101``; empty where an error has no page."""
+
+    @property
+    def message(self) -> str:
+        """The text without the code, for use inside another text."""
+        return super().__str__()
+
+    @property
+    def page(self) -> str:
+        """Where ``docs/`` explains the error: a file and an anchor, such as ``errors/ConfigError.md#sl101``."""
+        owner = next(cls for cls in type(self).__mro__ if "code" in vars(cls))
+        return f"errors/{owner.__name__}.md#{self.code.lower()}" if self.code else ""
+
+    def __str__(self) -> str:
+        if not self.code:
+            return self.message
+        gap = "\n" if "\n" in self.message else " "  # behind a list the code is no part of its last line
+        return f"{self.message}{gap}[{self.code}]"
+
+
+def text_of(error: BaseException) -> str:
+    """The text of ``error`` for use inside another text: of Shardline's own errors without the code."""
+    return error.message if isinstance(error, ShardlineError) else str(error)
+
 
 class ConfigError(ShardlineError, ValueError):
     """The configuration names something unknown, mistyped or impossible."""
+
+    code = "SL101"
 
 
 class UsageError(ShardlineError, RuntimeError):
     """A call came at a moment, or with arguments, where it has no right meaning."""
 
+    code = "SL201"
+
 
 class SealedError(UsageError):
     """A sharded parameter was read or written while it is not gathered."""
+
+    code = "SL202"
 
 
 class ModelError(ShardlineError, ValueError):
     """The model holds a parameter or buffer that the engine cannot manage."""
 
+    code = "SL301"
+
 
 class OptimizerError(ShardlineError, ValueError):
-    """The optimizer cannot be computed right at this stage."""
+    """The optimizer's update is incorrect on parameters as they are sharded at this stage."""
+
+    code = "SL401"
 
 
 class DataError(ShardlineError, ValueError):
     """The dataset or its batches cannot be split over ranks as asked."""
 
+    code = "SL501"
+
 
 class DisagreementError(ShardlineError, RuntimeError):
     """Ranks that must hold or do the same do not."""
+
+    code = "SL601"
 
 
 class LostRankError(ShardlineError, RuntimeError):
     """A rank ended, or did not come, while this one waited for it."""
 
+    code = "SL701"
+
 
 class CheckpointError(ShardlineError, RuntimeError):
     """A checkpoint could not be written, found, verified or read."""
 
+    code = "SL801"
+
 
 class LaunchError(ShardlineError, RuntimeError):
     """Processes could not be started or did not find each other."""
+
+    code = "SL901"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
-from shardline.errors import ConfigError
+from shardline.errors import ConfigError, text_of
 
 __all__ = ["call", "closest", "nearest"]
 
@@ -45,6 +45,6 @@ def call(target: Callable[..., T], *given: Any, what: str, params: Mapping[str, 
     try:
         return target(*given, **params)
     except ConfigError as error:
-        raise ConfigError(f"{what}: {error}") from None
+        raise ConfigError(f"{what}: {text_of(error)}") from None
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{what} cannot be built from its params {dict(params)}: {error}") from error
+        raise ConfigError(f"{what} cannot be built from its params {dict(params)}: {text_of(error)}") from error

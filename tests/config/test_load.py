@@ -17,7 +17,7 @@ def problems(source, world_size=2):
     """The sentences of the error that a configuration gives."""
     with pytest.raises(ConfigError) as caught:
         load_config(source, world_size)
-    text = str(caught.value)
+    text = caught.value.message
     return text.split("\n  - ")[1:] if "\n" in text else [text.partition("cannot be used: ")[2]]
 
 

@@ -37,7 +37,7 @@ def refused(**kwargs):
     try:
         shardline.initialize(**kwargs)[0].destroy()
     except shardline.ShardlineError as error:
-        return type(error).__name__, str(error)
+        return type(error).__name__, error.message
     return None
 
 

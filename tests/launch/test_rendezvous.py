@@ -197,7 +197,9 @@ def test_nodes_that_do_not_fit_say_so(monkeypatch, capsys):
     port = free_port()
     answers = meet(*(lambda rank=rank: fixed(port, rank, 4, seconds=1) for rank in (0, 2)))
     late = f"Nodes 1, 3 of 4 did not come to 127.0.0.1:{port} in 1 s (--join-timeout)."
-    assert late in map(str, answers), answers  # the other node may see no more than that this one gave up
+    assert late in [answer.message for answer in answers], (
+        answers
+    )  # the other node may see no more than that this one gave up
 
     port = free_port()
     answers = meet(*(lambda rank=rank: fixed(port, rank, 3, seconds=1) for rank in (0, 1, 1)))
@@ -211,7 +213,7 @@ def test_nodes_that_do_not_fit_say_so(monkeypatch, capsys):
     monkeypatch.setattr(rendezvous, "_FIRST_WORD_SECONDS", 0.0)
     port = free_port()
     (answer,) = meet(lambda: fixed(port, 1, seconds=0.3))
-    assert str(answer) == f"No launcher answers at 127.0.0.1:{port} (Connection refused) in 0.3 s (--join-timeout)."
+    assert answer.message == f"No launcher answers at 127.0.0.1:{port} (Connection refused) in 0.3 s (--join-timeout)."
     said = capsys.readouterr().err
     assert f"shardline run: no launcher answers at 127.0.0.1:{port} (Connection refused) yet.\n" in said
 
@@ -246,7 +248,7 @@ def test_a_master_that_is_no_launcher(monkeypatch, says):
         connection.close()
     for thread in set(threading.enumerate()) - others:
         thread.join(LIMIT)
-    assert str(answer) == f"What answers at 127.0.0.1:{port} is not the launcher of node 0."
+    assert answer.message == f"What answers at 127.0.0.1:{port} is not the launcher of node 0."
 
 
 def test_what_no_launcher_wrote_is_an_error():
@@ -332,7 +334,7 @@ def test_too_few_nodes_come():
     port = free_port()
     meeting = Meeting("127.0.0.1", port, (2, 3), seconds=1, secret=SECRET)
     (answer,) = meet(lambda: ChangingNodes.at(meeting))
-    assert str(answer) == f"Fewer than 2 nodes came to 127.0.0.1:{port} in 1 s (--join-timeout)."
+    assert answer.message == f"Fewer than 2 nodes came to 127.0.0.1:{port} in 1 s (--join-timeout)."
 
 
 @pytest.mark.slow

@@ -351,7 +351,7 @@ def test_a_port_that_is_taken(run, script):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         f"shardline: Cannot listen on 127.0.0.1, port {port}: Address already in use. "
-        f"Another program has this port; choose another one.\n"
+        f"Another program has this port; choose another one. [SL901]\n"
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from shardline.errors import CheckpointError, ShardlineError
+from shardline.errors import CheckpointError, ShardlineError, text_of
 
 if TYPE_CHECKING:
     from shardline.checkpoint.format.manifest import Manifest
@@ -218,7 +218,7 @@ def _verify(args: argparse.Namespace) -> int:
             manifest = read_manifest(path)
             problems = check_files(path, manifest, range(len(manifest.files)))
         except CheckpointError as error:
-            problems = [str(error)]
+            problems = [text_of(error)]
         _say(f"{tag}: {'; '.join(problems) if problems else 'whole'}")
         wrong += bool(problems)
         if not problems and not args.all:

@@ -32,7 +32,7 @@ from torch import Tensor
 from shardline import errors
 from shardline.comm.board import Board, Peer
 from shardline.comm.transport import BLOCK, Scratch, Work, add_in_order, put
-from shardline.errors import DisagreementError, LostRankError, ShardlineError, UsageError
+from shardline.errors import DisagreementError, LostRankError, ShardlineError, UsageError, text_of
 
 __all__ = ["DirectTransport", "Peers", "attach"]
 
@@ -84,7 +84,7 @@ class Peers:
 
     def give_up(self, error: ShardlineError | None) -> None:
         """Let the peers that wait for this rank raise ``error`` too; ``None`` takes it back."""
-        self.board.say("" if error is None else f"{type(error).__name__}: {error}")
+        self.board.say("" if error is None else f"{type(error).__name__}: {text_of(error)}")
 
     def settle(self, patience: float | None = None) -> None:
         """Wait (``patience``: at most so many seconds) until nobody reads what this rank announced.

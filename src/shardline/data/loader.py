@@ -69,7 +69,10 @@ class Loader:
         seed: the same on all ranks.
         shuffle: False keeps the dataset's order. Nothing to an iterable dataset or with a sampler.
         drop_last: drop the smaller last global batch.
-        num_workers, pin_memory, prefetch_factor, persistent_workers: as in ``torch.utils.data.DataLoader``.
+        num_workers: as in ``torch.utils.data.DataLoader``, like the three that follow.
+        pin_memory: see there.
+        prefetch_factor: see there.
+        persistent_workers: see there.
         collate_fn: list of samples to batch; torch's ``default_collate`` if None.
         sampler: gives the indices of an epoch, of **all** ranks, in their order, each time it is iterated. It is
             iterated under a seed from (seed, epoch), after its ``set_epoch`` if it has one.

@@ -80,8 +80,8 @@ class Engine(nn.Module):
         optimizer: a ``torch.optim.Optimizer`` over this rank's runs, or ``None``.
         lr_scheduler: stepped after every applied step (or undone after a skipped one); ``None`` to step it oneself.
         training_dataloader: the loader of ``training_data``, or ``None``.
-        config: the typed configuration.
-        topology: rank, world size, device of this process in the whole job.
+        config (Config): the typed configuration.
+        topology (Topology): rank, world size, device of this process in the whole job.
         events: the stream of what happens; ``events.subscribe(fn)`` to listen.
         progress: how many steps and samples there were, and what the last step did.
     """
@@ -1032,7 +1032,8 @@ class Engine(nn.Module):
         Modules without blocks are compiled unit by unit. What a backend fuses or decomposes may round differently.
 
         Args:
-            args, kwargs: those of ``torch.compile`` beside the function: ``backend``, ``mode``, ``dynamic``...
+            *args: those of ``torch.compile`` beside the function.
+            **kwargs: the same: ``backend``, ``mode``, ``dynamic``...
 
         Raises:
             UsageError: in the middle of a forward, a second time, or for a model in which nothing can be compiled.

@@ -257,7 +257,8 @@ def init_distributed(
         init_method: URL for torch's rendezvous (``tcp://host:port``, ``file:///path``), instead of MASTER_ADDR.
         dist_init_required: False says that the caller has already made a group.
         config: accepted for compatibility, not used.
-        rank, world_size: override the environment where they are not -1.
+        rank: overrides the environment where it is not -1.
+        world_size: the same.
         device: "cpu", or a type of accelerator such as "cuda", for this process and what it starts: it sets
             SHARDLINE_DEVICE in the environment. The default is the accelerator that is here, if any.
 

@@ -51,7 +51,7 @@ from shardline.checkpoint.format.values import encode, name_of
 from shardline.comm import Comm, check_alike
 from shardline.config import Config
 from shardline.data import Loader
-from shardline.errors import CheckpointError, UsageError
+from shardline.errors import CheckpointError, UsageError, text_of
 from shardline.events import Events, Notice
 from shardline.optim import lr
 from shardline.runtime.topology import fault
@@ -371,7 +371,7 @@ class Checkpointer:
                 return None, None, [f"there is no {directory.path / tag}"]
             manifest = read_manifest(path)
         except (CheckpointError, OSError) as error:
-            return None, None, [str(error).removesuffix(".")]
+            return None, None, [text_of(error).removesuffix(".")]
         return path, manifest, check_files(path, manifest, range(comm.rank, len(manifest.files), comm.world_size))
 
     def _apply(
@@ -410,7 +410,9 @@ class Checkpointer:
         try:
             weights_only = together(parts.comm, f"reading the checkpoint {reader.path}", read)[0]
         except CheckpointError as error:
-            raise CheckpointError(f"{error} The model may hold a part of it now: load a whole one, or end.") from error
+            raise CheckpointError(
+                f"{text_of(error)} The model may hold a part of it now: load a whole one, or end."
+            ) from error
         settle_weights(parts)
         found.notes += [weights_only] if weights_only is not None else groups.notes if optimizer else []
         if schedule is not None:

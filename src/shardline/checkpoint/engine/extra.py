@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shardline.checkpoint.format.values import decode, dtype_named, encode, name_of
 from shardline.comm import Comm
-from shardline.errors import CheckpointError
+from shardline.errors import CheckpointError, text_of
 
 __all__ = ["EXTRA_KEY", "capture_extra", "load_extra", "shared_extra", "takers"]
 
@@ -47,7 +47,7 @@ def _encode(path: str, value: Any, tensors: dict[str, Tensor]) -> Any:
     try:
         return encode(value, f"extra_state[{path!r}]", tensors)
     except CheckpointError as error:
-        raise CheckpointError(f"get_extra_state() of module {path!r} cannot be saved: {error}") from None
+        raise CheckpointError(f"get_extra_state() of module {path!r} cannot be saved: {text_of(error)}") from None
 
 
 def load_extra(model: nn.Module, values: Mapping[str, Any]) -> None:
@@ -62,7 +62,7 @@ def load_extra(model: nn.Module, values: Mapping[str, Any]) -> None:
                 module.set_extra_state(values[path])
             except Exception as error:
                 raise CheckpointError(
-                    f"set_extra_state() of module {path!r} raised {type(error).__name__}: {error}"
+                    f"set_extra_state() of module {path!r} raised {type(error).__name__}: {text_of(error)}"
                 ) from error
 
 

@@ -43,7 +43,7 @@ from shardline.checkpoint.format.manifest import key_of
 from shardline.checkpoint.format.reader import Reader as Opened
 from shardline.checkpoint.format.values import dtype_named, name_of
 from shardline.comm import Comm
-from shardline.errors import CheckpointError, UsageError
+from shardline.errors import CheckpointError, UsageError, text_of
 from shardline.runtime.modes import outside_modes
 
 __all__ = ["Reader", "Writer", "state_of"]
@@ -89,7 +89,7 @@ class Reader(StorageReader):
                     raise CheckpointError(f"there is no {directory.path / tag}")
                 self._opened = _verified(path)
             except CheckpointError as error:
-                passed_over.append(str(error).removesuffix("."))
+                passed_over.append(text_of(error).removesuffix("."))
                 continue
             for reason in passed_over:
                 logger.warning("%s is read and not a later checkpoint: %s", path, reason)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from shardline.checkpoint.format.files import open_regular
-from shardline.errors import CheckpointError
+from shardline.errors import CheckpointError, text_of
 
 __all__ = ["Opaque", "load"]
 
@@ -136,7 +136,7 @@ def load(path: Path, opaque: Collection[str] = ()) -> Any:
                     raise CheckpointError(f"it was written on a {order}-endian machine.")
             return _Unpickler(archive, root, opaque).load()
     except CheckpointError as error:
-        raise CheckpointError(f"{path} cannot be imported: {error}") from None
+        raise CheckpointError(f"{path} cannot be imported: {text_of(error)}") from None
     except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, KeyError, ValueError, TypeError, EOFError) as error:
         raise CheckpointError(
             f"{path} cannot be imported: it is damaged, or no file of torch.save ({error})."

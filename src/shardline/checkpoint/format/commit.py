@@ -43,7 +43,7 @@ from shardline.checkpoint.format.manifest import (
     largest_manifest,
 )
 from shardline.checkpoint.format.tensorfile import write
-from shardline.errors import CheckpointError
+from shardline.errors import CheckpointError, text_of
 
 __all__ = ["Alone", "Channel", "Content", "commit", "together"]
 
@@ -121,7 +121,7 @@ def _say(error: Exception) -> str:
             errno.EROFS: " Save to a file system that can be written.",
         }.get(error.errno or 0, "")
         return f"{error.strerror}: {error.filename or ''}.{advice}".replace(": .", ".")
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    return text_of(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {text_of(error)}"
 
 
 def commit(
@@ -298,7 +298,7 @@ def _checked(manifest: Mapping[str, Any]) -> bytes:
     try:
         Manifest.parse(data)
     except CheckpointError as error:
-        raise CheckpointError(f"the manifest {error}") from None
+        raise CheckpointError(f"the manifest {text_of(error)}") from None
     return data
 
 

@@ -48,7 +48,7 @@ from shardline.checkpoint.format.manifest import (
     is_tag,
     read_manifest,
 )
-from shardline.errors import CheckpointError
+from shardline.errors import CheckpointError, text_of
 
 __all__ = ["Directory", "Found", "Lock", "check_files", "dissolve", "has_mark", "set_mark", "sync"]
 
@@ -223,7 +223,7 @@ class Directory:
         try:
             self.latest()
         except CheckpointError as error:
-            return str(error).removesuffix(".")
+            return text_of(error).removesuffix(".")
         return None
 
     def locate(self, tag: str) -> Path | None:
@@ -403,7 +403,7 @@ def _look(tag: str, path: Path) -> Found:
     try:
         manifest = read_manifest(path)
     except CheckpointError as error:
-        return Found(tag, path, -1, True, str(error).removesuffix("."))
+        return Found(tag, path, -1, True, text_of(error).removesuffix("."))
     problems = check_sizes(path, manifest)
     return Found(tag, path, manifest.sequence, manifest.latest, "; ".join(problems) or None)
 

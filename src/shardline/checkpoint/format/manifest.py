@@ -29,7 +29,7 @@ from pydantic import (
 )
 
 from shardline.checkpoint.format.files import read_limited, shown
-from shardline.errors import CheckpointError, UsageError
+from shardline.errors import CheckpointError, UsageError, text_of
 
 __all__ = [
     "FILE_NAME", "FORMAT", "ITEM_BYTES", "LATEST", "MANIFEST", "MANIFEST_SUM", "VERSION", "BufferRow", "Counters",
@@ -458,7 +458,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         return Manifest.parse(data)
     except CheckpointError as error:
-        raise CheckpointError(f"{shown(file)} {error}.") from None
+        raise CheckpointError(f"{shown(file)} {text_of(error)}.") from None
 
 
 def _count_files(path: Path) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 BLOCK = re.compile(r"(<!-- not run: [^>]*-->\n)?```python\n(.*?)```", re.DOTALL)
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
@@ -116,7 +116,14 @@ def test_links_lead_somewhere(page):
 def test_named_files_exist(page):
     """A path in code style is one of the repository's, or of the package's."""
     named = set(re.findall(r"`([\w.-]+(?:/[\w.-]+)*\.(?:py|md|toml|txt)|(?:\w+/)+)`", FENCED.sub("", text_of(page))))
-    roots = [ROOT, ROOT / "src", ROOT / "src" / "shardline", (ROOT / page).parent, ROOT / "tests" / "checkpoint"]
+    roots = [
+        ROOT,
+        ROOT / "src",
+        ROOT / "src" / "shardline",
+        (ROOT / page).parent,
+        ROOT / "tests" / "checkpoint",
+        ROOT / "tests" / "docs",
+    ]
     yours = {"train.py", "script.py"}
     missing = [name for name in named - yours if not any((root / name).exists() for root in roots)]
     assert not missing
@@ -129,7 +136,9 @@ def test_make_targets_exist(page):
     assert named <= targets
 
 
-def test_every_page_is_in_an_index():
-    index = text_of("docs/README.md") + text_of("docs/adr/README.md")
-    pages = [Path(page).name for page in PAGES if page.startswith("docs/") and not page.endswith("README.md")]
-    assert [name for name in pages if f"({name})" not in index] == []
+def test_every_page_is_in_the_navigation():
+    navigation = text_of("mkdocs.yml").partition("\nnav:\n")[2]
+    pages = [page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")]
+    decisions = [page for page in pages if re.match(r"adr/\d", page)]
+    assert [page for page in pages if page not in decisions and f" {page}\n" not in navigation] == []
+    assert [page for page in decisions if f"({page.removeprefix('adr/')})" not in text_of("docs/adr/README.md")] == []
