@@ -22,7 +22,7 @@ from shardline.config.arguments import config_path
 from shardline.data import Loader, length
 from shardline.engine import Engine
 from shardline.engine.origin import Origin
-from shardline.errors import ConfigError, DisagreementError, LostRankError, ShardlineError, UsageError
+from shardline.errors import ConfigError, DisagreementError, LostRankError, ShardlineError, UsageError, text_of
 from shardline.events import Notice
 from shardline.features import meta
 from shardline.features.offload import Offload
@@ -100,8 +100,9 @@ def initialize(
     Raises:
         ConfigError, OptimizerError, ModelError, DataError: for what cannot work, in one sentence that says what to do.
         DisagreementError: if ranks hold different configurations, models or versions, or other ranks alone failed.
-        In each case model and optimizer are as they were, and may be given again. After an error of another class on
-        one of several ranks, while the model is loaded, they are not: make them anew.
+
+    After these errors model and optimizer are as they were, and may be given again. After an error of another class on
+    one of several ranks, while the model is loaded, they are not: make them again.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"initialize was given model={type(model).__name__}; it needs a torch.nn.Module.")
@@ -249,7 +250,7 @@ class _Everywhere:
         try:
             result = work()
         except Exception as error:
-            self._comm.exchange(f"{type(error).__name__}: {error}")
+            self._comm.exchange(f"{type(error).__name__}: {text_of(error)}")
             self._told = error
             raise
         for rank, said in enumerate(self._comm.exchange(None)):
