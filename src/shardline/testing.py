@@ -397,7 +397,8 @@ class _Inbox:
 
     def next(self) -> _Case:
         self._arrived.acquire()
-        assert self._case is not None
+        if self._case is None:
+            raise AssertionError("a case was announced and is not there")
         return self._case
 
 
@@ -444,7 +445,8 @@ def _import_from(name: str, file: str) -> None:
         return
     alias = "__mp_main__" if name == "__main__" else name
     spec = importlib.util.spec_from_file_location(alias, file)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} cannot be loaded as a module.")
     module: ModuleType = importlib.util.module_from_spec(spec)
     sys.modules[alias] = module
     if name == "__main__":
@@ -469,7 +471,8 @@ def _check_nothing_left(threads: set[threading.Thread]) -> None:
         raise RuntimeError("The case returned but destroyed the process group it was given; use run_distributed().")
     total = torch.ones(1)
     work = dist.all_reduce(total, async_op=True)
-    assert work is not None
+    if work is None:
+        raise AssertionError("an asynchronous all-reduce returned nothing")
     try:
         work.wait(timedelta(seconds=_CHECK_SECONDS))
         in_step = total.item() == dist.get_world_size()

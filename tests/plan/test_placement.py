@@ -23,6 +23,11 @@ def test_stages_are_the_rows_of_the_table() -> None:
     assert rows == [tuple(line.split()) for line in TABLE.strip().splitlines()]
 
 
+def test_a_row_is_found_by_what_differs() -> None:
+    assert [stage.keeping_weights.number for stage in STAGES] == [0, 1, 2, 2]
+    assert [stage.sharding_states.number for stage in STAGES] == [1, 1, 2, 3]
+
+
 def holdings(placement: Placement, ranks: int) -> list[set[tuple[int, int]]]:
     """Which (element, contributing rank) pairs each rank holds of a buffer of one element per rank."""
     everything = set(product(range(ranks), range(ranks)))

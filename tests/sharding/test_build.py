@@ -10,6 +10,7 @@ from torch import nn
 from shardline.comm import Comm
 from shardline.config import load_config
 from shardline.errors import DisagreementError, OptimizerError
+from shardline.plan.placement import STAGES
 from shardline.sharding.build import (
     group_parameters,
     lay_out,
@@ -80,10 +81,11 @@ class Each(torch.optim.SGD):
 
 def test_needs_whole() -> None:
     p = [nn.Parameter(torch.zeros(2))]
-    assert not needs_whole(torch.optim.AdamW(p), 3, 4)
-    assert needs_whole(Each(p), 3, 4) and needs_whole(Together(p), 0, 4) and needs_whole(Together(p), 3, 1)
+    assert not needs_whole(torch.optim.AdamW(p), STAGES[3], 4)
+    assert needs_whole(Each(p), STAGES[3], 4)
+    assert needs_whole(Together(p), STAGES[0], 4) and needs_whole(Together(p), STAGES[3], 1)
     with pytest.raises(OptimizerError, match=r"Together needs all parameters.*stage 2.*Use stage 0"):
-        needs_whole(Together(p), 2, 4)
+        needs_whole(Together(p), STAGES[2], 4)
 
 
 # --- first values -----------------------------------------------------------------------------------------------------

@@ -322,7 +322,8 @@ def attach(
         peers = [Peer(other, *found[1:]) for other, found in enumerate(everyone) if other != rank]
     if not all(exchange(peers is not None)):
         return None
-    assert board is not None and peers is not None
+    if board is None or peers is None:
+        raise AssertionError("every rank is ready to share memory, but this one is not")
     return Peers(rank, board, peers, timeout)
 
 

@@ -54,7 +54,8 @@ def solve(train: int | None, micro: int | None, accumulation: int | None, world:
             origins[ACCUMULATION] = f"computed: 1, since {MICRO if train is None else TRAIN} is given alone"
     pieces = world * accumulation
     if train is None:
-        assert micro is not None
+        if micro is None:
+            raise AssertionError(f"neither {TRAIN} nor {MICRO} is given, and no error said so")
         origins[TRAIN] = f"computed: micro {micro} x accumulation {accumulation} x world {world}"
         return Batch(micro * pieces, micro, accumulation, origins)
     largest = ceil(train / pieces)

@@ -164,7 +164,8 @@ def introduce(worker: int) -> None:
     samples would be lost. It is told that it has the only worker, so that it yields the whole stream.
     """
     info = get_worker_info()
-    assert info is not None
+    if info is None:
+        raise AssertionError("this is no worker process of a loader")
     source: Any = info.dataset
     known = {"dataset": source.dataset}
     if isinstance(source, Streamed):

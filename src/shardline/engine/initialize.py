@@ -30,7 +30,7 @@ from shardline.features.recompute import recompute_blocks, recomputed_blocks
 from shardline.observe import Console
 from shardline.optim import arrange, lr
 from shardline.optim.kinds import kind
-from shardline.plan.placement import Placement
+from shardline.plan.placement import STAGES, Placement
 from shardline.runtime.modes import outside_modes
 from shardline.runtime.topology import Topology, discover, init_distributed, make_current
 from shardline.sharding.admission import check_model
@@ -283,7 +283,7 @@ def _advice(engine: Engine, topology: Topology) -> str | None:
 
 def _refuse_offload_param(settings: Config, device: torch.device) -> None:
     zero = settings.zero_optimization
-    if zero.offload_param.device == "cpu" and zero.stage == 3 and device.type != "cpu":
+    if zero.offload_param.device == "cpu" and STAGES[zero.stage].weights is Placement.SHARDED and device.type != "cpu":
         raise ConfigError(
             f'zero_optimization.offload_param.device is "cpu", and weights stay on the {device.type} device here, '
             f"divided over the ranks. If the model fits, deleting offload_param from the file is all there is to do."

@@ -193,7 +193,8 @@ class ChangingNodes(DynamicRendezvousHandler):
                 local_addr=own_address(meeting.host, meeting.port),
                 timeout=RendezvousTimeout(join=timedelta(seconds=meeting.seconds)),
             )
-        assert isinstance(handler, cls)
+        if not isinstance(handler, cls):
+            raise AssertionError(f"torch made a {type(handler).__name__} of {cls.__name__}")
         handler._meeting = meeting
         return handler
 

@@ -363,7 +363,8 @@ def _report(failures: dict[int, ProcessFailure], logs: _Logs) -> int:
     if record is not None:
         code, how, text = record.code, f"failed first, with exit code {record.code}", record.text
     else:
-        assert failure is not None
+        if failure is None:
+            raise AssertionError(f"local rank {first} failed first and left neither a record nor an exit code")
         code, how, text = failure.exitcode, f"failed first, with exit code {failure.exitcode}", logs.crash(first)
         if code < 0:
             code, how = 128 - code, f"was killed by {failure.signal_name()}"

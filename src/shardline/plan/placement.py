@@ -73,6 +73,16 @@ class Stage:
     gradients: Placement
     states: Placement
 
+    @property
+    def keeping_weights(self) -> Stage:
+        """The row that differs in its weights, which rest in full: stage 2 for stage 3, else this one."""
+        return _row_of(Placement.REPLICATED, self.gradients, self.states)
+
+    @property
+    def sharding_states(self) -> Stage:
+        """The row that differs in its states, which rest sharded: stage 1 for stage 0, else this one."""
+        return _row_of(self.weights, self.gradients, Placement.SHARDED)
+
 
 STAGES: tuple[Stage, ...] = (
     Stage(0, weights=_R, gradients=_P, states=_R),
@@ -80,3 +90,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(2, weights=_R, gradients=_S, states=_S),
     Stage(3, weights=_S, gradients=_S, states=_S),
 )
+
+
+def _row_of(weights: Placement, gradients: Placement, states: Placement) -> Stage:
+    return next(row for row in STAGES if (row.weights, row.gradients, row.states) == (weights, gradients, states))

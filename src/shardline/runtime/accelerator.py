@@ -127,7 +127,8 @@ class Accelerator:
 
 def _current() -> torch.device:
     current = torch.accelerator.current_accelerator()
-    assert current is not None
+    if current is None:
+        raise AssertionError("torch has no accelerator here")
     return current
 
 

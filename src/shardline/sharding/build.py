@@ -18,7 +18,7 @@ from shardline.optim import build as build_optimizer
 from shardline.optim import kind, prepare, replace_params
 from shardline.plan import Entry, ModuleSpec, ParamSpec, Plan, make_plan
 from shardline.plan.describe import chosen_units, describe_modules, describe_params, first_names
-from shardline.plan.placement import STAGES, Stage
+from shardline.plan.placement import STAGES, Placement, Stage
 from shardline.sharding.bucket import Bucket, RunTensors
 from shardline.sharding.buffer import Pool, view
 from shardline.sharding.fragments import ParamState, put_states, take_states, whole_weights
@@ -172,28 +172,25 @@ def _units(
     offload: HostMemory | None,
 ) -> list[Unit]:
     return [
-        Unit(unit, params, _row(unit.numel, config, offload), comm, pool, precision, on_touch, offload)
+        Unit(unit, params, _stage_of(unit.numel, config, offload), comm, pool, precision, on_touch, offload)
         for unit in plan.units
     ]
 
 
-def _row(numel: int, config: Config, offload: HostMemory | None) -> Stage:
-    """The row by which a unit of ``numel`` elements rests.
-
-    A small one keeps its weights at stage 3, as at stage 2.
-    """
+def _stage_of(numel: int, config: Config, offload: HostMemory | None) -> Stage:
+    """How a unit of ``numel`` elements rests: a small one keeps its weights."""
     stage = resting_stage(config, offload)
-    small = stage == 3 and numel < config.zero_optimization.stage3_param_persistence_threshold
-    return STAGES[2 if small else stage]
+    is_small = numel < config.zero_optimization.stage3_param_persistence_threshold
+    return stage.keeping_weights if is_small else stage
 
 
-def resting_stage(config: Config, offload: HostMemory | None) -> int:
-    """The configured stage; but states in host memory are divided at stage 0, too, as at stage 1.
+def resting_stage(config: Config, offload: HostMemory | None) -> Stage:
+    """The configured stage; but states in host memory are always sharded.
 
     The ranks of one host would keep, and update, as many copies of them in the same memory.
     """
-    stage = config.zero_optimization.stage
-    return stage if offload is None else max(stage, 1)
+    stage = STAGES[config.zero_optimization.stage]
+    return stage if offload is None else stage.sharding_states
 
 
 def load_model(
@@ -293,17 +290,18 @@ def _move_buffers(model: nn.Module, precision: Precision, comm: Comm) -> None:
     comm.broadcast(sent)
 
 
-def needs_whole(optimizer: Optimizer, stage: int, world_size: int) -> bool:
+def needs_whole(optimizer: Optimizer, stage: Stage, world_size: int) -> bool:
     """Whether ``optimizer`` must see whole parameters in their own shapes.
 
     Raises:
         OptimizerError: if it must see all parameters together and cannot.
     """
     found = kind(optimizer)
-    if found == "global" and stage > 0 and world_size > 1:
+    if found == "global" and stage.states is Placement.SHARDED and world_size > 1:
         raise OptimizerError(
-            f"{type(optimizer).__name__} needs all parameters on one rank for its step, and stage {stage} shards them. "
-            f"Use stage 0 without offload_optimizer, or an optimizer that works on each element or each parameter."
+            f"{type(optimizer).__name__} needs all parameters on one rank for its step, and stage {stage.number} "
+            f"shards them. Use stage 0 without offload_optimizer, or an optimizer that works on each element or each "
+            f"parameter."
         )
     return found != "elementwise"
 
