@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardline.checkpoint.engine import checkpointer, commit, staging
+from shardline.checkpoint.engine import checkpointer, staging
+from shardline.checkpoint.format import commit
 from shardline.checkpoint.format.faults import EVERY_RANK, OVERWRITE, POINTS
 from shardline.errors import CheckpointError
 from shardline.testing import RankFailed, run_distributed
@@ -236,7 +237,7 @@ def test_a_thread_that_does_not_start(ranks, tmp_path):
 
 SCRIPT = """
 import sys, time
-from shardline.checkpoint import commit
+from shardline.checkpoint.format import commit
 from tests.checkpoint import cases
 original = commit.write
 commit.write = lambda *args: (time.sleep(0.5), original(*args))[1]
@@ -253,7 +254,7 @@ def test_exit_waits_for_it(ranks, tmp_path):
 
 FAILS = """
 import multiprocessing, os, sys
-from shardline.checkpoint import commit
+from shardline.checkpoint.format import commit
 from tests.checkpoint import cases
 
 def full_disk(*args):

@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from shardline.checkpoint import commit as commit_module
+from shardline.checkpoint.format import commit as commit_module
 from shardline.checkpoint.format.directory import Directory, Lock
 from shardline.checkpoint.format.faults import EVERY_RANK, OVERWRITE, POINTS, RANK_ZERO
 from shardline.errors import CheckpointError, UsageError

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shardline.checkpoint import files, manifest
+from shardline.checkpoint.format import files, manifest
 from shardline.checkpoint.format.commit import commit
 from shardline.checkpoint.format.directory import Directory, check_files
 from shardline.checkpoint.format.manifest import Manifest, read_manifest
