@@ -12,7 +12,7 @@ COMPILED := command -v $${CXX:-g++} >/dev/null || { echo "SKIPPED, no C++ compil
 (Debian: g++), or name yours in CXX."; exit 0; };
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo demo-resume cifar10 test test-full test-faults test-device test-late test-gpu gpu-first gpu-wheels docs bench bench-quick check format clean
+.PHONY: help .venv demo demo-resume cifar10 test test-full test-faults test-device test-late test-gpu gpu-first gpu-wheels docs dist bench bench-quick check format clean
 
 help:  ## this list
 	@grep -hE '^[a-z.][a-z0-9.-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -104,6 +104,18 @@ docs: .venv-docs/.installed  ## the documentation site, in build/site; warnings 
 		-c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	@touch $@
 
+dist: .venv-dist/.installed  ## sdist and wheel in dist/, installed into an empty environment, where one step is trained
+	rm -rf dist build/empty
+	.venv-dist/bin/python -m build --outdir dist .
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/shardline-*.whl
+	cd build/empty && bin/python ../../tests/one_step.py && bin/shardline --version
+
+.venv-dist/.installed: constraints.txt
+	@test -x .venv-dist/bin/python || $(PYTHON) -m venv .venv-dist
+	@.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build
+	@touch $@
+
 check: .venv  ## formatting, lint, types, import levels
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -115,5 +127,5 @@ format: .venv  ## format and sort imports in place
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and everything that was made
-	rm -rf .venv .venv-bench .venv-docs build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-bench .venv-docs .venv-dist build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

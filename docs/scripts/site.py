@@ -25,6 +25,8 @@ def on_config(config: Any) -> Any:
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
     """Let a link to a file of the repository that is not part of the site lead into the repository."""
+    if page.file.src_uri == "README.md":  # the home page lists all others itself
+        page.meta["hide"] = ["navigation", "toc"]
     folder = (ROOT / "docs" / page.file.src_uri).parent
 
     def lead(match: re.Match[str]) -> str:

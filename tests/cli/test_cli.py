@@ -74,13 +74,13 @@ def test_words_of_other_launchers_are_understood(monkeypatch, arguments, given):
 
 def test_a_file_that_cannot_be_written(capsys):
     assert main(["config", "schema", "/proc/x"]) == 2
-    assert capsys.readouterr().err == "shardline: Cannot write /proc/x: No such file or directory.\n"
+    assert capsys.readouterr().err == "shardline: Cannot write /proc/x: No such file or directory. [SL201]\n"
 
 
 def test_errors_are_one_sentence(capsys):
     assert main(["run", "absent.py"]) == 2
     assert capsys.readouterr().err == (
-        "shardline: There is no script 'absent.py'. Give the path of a Python file, or a module with -m.\n"
+        "shardline: There is no script 'absent.py'. Give the path of a Python file, or a module with -m. [SL901]\n"
     )
 
 
