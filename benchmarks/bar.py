@@ -56,8 +56,8 @@ BAR = (
     Rule("peak memory / best of DeepSpeed, FSDP2", "peak", (3,), ("deepspeed-3", "fsdp2"), 0.60, 0.60, ("fp32",)),
     Rule("peak memory / best of DeepSpeed, FSDP2", "peak", (3,), ("deepspeed-3", "fsdp2"), 0.70, 0.70, ("bf16",)),
     Rule("peak memory / formula + activations", "peak", (0, 1, 2, 3), ("limit",), 1.10, 1.10),
-    Rule("a world of one: step / hand loop", "step", (0, 3), ("compute",), 1.02, None, world=1),
-    Rule("a world of one: peak / hand loop", "peak", (0, 3), ("compute",), 1.02, None, world=1, slack=8e6),
+    Rule("single process: step / hand loop", "step", (0, 3), ("compute",), 1.02, None, world=1),
+    Rule("single process: peak / hand loop", "peak", (0, 3), ("compute",), 1.02, None, world=1, slack=8e6),
     Rule("initialize / FSDP2's set-up", "set-up", (0, 1, 2, 3), ("fsdp2",), 1.00, 1.00),
 )
 FLAT = 1.2

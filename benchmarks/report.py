@@ -38,7 +38,7 @@ def markdown(result: dict[str, Any], figures: Sequence[Figure]) -> str:
         lines += [f"### {title(case)} ({rows[0]['parameters'] / 1e6:.1f}M parameters)", "", *_table(result, case, rows)]
     lines += _units(result)
     if figures:
-        lines += ["### The bar", "", "| figure | where | engine | measured | bar | |", "|---|---|---|---|---|---|"]
+        lines += ["### Targets", "", "| figure | where | engine | measured | target | |", "|---|---|---|---|---|---|"]
         lines += [f"| {f.what} | {f.where} | {f.engine} | {f.value:.2f} | {f.limit:.2f} | "
                   f"{'holds' if f.holds else '**misses**'} |" for f in figures]  # fmt: skip
         lines += ["", f"{sum(f.holds for f in figures)} of {len(figures)} hold."]
