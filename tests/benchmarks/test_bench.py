@@ -194,10 +194,10 @@ def test_the_gpu_benchmark_has_a_path_without_a_gpu(parts, monkeypatch):
     import gpu
 
     monkeypatch.setattr(gpu, "LIMIT", 60.0)
-    trained = gpu.run("cpu", "train", "shardline-3")
+    trained = gpu.run("cpu", "tiny", "train", "shardline-3")
     assert trained["tokens/s"] > 0, trained
-    assert gpu.run("cpu", "rank", "3", world=2)["largest difference of the loss"] < 1e-5
-    assert "nobody" in gpu.run("cpu", "train", "nobody")["error"][0]
+    assert gpu.run("cpu", "tiny", "rank", "3", world=2)["largest difference of the loss"] < 1e-5
+    assert "nobody" in gpu.run("cpu", "tiny", "train", "nobody")["error"][0]
 
 
 def test_a_card_is_credited_with_the_operations_of_its_model(parts):
@@ -205,7 +205,8 @@ def test_a_card_is_credited_with_the_operations_of_its_model(parts):
     import gpu
     from torch.utils.flop_counter import FlopCounterMode
 
-    spec, size = gpu._model("cpu"), gpu.SIZES["cpu"]
+    size = gpu.SIZES["tiny"]
+    spec = size.model()
     model = spec.fresh()
     with FlopCounterMode(display=False) as counter:
         model(*spec.data(0, torch.float32)[0]).backward()
