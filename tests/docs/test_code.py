@@ -1,13 +1,18 @@
-"""The tutorials: their code runs, on one rank and on two, and what they assert holds on each."""
+"""The code of the tutorials, on one rank and on two, and of other short pages, on warm processes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.docs.test_pages import ROOT, blocks
+from tests.docs.test_pages import PAGES, WARM, blocks
 
-TUTORIALS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/tutorials/*.md"))
+CASES = [
+    (page, world)
+    for page in PAGES
+    if page.startswith(WARM) and blocks(page)
+    for world in ((1, 2) if page.startswith("docs/tutorials/") else (1,))
+]
 
 
 def run_page(page: str) -> int:
@@ -25,7 +30,6 @@ def run_page(page: str) -> int:
     return len(code)
 
 
-@pytest.mark.parametrize("page", TUTORIALS)
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_tutorial_runs(page, world, ranks):
+@pytest.mark.parametrize(("page", "world"), CASES)
+def test_the_code_of_a_page_runs(page, world, ranks):
     assert all(count > 0 for count in ranks(run_page, world, page))
