@@ -61,3 +61,16 @@ def test_each_code_has_a_page_and_a_line_in_the_index(cls):
 def test_pages_are_of_classes_that_exist():
     named = {path.stem for path in (DOCS / "errors").glob("*.md")} - {"README"}
     assert named == {cls.__name__ for cls in CLASSES}
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_what_a_page_quotes_is_said_somewhere(cls):
+    """Messages in the first column, in pieces between ``...``, stand in the package's text or are the system's."""
+    folder = Path(shardline.__file__).parent
+    texts = [path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.py"))]
+    said = re.sub(r"""["']\s*\n\s*f?["']""", "", "\n".join(texts)).lower()
+    page = (DOCS / "errors" / f"{cls.__name__}.md").read_text(encoding="utf-8").partition("|---|---|---|\n")[2]
+    column = [line.split("|")[1] for line in page.splitlines() if line.startswith("|")]
+    quotes = [quote for cell in column for quote in re.findall(r"`([^`]+)`", cell) if " " in quote]
+    pieces = {piece.strip(" ;,?") for quote in quotes for piece in quote.split("...")} - {"", "No space left"}
+    assert quotes and [piece for piece in sorted(pieces) if piece.lower() not in said] == []
