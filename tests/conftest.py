@@ -42,7 +42,7 @@ def late_verdict(patch: pytest.MonkeyPatch) -> None:
 
     def make(self: Boundary, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **kwargs)
-        self._reads_at_once = self.scaler.dynamic
+        self.reads_at_once = self.scaler.dynamic
 
     patch.setattr(Boundary, "__init__", make)
 

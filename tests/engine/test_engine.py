@@ -30,7 +30,10 @@ def attempt(call, *args, **kwargs):
 
 
 def is_sentence(said, kind, *words):
-    return said is not None and said[0] == kind and said[1].endswith(".") and all(word in said[1] for word in words)
+    if said is None or said[0] != kind:
+        return False
+    text, code = said[1].rsplit(None, 1)
+    return text.endswith(".") and code.startswith("[SL") and all(word in text for word in words)
 
 
 def train(engine, seed=0, steps=1):

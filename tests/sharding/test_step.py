@@ -16,7 +16,7 @@ from shardline.plan.describe import describe_modules, describe_params
 from shardline.plan.placement import STAGES
 from shardline.sharding.buffer import Pool
 from shardline.sharding.precision import Precision
-from shardline.sharding.step import Row, Update, Verdict
+from shardline.sharding.step import StepReport, Update, Verdict
 from shardline.sharding.unit import Unit
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 def rows(*values: tuple[float, ...]) -> torch.Tensor:
     """Per rank: squares, weight, left, late, samples, backwards (1), leaving, alike, on_device (0)."""
-    order = (0, 1, 3, 4, 5, 6, 7, 2, 8, 9)  # of the row
+    order = (0, 1, 3, 4, 5, 6, 7, 2, 8, 9)  # of the columns
     full = [[*row, *[1.0, 0.0, 0.0, 0.0][len(row) - 6 :]] for row in values]
     return torch.tensor([[row[place] for place in order] for row in full], dtype=torch.float64)
 
@@ -33,8 +33,8 @@ def verdict(*values, unit_weight=1.0, loss_scale=1.0, clip=0.0, check=False) -> 
     return Verdict.of(rows(*values), unit_weight=unit_weight, loss_scale=loss_scale, clip=clip, check=check)
 
 
-def test_a_row_is_what_it_says() -> None:
-    row = Row(
+def test_a_report_is_what_it_says() -> None:
+    report = StepReport(
         squares=torch.tensor(2.5, dtype=torch.float64),
         weight=3.0,
         left=True,
@@ -46,10 +46,10 @@ def test_a_row_is_what_it_says() -> None:
         alike=2**32 - 2,
         on_device=None,
     )
-    stacked = row.stack(CPU)
+    stacked = report.stack(CPU)
     assert stacked.dtype is torch.float64
     assert stacked.tolist() == [2.5, 3.0, 1, 1, 40, 2, 1, 2**32 - 1, 2**32 - 2, 0]
-    known = replace(row, on_device=torch.tensor(9.0, dtype=torch.float64)).stack(CPU)
+    known = replace(report, on_device=torch.tensor(9.0, dtype=torch.float64)).stack(CPU)
     assert known.tolist() == [*stacked.tolist()[:-1], 9]
 
 

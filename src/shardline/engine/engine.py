@@ -38,7 +38,7 @@ from shardline.runtime.modes import outside_modes
 from shardline.runtime.topology import Topology
 from shardline.sharding.admission import Contents
 from shardline.sharding.alike import Alike
-from shardline.sharding.boundary import Boundary, Progress, Window, no_backward
+from shardline.sharding.boundary import Boundary, no_backward
 from shardline.sharding.build import Layout, group_parameters, regroup
 from shardline.sharding.containers import replace_tensors
 from shardline.sharding.fragments import ParamState, StateFragment, local_fragments
@@ -49,6 +49,7 @@ from shardline.sharding.scaling import PLAIN, multiplied, multiplied_by
 from shardline.sharding.schedule import Schedule
 from shardline.sharding.step import Update
 from shardline.sharding.unit import Unit
+from shardline.sharding.window import Progress, Window
 
 __all__ = ["Engine", "StepHook"]
 
@@ -112,12 +113,10 @@ class Engine(nn.Module):
         self._layout, self._groups, self._whole = layout, groups, whole
         self._parked: dict[str, ParamState] = {}
         self._trained = {name: param.requires_grad for name, param in layout.params.items()}
-        self._accumulation = config.gradient_accumulation_steps
-        self._window = Window()
+        self._window = Window(config.gradient_accumulation_steps)
         self.window_start = WindowStart(model, comm.device)
         self.checkpoints = Checkpointer(self)
         self.client_state: dict[str, Any] = {}
-        self._said: bool | None = None  # what the user says of the boundary
         self._no_sync = False
         self._loader_position: Position | None = None
         self._share = 1.0
@@ -243,9 +242,7 @@ class Engine(nn.Module):
         Returns the hooks of the layout that serves this forward.
         """
         if torch.is_grad_enabled():
-            self._window.fresh = True
-        if torch.is_grad_enabled() and not self._window.begun:
-            self._window.begun = True
+            self._window.begin_forward()
             if self.window_start.random is None:
                 self.window_start.mark(self._loader_position)
         if not self._window.backwards:
@@ -265,8 +262,8 @@ class Engine(nn.Module):
         """The engine's loader hands out a batch. If it is the first of a window, this is where a resume begins."""
         if self.training_dataloader is not None:
             self._handed = (self._handed or 0) + self.training_dataloader.samples
-        if not self._window.begun and not self._window.backwards and not self._window.steps:
-            self._window.handed = True
+        if self._window.at_start:
+            self._window.hand_out()
             self.window_start.mark(position)
 
     def _check_held(self) -> None:
@@ -301,7 +298,7 @@ class Engine(nn.Module):
                 f"engine.backward() was given {found}. Give it a scalar loss that depends on the model's parameters, "
                 f"computed with gradients enabled."
             )
-        divisor = self._accumulation if scale_wrt_gas else 1
+        divisor = self._window.unit if scale_wrt_gas else 1
         factor = self._micro_share() / divisor * self.scaler.scale
         foreign = self._left_on(loss, divisor)
         engines = list(_ENGINES.values())  # a backward reaches every engine in its graph
@@ -353,10 +350,8 @@ class Engine(nn.Module):
 
     @outside_modes
     def _start_backward(self, *, factor: float) -> None:
-        window = self._window
-        window.add_backward(self._micro_share())
         reducing = self._reduces_now()
-        window.unreduced = not reducing
+        self._window.begin_backward(self._micro_share(), reducing=reducing)
         self.schedule.begin_backward(reducing=reducing, factor=factor)
 
     def _reduces_now(self) -> bool:
@@ -399,7 +394,7 @@ class Engine(nn.Module):
                 "gradients of fp16 came without the loss scale, by a plain loss.backward() or set by hand: they count, "
                 "but what is below 6e-8 on its way is lost. engine.backward(loss) multiplies the loss by the scale."
             )
-        own = self._micro_share() / (self._accumulation if by_accumulation else 1) * self.scaler.scale
+        own = self._micro_share() / (self._window.unit if by_accumulation else 1) * self.scaler.scale
         return own / applied if applied else 0.0
 
     def _micro_share(self) -> float:
@@ -421,7 +416,7 @@ class Engine(nn.Module):
     def _join_reductions(self) -> None:
         """A rank without a backward still takes part in the reductions of those that had one."""
         reducing = self._reduces_now()
-        self._window.unreduced = not reducing
+        self._window.join(reducing=reducing)
         self.schedule.begin_backward(reducing=reducing, factor=1.0)
         self._end_backward()
 
@@ -468,6 +463,11 @@ class Engine(nn.Module):
             self._join_reductions()
         if ends and not window.backwards and self.comm.world_size == 1:
             raise no_backward()
+        if ends and self._trained != self._requires_grad():
+            raise UsageError(
+                "requires_grad of a parameter changed inside an accumulation window. Change it right after a step, "
+                "before the next forward."
+            )
         if (rows := self._short.take()) is not None and weight is None:
             self._tell_once(
                 f"a batch of {rows} samples counts as one of {self._short.full} like those before: only the engine's "
@@ -477,30 +477,27 @@ class Engine(nn.Module):
         window.add_step(share, None if weight is None else float(weight), self._samples_seen())
         self.progress.micro_steps += 1
         self._note_loader()
-        if ends and (boundary is not None or self._said is not None):
-            self._end_by_word()
         if not ends:
             self.progress.applied = False
             return
-        if self._trained != self._requires_grad():
-            raise UsageError(
-                "requires_grad of a parameter changed inside an accumulation window. Change it right after a step, "
-                "before the next forward."
-            )
+        if boundary is not None or window.boundary is not None:
+            self._end_as_sum()
+        else:
+            window.end()
         with self._reporter.phase("step"):
             self._end_window(end_of_window, lr_kwargs or {})
         self.window_start.mark(self._loader_position)
         self.checkpoints.after_step(leave=self.progress.leaving)
 
-    def _end_by_word(self) -> None:
+    def _end_as_sum(self) -> None:
         """The caller said that the window ends: its gradient is a sum, and calls of ``step`` count for nothing."""
-        uncounted = self._window.sum_up(self._accumulation)
+        uncounted = self._window.end_as_sum()
         self.progress.micro_steps += uncounted
         if self.training_dataloader is None:
             self._window.samples += uncounted * self.config.train_micro_batch_size_per_gpu
 
     def _end_window(self, boundary: Boundary, lr_kwargs: dict[str, Any]) -> None:
-        window = self._window
+        window, loss = self._window, self._window.mean_loss()
         before = (lambda: self._call(self._before)) if self._before else None
         after = (lambda: self._call(self._after)) if self._after else None
         try:
@@ -518,7 +515,6 @@ class Engine(nn.Module):
         finally:
             self._drop_gradients()
         self.progress.global_steps += 1
-        loss = None if window.loss is None else window.loss * (self._accumulation / window.steps)
         self._ended = self._reporter.ended(self.global_steps, loss=loss, lr=rates, loss_scale=scale)
         if host is None or not host.skipped:
             self._note_new_weights()
@@ -587,7 +583,7 @@ class Engine(nn.Module):
         """The same, and its consequences, on every rank at the same place."""
         self._resolve()
         if self._boundary is not None:
-            self._boundary.settle(ending=ending)
+            self._boundary.act_on_verdict(ending=ending)
 
     def _drop_gradients(self) -> None:
         self.schedule.finish_reductions()
@@ -595,7 +591,7 @@ class Engine(nn.Module):
             unit.drop_grads()
         if self._boundary is not None:
             self._boundary.update.unseal()
-        self._window = Window()
+        self._window.restart()
 
     def _samples_seen(self) -> int:
         """Samples of this micro-step: what the engine's own loader has handed out for it, or a full micro-batch."""
@@ -621,18 +617,16 @@ class Engine(nn.Module):
         """Discard what this window has accumulated and what is in flight. Where in the window we are stays."""
         steps = self._window.steps
         self._drop_gradients()
-        self._window.steps = steps
+        self._window.restart(steps=steps)
         drop_grads(list(self.module.parameters()))
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the current micro-step is the last of its window."""
-        if self._said is not None:
-            return self._said
-        return self._window.steps + 1 >= self._accumulation
+        return self._window.at_boundary
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         """Say whether the current micro-step and those after it end a window; ``None`` goes back to counting."""
-        self._said = is_boundary
+        self._window.boundary = is_boundary
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -1009,7 +1003,7 @@ class Engine(nn.Module):
         return self.config.train_micro_batch_size_per_gpu
 
     def gradient_accumulation_steps(self) -> int:
-        return self._accumulation
+        return self._window.unit
 
     def zero_optimization_stage(self) -> int:
         return self.config.zero_optimization.stage

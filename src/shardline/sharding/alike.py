@@ -1,6 +1,6 @@
-"""What must be the same on all ranks at every step: named values, of which a digest travels in the step's row.
+"""What must be the same on all ranks at every step: named values, of which a digest travels in the step's report.
 
-A difference is seen in the row, before a weight changes. Only then do ranks exchange the values, to name them.
+A difference is seen in the report, before a weight changes. Only then do ranks exchange the values, to name them.
 """
 
 from __future__ import annotations

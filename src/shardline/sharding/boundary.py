@@ -6,17 +6,16 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from shardline.comm import digest
 from shardline.config import Config
 from shardline.errors import DisagreementError, UsageError
 from shardline.sharding.alike import Alike, Statement
 from shardline.sharding.precision import LossScaler
 from shardline.sharding.schedule import Schedule
-from shardline.sharding.step import HostVerdict, Row, Update, Verdict
+from shardline.sharding.step import HostVerdict, StepReport, Update, Verdict
+from shardline.sharding.window import Gradients, Progress, Window
 
-__all__ = ["Boundary", "Progress", "Window", "no_backward"]
+__all__ = ["Boundary", "no_backward"]
 
 
 def no_backward(*, before: bool = False) -> UsageError:
@@ -28,86 +27,7 @@ def no_backward(*, before: bool = False) -> UsageError:
 
 
 @dataclass
-class Window:
-    """What one accumulation window has seen so far on this rank.
-
-    Gradients are sums. What they are divided by is known at the end: ``weight``, over the configured accumulation by
-    which each backward was divided already, summed over the ranks.
-    """
-
-    steps: int = 0  # micro-steps
-    weight: float = 0.0  # of the micro-steps, or as the caller gave it
-    weighted: bool = False  # the caller gave one
-    shares: float = 0.0  # what the batches of all backwards hold, in full ones
-    batches: int = 0  # backwards that followed a forward
-    samples: int = 0
-    loss: Tensor | None = None
-    backwards: int = 0
-    unreduced: bool = False  # gradients of the last backward are on this rank only
-    handed: bool = False  # the engine's loader has handed out a batch for it
-    begun: bool = False  # a forward with gradients has drawn random numbers and updated buffers
-    fresh: bool = False  # ...and no backward has followed yet
-
-    def add_backward(self, share: float) -> None:
-        """A backward begins, of a batch that holds ``share`` of a full one."""
-        self.backwards += 1
-        self.shares += share
-        self.batches += self.fresh
-        self.fresh = False
-
-    def add_step(self, share: float, weight: float | None, samples: int) -> None:
-        """A micro-step is over: its batch holds ``share`` of a full one, or counts as the caller's ``weight`` says."""
-        self.steps += 1
-        self.weight += share if weight is None else weight
-        self.weighted = self.weighted or weight is not None
-        self.samples += samples
-
-    def sum_up(self, accumulation: int) -> int:
-        """The caller says that the window ends: its gradient is the sum of what its backwards gave, over the ranks.
-
-        Returns:
-            How many micro-steps it seems to hold that no call of ``step`` has counted.
-        """
-        if not self.weighted:
-            self.weight = accumulation * (self.shares / self.backwards if self.backwards else 1.0)
-        uncounted = max(min(self.batches, accumulation) - self.steps, 0)
-        self.steps += uncounted
-        return uncounted
-
-    def add_loss(self, loss: Tensor) -> None:
-        self.loss = loss if self.loss is None else self.loss + loss
-
-    @property
-    def touched(self) -> bool:
-        """Whether anything of it has happened."""
-        return bool(self.handed or self.begun or self.backwards or self.steps)
-
-
-@dataclass
-class Progress:
-    """How far the training of one engine has come, over all ranks, and what its last step did.
-
-    Attributes:
-        global_steps: optimizer steps, skipped ones included.
-        micro_steps: calls of ``step()``.
-        global_samples: samples of all ranks together that the steps have seen.
-        skipped_steps: steps whose gradients were not finite.
-        norm: of the last step's averaged gradients before clipping.
-        applied: whether the last call of ``step()`` changed the weights, as far as the host knows.
-        leaving: whether some rank was asked to save and end.
-    """
-
-    global_steps: int = 0
-    micro_steps: int = 0
-    global_samples: int = 0
-    skipped_steps: int = 0
-    norm: Tensor | float | None = None
-    applied: bool = False
-    leaving: bool = False
-
-
-@dataclass
-class Judged:
+class JudgedStep:
     """A step between its verdict and the consequences that ranks take together.
 
     Attributes:
@@ -129,9 +49,13 @@ class Judged:
 class Boundary:
     """Ends windows for one layout of the model.
 
-    A step is ended, then *read* (by a rank alone: what became of it), then *settled* (by all together: what follows).
-    Where reading would wait for the device, both come when the next step ends. The first step of a layout is always
-    read at once: what can come late mostly shows in it, and gradients of a step that is read at once are not lost.
+    A step is ended, then *read* (by one rank: was it applied?), then *acted on* (by all ranks together). Where reading
+    would wait for the device, both come when the next step ends. The first step of a layout is always read at once:
+    late gradients mostly show in it, and those of a step that is read at once are not lost.
+
+    Attributes:
+        reads_at_once: whether every verdict is read when its step ends: where that does not wait (on a CPU), or where
+            the loss scale needs it.
     """
 
     def __init__(
@@ -144,16 +68,12 @@ class Boundary:
         alike: Alike,
     ) -> None:
         self.update, self.schedule, self.scaler = update, schedule, scaler
-        self.alike = alike
-        self.units, self.comm = update.units, update.comm
-        self.progress = progress
+        self.progress, self.alike = progress, alike
         self._clip = config.gradient_clipping
-        self._unit_weight = config.gradient_accumulation_steps
         self._check = config.bf16.check_grad_overflow or not config.bf16.enabled
-        # Reading a verdict waits for the device: done at once where that is free (CPU) or needed (the loss scale).
-        self._reads_at_once = update.device.type == "cpu" or scaler.dynamic
+        self.reads_at_once = update.device.type == "cpu" or scaler.dynamic
         self._first = True
-        self._last: Judged | None = None  # the step that is not settled
+        self._last: JudgedStep | None = None  # not acted on yet
 
     def end(
         self,
@@ -164,7 +84,9 @@ class Boundary:
         before: Callable[[], None] | None = None,
         after: Callable[[], None] | None = None,
     ) -> HostVerdict | None:
-        """Reduce what is left, judge, and apply the update unless the verdict says not to. The step before is settled.
+        """Reduce what is left, judge, and apply the update unless the verdict says not to.
+
+        The step before was acted on.
 
         Args:
             window: what this rank has seen.
@@ -181,13 +103,13 @@ class Boundary:
                 No weight was changed in any of these cases.
         """
         self.progress.applied = False
-        for unit in self.units:
+        for unit in self.update.units:
             unit.adopt(keep=False)
-        if window.unreduced:
-            self.schedule.reduce_now(reversed(self.units))
+        if window.gradients is Gradients.LOCAL:
+            self.schedule.reduce_now(reversed(self.update.units))
         left, statement = self.schedule.end_step(), self.alike.state()
         hooked = before is not None or after is not None
-        reads = at_once or self._first or self._reads_at_once or self.update.needs_host(hooked)
+        reads = at_once or self._first or self.reads_at_once or self.update.needs_host(hooked)
         judged = self._judge(window, left, statement, leaving, reads=reads)
         if judged.host is not None and judged.host.late:
             self._reduce_late()
@@ -196,7 +118,7 @@ class Boundary:
         if host is not None:
             self._refuse(judged, host, "this step")
             self.scaler.update(overflow=host.skipped)
-        for work in [work for unit in self.units for work in unit.gather_grads()]:
+        for work in [work for unit in self.update.units for work in unit.gather_grads()]:
             work.wait()
         self.update.apply(verdict, host, self._clip, before, after)
         self._first, self._last = False, judged
@@ -206,17 +128,17 @@ class Boundary:
 
     def _judge(
         self, window: Window, left: bool, statement: Statement, leaving: bool, *, reads: bool, late: bool = False
-    ) -> Judged:
-        """One small collective: what the ranks' gradients, weights and doings say together."""
+    ) -> JudgedStep:
+        """One small collective: the ranks compare their reports."""
         self.schedule.finish_reductions()
-        for unit in self.units:
+        for unit in self.update.units:
             unit.wait_for_host()
-        log = self.comm.take_log()
-        row = Row(
+        log = self.update.comm.take_log()
+        report = StepReport(
             squares=self.update.squares(),
             weight=window.weight,
             left=left,
-            late=sum(unit.has_partial() for unit in self.units),
+            late=sum(unit.has_partial() for unit in self.update.units),
             samples=window.samples,
             backwards=window.backwards,
             leaving=leaving,
@@ -225,21 +147,20 @@ class Boundary:
             on_device=statement.on_device,
         )
         verdict = Verdict.of(
-            self.comm.rows(row.stack(self.update.device)),
-            unit_weight=self._unit_weight,
+            self.update.comm.rows(report.stack(self.update.device)),
+            unit_weight=window.unit,
             loss_scale=self.scaler.scale,
             clip=self._clip,
             check=self._check,
         )
         verdict.send()
-        return Judged(verdict, statement, log, late, verdict.read() if reads else None)
+        return JudgedStep(verdict, statement, log, late, verdict.read() if reads else None)
 
     def read(self) -> HostVerdict | None:
-        """Learn what became of the last step, if nobody has yet. A rank may do this alone: it moves nothing that
-        ranks share.
+        """Read what became of the last step. A rank may do so without the others: nothing that they share changes.
 
         Returns:
-            The verdict, the first time that it is read.
+            The verdict, the first time; afterwards None.
         """
         judged, progress = self._last, self.progress
         if judged is None or judged.counted:
@@ -255,10 +176,10 @@ class Boundary:
 
     @property
     def refused(self) -> bool:
-        """Whether the last step is known to be refused, and :meth:`settle` has not said so yet."""
+        """Whether the last step is known to be refused, and :meth:`act_on_verdict` has not said so yet."""
         return self._last is not None and self._last.host is not None and self._last.host.refused
 
-    def settle(self, *, ending: bool = False) -> None:
+    def act_on_verdict(self, *, ending: bool = False) -> None:
         """Take the consequences of the last step, which was read. Collective: every rank does this before the same
         step or save.
 
@@ -278,32 +199,32 @@ class Boundary:
         self._last = None
         self.progress.norm, self.progress.applied = None, False
 
-    def _refuse(self, judged: Judged, host: HostVerdict, what: str) -> None:
+    def _refuse(self, judged: JudgedStep, host: HostVerdict, what: str) -> None:
         """Raise if the step, which is called ``what``, must not be one. On every rank alike."""
         if host.diverged:
             raise self._differing_orders(judged.log, what)
         if not host.alike:
-            raise self.alike.refusal(judged.statement, self.comm.exchange, what)
+            raise self.alike.refusal(judged.statement, self.update.comm.exchange, what)
         if not host.backwards:
             raise no_backward(before=what == "the step before")
 
     def _adopt(self, host: HostVerdict, *, late: bool, ending: bool) -> None:
-        """What ranks decide together. ``late``: some rank had late gradients."""
+        """What all ranks do alike. ``late``: some rank had late gradients."""
         self.progress.leaving = self.progress.leaving or host.leaving
-        if host.left or late:  # some rank did not do what was agreed, or cannot: all hear of it
-            untrusted = self.comm.exchange(sorted(self.schedule.untrusted))
+        if host.left or late:  # some rank did not do what was agreed, or cannot: all are told
+            untrusted = self.update.comm.exchange(sorted(self.schedule.untrusted))
             self.schedule.distrust({index for indices in untrusted for index in indices}, ending=ending)
 
     def _reduce_late(self) -> None:
         """A second round for gradients that came after their unit was reduced, on every rank alike."""
-        late = [unit.index for unit in self.units if unit.has_partial()]
-        everywhere = {index for indices in self.comm.exchange(late) for index in indices}
-        self.schedule.reduce_now(self.units[index] for index in sorted(everywhere))
+        late = [unit.index for unit in self.update.units if unit.has_partial()]
+        everywhere = {index for indices in self.update.comm.exchange(late) for index in indices}
+        self.schedule.reduce_now(self.update.units[index] for index in sorted(everywhere))
 
     def _differing_orders(self, log: dict[str, array[int]], what: str) -> DisagreementError:
         """Ranks exchanged the wrong ranges: name both sides, before any weight was touched."""
-        names = [unit.name for unit in self.units]
-        logs = self.comm.exchange({operation: list(units) for operation, units in log.items()})
+        names = [unit.name for unit in self.update.units]
+        logs = self.update.comm.exchange({operation: list(units) for operation, units in log.items()})
         differing = ((operation, rank) for rank, theirs in enumerate(logs) for operation in theirs
                      if theirs[operation] != logs[0][operation])  # fmt: skip
         operation, rank = next(differing)

@@ -1,4 +1,4 @@
-"""The update: one row that ranks compare, one norm, one optimizer step, and the weights that follow from it."""
+"""The update: one report that ranks compare, one norm, one optimizer step, and the weights that follow from it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from shardline.sharding.buffer import flat
 from shardline.sharding.gradient import SealedGrad, gradient_error
 from shardline.sharding.unit import Unit
 
-__all__ = ["Row", "Update", "Verdict"]
+__all__ = ["StepReport", "Update", "Verdict"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """What each rank tells the others once a step, as float64: a number for each attribute.
+class StepReport:
+    """What each rank reports to the others once a step, as float64: a column for each attribute.
 
     Attributes:
         squares: sum of squares of this rank's shard of the summed, unscaled gradients (0-dim, float64).
@@ -51,44 +51,35 @@ class Row:
     on_device: Tensor | None
 
     def stack(self, device: torch.device) -> Tensor:
+        """The columns in order (1-D, float64), on ``device``; 0.0 for what is absent."""
+        values = [getattr(self, name) for name in _COLUMN]
+        known = [0.0 if value is None or isinstance(value, Tensor) else value for value in values]
         # One copy to the device: pinned memory would not be faster for so few numbers.
-        known = torch.tensor(
-            [
-                self.weight,
-                self.left,
-                self.late,
-                self.samples,
-                self.backwards,
-                self.leaving,
-                self.transitions,
-                self.alike,
-                0.0,
-            ],
-            dtype=torch.float64,
-        )
-        row = torch.cat([self.squares.view(1), known.to(device, non_blocking=True)])
-        if self.on_device is not None:
-            row[-1] = self.on_device.to(device)
-        return row
+        stacked = torch.tensor(known, dtype=torch.float64).to(device, non_blocking=True)
+        for index, value in enumerate(values):
+            if isinstance(value, Tensor):
+                stacked[index] = value.to(device)
+        return stacked
 
 
-_COLUMN = {column.name: index for index, column in enumerate(fields(Row))}
+_COLUMN = {column.name: index for index, column in enumerate(fields(StepReport))}
 _SAME = slice(_COLUMN["transitions"], _COLUMN["on_device"] + 1)
 """Columns in which a difference keeps the step from being applied. A list of them would be copied to the device."""
 
 
 @dataclass
 class Verdict:
-    """What the rows of all ranks say together. Tensors stay on the device; ``read`` brings the host's part here.
+    """What follows from the reports of all ranks. Tensors stay on the device; ``read`` brings the host's part here.
 
     Attributes:
+        reports: those of all ranks: (ranks, columns).
         norm: L2 norm of the averaged gradients before clipping (0-dim, float64).
         found_inf: 1.0 if the update must not be applied, else 0.0 (0-dim, fp32).
         average: what gradients are divided by to be averaged and unscaled (0-dim, float64).
         scale: the same times what clipping divides by (0-dim, float64).
     """
 
-    rows: Tensor
+    reports: Tensor
     norm: Tensor
     found_inf: Tensor
     average: Tensor
@@ -97,26 +88,32 @@ class Verdict:
     _arrived: torch.Event | None = field(default=None, init=False, repr=False)
 
     @classmethod
-    def of(cls, rows: Tensor, *, unit_weight: float, loss_scale: float, clip: float, check: bool) -> Verdict:
-        """Combine ``rows`` (ranks x row), in rank order on every rank alike.
+    def of(cls, reports: Tensor, *, unit_weight: float, loss_scale: float, clip: float, check: bool) -> Verdict:
+        """Combine ``reports`` (ranks, columns), in rank order, so that every rank has the same bits.
 
-        ``unit_weight`` is the weight by which ``backward`` divided already, so that the divisor of the average is the
-        sum of all weights over it.
+        Args:
+            unit_weight: what every backward was divided by already: the divisor of the average is the sum of all
+                weights over it.
+            loss_scale: is divided by as well.
+            clip: the norm to which gradients are clipped; 0.0 for none.
+            check: whether gradients that are not finite keep the step from being applied.
         """
-        weight, late, backwards = (rows[:, _COLUMN[name]] for name in ("weight", "late", "backwards"))
-        total = rows[:, _COLUMN["squares"]].sum()
+        weight, late, backwards = (reports[:, _COLUMN[name]] for name in ("weight", "late", "backwards"))
+        total = reports[:, _COLUMN["squares"]].sum()
         average = weight.sum() / unit_weight * loss_scale
         norm = total.sqrt() / average
         found_inf = ~torch.isfinite(norm) if check else torch.zeros_like(norm, dtype=torch.bool)
         # Ranks that sent different things have exchanged wrong ranges; those with late gradients need another round.
-        differ = (rows[:, _SAME] != rows[0, _SAME]).any()
+        differ = (reports[:, _SAME] != reports[0, _SAME]).any()
         found_inf = found_inf | differ | (late != 0).any() | (backwards.sum() == 0)
         scale = average * divisor(norm, clip)
-        return cls(rows, norm, found_inf.float(), average, scale)
+        return cls(reports, norm, found_inf.float(), average, scale)
 
     def send(self) -> Tensor:
         """Start to bring the host's part here: a later :meth:`read` waits for nothing that is queued after this."""
-        host = found = torch.cat([self.rows.flatten(), torch.stack([self.norm, self.found_inf.double(), self.scale])])
+        host = found = torch.cat(
+            [self.reports.flatten(), torch.stack([self.norm, self.found_inf.double(), self.scale])]
+        )
         if found.device.type != "cpu":
             host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
             host.copy_(found, non_blocking=True)
@@ -163,7 +160,7 @@ class HostVerdict:
 
     @property
     def refused(self) -> bool:
-        """Whether this was no step: the ranks did not do, or did not have, the same, or nobody had a backward."""
+        """Whether this was no step: the ranks did not do, or did not have, the same, or none had a backward."""
         return self.diverged or not self.alike or not self.backwards
 
 
@@ -271,7 +268,7 @@ class Update:
             if after is not None:
                 after()
             works += [work for unit in units for work in unit.refresh()]
-        for work in works:  # nobody ever sees half a gather
+        for work in works:  # no weights are seen half gathered
             work.wait()
 
     def _portions(self, *, hooked: bool) -> Iterable[tuple[Sequence[Unit], Sequence[RunTensors]]]:

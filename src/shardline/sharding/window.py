@@ -1,0 +1,174 @@
+"""The accumulation window: what this rank has done since the last step, and how far training has come.
+
+Gradients in a window are sums. What divides them is known only when the window ends: the sum of the ranks' weights,
+over the unit by which every backward was divided already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import Tensor
+
+__all__ = ["Gradients", "Progress", "State", "Window"]
+
+
+class State(Enum):
+    """How far a window has come on this rank."""
+
+    EMPTY = "nothing has happened"
+    HANDED_OUT = "the engine's loader has handed out its first batch"
+    FORWARD = "a forward with gradients has run; its backward has not"
+    ACCUMULATING = "backwards or micro-steps were counted; no forward waits for its backward"
+    ENDED = "its step runs"
+
+
+_BEFORE = {
+    State.HANDED_OUT: {State.EMPTY, State.HANDED_OUT},
+    State.FORWARD: {State.EMPTY, State.HANDED_OUT, State.FORWARD, State.ACCUMULATING},
+    State.ACCUMULATING: {State.EMPTY, State.HANDED_OUT, State.FORWARD, State.ACCUMULATING},
+    State.ENDED: {State.FORWARD, State.ACCUMULATING},
+}
+"""The states that each state may follow. A window becomes EMPTY from any of them."""
+
+
+class Gradients(Enum):
+    """Where the gradients of the last backward are."""
+
+    NONE = "there was no backward"
+    LOCAL = "on this rank: they wait for a reduction"
+    REDUCED = "summed over the ranks"
+
+
+class Window:
+    """The only owner of the accumulation window of one rank.
+
+    Attributes:
+        unit: what every backward is divided by before the end is known: the configured accumulation.
+        boundary: whether the current micro-step ends the window, as the user says; ``None`` leaves it to counting.
+        state, gradients: how far it has come.
+        steps: micro-steps.
+        weight: what this rank's gradients count for: shares of full batches, or what the user gave.
+        samples: samples of the micro-steps.
+        backwards: how many were begun.
+        loss: sum of the reported losses (0-dim).
+    """
+
+    def __init__(self, unit: int) -> None:
+        self.unit = unit
+        self.boundary: bool | None = None
+        self.restart()
+
+    def restart(self, *, steps: int = 0) -> None:
+        """Begin again, ``steps`` micro-steps into the window. What was accumulated is forgotten."""
+        self.state = State.ACCUMULATING if steps else State.EMPTY
+        self.gradients = Gradients.NONE
+        self.steps, self.weight, self.samples, self.backwards = steps, 0.0, 0, 0
+        self.loss: Tensor | None = None
+        self._weighted = False  # the user gave a weight
+        self._shares = 0.0  # of all backwards, in full batches
+        self._batches = 0  # backwards that followed a forward
+
+    def _enter(self, state: State) -> None:
+        if self.state not in _BEFORE[state]:
+            raise AssertionError(f"a window went from {self.state.name} to {state.name}")
+        self.state = state
+
+    @property
+    def touched(self) -> bool:
+        """Whether anything of it has happened."""
+        return self.state is not State.EMPTY
+
+    @property
+    def at_start(self) -> bool:
+        """Whether no forward, backward or micro-step was seen: a resume would begin with the next batch."""
+        return self.state in _BEFORE[State.HANDED_OUT]
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the current micro-step is the last."""
+        return self.steps + 1 >= self.unit if self.boundary is None else self.boundary
+
+    def hand_out(self) -> None:
+        """The engine's loader hands out a batch, the first one as far as is known."""
+        self._enter(State.HANDED_OUT)
+
+    def begin_forward(self) -> None:
+        """A forward with gradients begins. Inside a step, from a hook of the user's, it belongs to no window."""
+        if self.state is not State.ENDED:
+            self._enter(State.FORWARD)
+
+    def begin_backward(self, share: float, *, reducing: bool) -> None:
+        """A backward begins.
+
+        Args:
+            share: how much its batch holds, in full ones.
+            reducing: whether its gradients are reduced as they come.
+        """
+        self.backwards += 1
+        self._shares += share
+        self._batches += self.state is State.FORWARD
+        self.join(reducing=reducing)
+
+    def join(self, *, reducing: bool) -> None:
+        """The reductions of a backward begin, which this rank may have had none of."""
+        self.gradients = Gradients.REDUCED if reducing else Gradients.LOCAL
+        if self.state is not State.ENDED:
+            self._enter(State.ACCUMULATING)
+
+    def add_loss(self, loss: Tensor) -> None:
+        self.loss = loss if self.loss is None else self.loss + loss
+
+    def mean_loss(self) -> Tensor | None:
+        """The mean over the micro-steps of the losses (0-dim), as they were before the division by ``unit``."""
+        return None if self.loss is None else self.loss * (self.unit / self.steps)
+
+    def add_step(self, share: float, weight: float | None, samples: int) -> None:
+        """A micro-step is over: its batch holds ``share`` of a full one, or counts as the user's ``weight`` says."""
+        self.steps += 1
+        self.weight += share if weight is None else weight
+        self._weighted = self._weighted or weight is not None
+        self.samples += samples
+        if self.state is not State.FORWARD:
+            self._enter(State.ACCUMULATING)
+
+    def end(self) -> None:
+        """The last micro-step was counted: gradients are averaged over the weights of all."""
+        self._enter(State.ENDED)
+
+    def end_as_sum(self) -> int:
+        """The user says that the window ends: its gradient is the sum of what its backwards gave, over the ranks.
+
+        Returns:
+            How many micro-steps it seems to hold that no call of ``step`` has counted.
+        """
+        if not self._weighted:
+            self.weight = self.unit * (self._shares / self.backwards if self.backwards else 1.0)
+        uncounted = max(min(self._batches, self.unit) - self.steps, 0)
+        self.steps += uncounted
+        self.end()
+        return uncounted
+
+
+@dataclass
+class Progress:
+    """How far the training of one engine has come, over all ranks, and what its last step did.
+
+    Attributes:
+        global_steps: optimizer steps, skipped ones included.
+        micro_steps: calls of ``step()``.
+        global_samples: samples of all ranks together that the steps have seen.
+        skipped_steps: steps whose gradients were not finite.
+        norm: of the last step's averaged gradients before clipping.
+        applied: whether the last call of ``step()`` changed the weights, as far as the host knows.
+        leaving: whether some rank was asked to save and end.
+    """
+
+    global_steps: int = 0
+    micro_steps: int = 0
+    global_samples: int = 0
+    skipped_steps: int = 0
+    norm: Tensor | float | None = None
+    applied: bool = False
+    leaving: bool = False
