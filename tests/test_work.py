@@ -102,7 +102,7 @@ def work(config: dict[str, object]) -> tuple[Counter[str], Counter[str], int] | 
     for step in range(2):
         engine.backward(mse(engine, engine.module, batch(step)))
         engine.step()
-    engine._boundary.reads_at_once = False  # as on an accelerator
+    engine.trainables.boundary.reads_at_once = False  # as on an accelerator
     with keep(Watch()) as passes:
         engine.backward(mse(engine, engine.module, batch(2)))
     with keep(Watch()) as update:

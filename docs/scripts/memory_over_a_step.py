@@ -104,7 +104,7 @@ def measure(stage: int, warm_up: int = 3) -> tuple[Trace, float]:
     buffer._LARGE = sys.maxsize
     engine, *_ = shardline.initialize(model=model, config=config)
     x = torch.randn(BATCH, WIDTH)
-    with Watch(engine._layout.pool, base) as watch:
+    with Watch(engine.trainables.layout.pool, base) as watch:
         for step in range(warm_up + 1):
             on = step == warm_up
             loss: Any = None
@@ -118,7 +118,7 @@ def measure(stage: int, warm_up: int = 3) -> tuple[Trace, float]:
                 else:
                     engine.step()
                 watch.look()
-    row, plan = shardline.plan.placement.STAGES[stage], engine._layout.plan
+    row, plan = shardline.plan.placement.STAGES[stage], engine.trainables.layout.plan
     rest = plan.state_bytes(row, 0) - gradient_bytes(plan, row)
     engine.destroy()
     return watch.trace(), rest / MIB

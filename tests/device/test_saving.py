@@ -16,7 +16,7 @@ from tests.device.training import batch, config, make, steps
 
 def state_of(engine: Any) -> list[torch.Tensor]:
     """Copies of what a checkpoint holds."""
-    states = [engine.optimizer.state[run.param] for run in engine._layout.runs]
+    states = [engine.optimizer.state[run.param] for run in engine.trainables.layout.runs]
     values = [value for state in states for _, value in sorted(state.items())] + [engine.module.seen]
     return [value.detach().cpu().clone() for value in values] + list(engine.full_state_dict().values())
 

@@ -122,13 +122,13 @@ def _kept_after_forward(compiled):
     engine = start(lambda: Mlp(width=160), Setup().config(3))
     if compiled:
         engine.compile(backend="aot_eager")
-    pool = engine._layout.pool
+    pool = engine.trainables.layout.pool
     for _ in range(2):
         loss = mse(engine, engine.module, regression(4, width=160))
         deadline = time.monotonic() + 5  # a transport's thread lets go a moment after its work is done
         while (held := _held(pool)) and time.monotonic() < deadline:
             time.sleep(0.01)
-        found = len(pool._free), held, [unit.residence.value for unit in engine._layout.units if unit.sharded]
+        found = len(pool._free), held, [unit.residence.value for unit in engine.trainables.layout.units if unit.sharded]
         engine.backward(loss)
         engine.step()
     engine.destroy()

@@ -201,7 +201,7 @@ def _traffic(config, batches):
     for micro in batches[0]:
         engine.backward(mse(engine, engine.module, micro[engine.global_rank]))
         engine.step()
-    units = engine._layout.units
+    units = engine.trainables.layout.units
     elements = sum(bucket.shard.stop - bucket.shard.start for unit in units for bucket in unit.trainable)
     where = {
         (bucket.weights.master.data_ptr() != bucket.weights.resting.data_ptr(), bucket.grads.reduced is None)
@@ -237,7 +237,7 @@ def _order(config, batches):
     log.clear()
     engine.backward(mse(engine, engine.module, batches[0][0][engine.global_rank]))
     engine.step()
-    count = len(engine._layout.units)
+    count = len(engine.trainables.layout.units)
     engine.destroy()
     return count, log
 
@@ -296,7 +296,7 @@ def _on_a_cpu():
         engine = start(Mlp, offloaded(Setup().config(1)))
         beside = all(
             bucket.weights.master.data_ptr() == bucket.weights.resting.data_ptr()
-            for unit in engine._layout.units
+            for unit in engine.trainables.layout.units
             for bucket in unit.buckets
         )
         engine.destroy()
@@ -324,7 +324,7 @@ def _on_a_device(config, batches):
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
-    buckets = [bucket for unit in engine._layout.units for bucket in unit.buckets]
+    buckets = [bucket for unit in engine.trainables.layout.units for bucket in unit.buckets]
     states = [value for state in engine.optimizer.state.values() for value in state.values()]
     found = {
         "weights": {bucket.weights.resting.device.type for bucket in buckets},

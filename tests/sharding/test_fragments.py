@@ -47,9 +47,9 @@ def read_everything(name, config):
     engine = trained(name, config)
     pieces = [
         (f.name, f.start, f.stop, f.weight.clone(), f.grad, {k: v.clone() for k, v in f.state.items()})
-        for f in local_fragments(engine._layout.runs, engine.optimizer)
+        for f in local_fragments(engine.trainables.layout.runs, engine.optimizer)
     ]
-    units, runs = engine._layout.units, engine._layout.runs
+    units, runs = engine.trainables.layout.units, engine.trainables.layout.runs
     whole = {entry.param.name: tensor.clone() for unit in units for entry, tensor in whole_weights(unit)}
     states = {}
     for unit in units:
@@ -88,8 +88,8 @@ def test_fragments_and_states_are_those_of_plain_training(ranks, name, world, st
 def take(name, config):
     engine = trained(name, config)
     found = {}
-    for unit in engine._layout.units:
-        found |= take_states(unit, engine._layout.runs, engine.optimizer)
+    for unit in engine.trainables.layout.units:
+        found |= take_states(unit, engine.trainables.layout.runs, engine.optimizer)
     engine.destroy()
     return found
 
@@ -97,10 +97,10 @@ def take(name, config):
 def give_and_take(name, config, states):
     build, _, _ = MODELS[name]
     engine = start(build, config)
-    runs = engine._layout.runs
+    runs = engine.trainables.layout.runs
     put_states(runs, states, engine.optimizer)
     found = {}
-    for unit in engine._layout.units:
+    for unit in engine.trainables.layout.units:
         found |= take_states(unit, runs, engine.optimizer)
     kept = {run.param: engine.optimizer.state[run.param] for run in runs}
     own = len({id(state["exp_avg"]) for state in kept.values()}) == len({id(s["step"]) for s in kept.values()})

@@ -25,7 +25,7 @@ from tests.models import WIDTH, Block, Mlp, mse, regression
 def saved_by_a_forward(stage):
     """Storage that autograd holds between forward and backward, by what our hooks made of each saved tensor."""
     engine = start(Mlp, Setup().config(stage))
-    hooks, kinds = engine._hooks, []
+    hooks, kinds = engine.trainables.hooks, []
     original = hooks._pack
 
     def pack(tensor):
@@ -217,7 +217,7 @@ def evaluate_energy(config):
     with torch.no_grad():
         force = engine(regression(4)[0])
     engine.train()
-    resident = sum(unit.sharded and unit.residence is Residence.GATHERED for unit in engine._layout.units)
+    resident = sum(unit.sharded and unit.residence is Residence.GATHERED for unit in engine.trainables.layout.units)
     engine.backward(mse(engine, engine.module, regression(4)))
     engine.step()
     engine.destroy()
@@ -314,7 +314,7 @@ def interrupt(config):
     with contextlib.suppress(KeyboardInterrupt):
         engine(regression(4)[0])
     handle.remove()
-    holds = [unit.holds for unit in engine._layout.units]
+    holds = [unit.holds for unit in engine.trainables.layout.units]
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     try:
         engine.backward(mse(engine, engine.module, regression(4)))
@@ -324,7 +324,7 @@ def interrupt(config):
         said = f"{type(error).__name__}: {error}"
     if hooks != before:
         torch._C._autograd._pop_saved_tensors_default_hooks()
-    for unit in engine._layout.units:
+    for unit in engine.trainables.layout.units:
         unit.holds = 0
     engine.destroy()
     return said, any(holds), hooks != before
@@ -344,7 +344,7 @@ def count_module_hooks(config):
 
     engine = shardline.initialize(model=model, config=config)[0]
     during = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    engine._hooks.remove()
+    engine.trainables.hooks.remove()
     after = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     engine.destroy()
     handle.remove()

@@ -34,7 +34,7 @@ def branch(plan, argument, batches, config, late=None):
     rank = dist.get_rank()
     engine = start(Mlp, config)
     if late:
-        engine._boundary.reads_at_once = False
+        engine.trainables.boundary.reads_at_once = False
     error = None
     try:
         for choice, window in zip(plan, batches, strict=True):

@@ -145,7 +145,7 @@ def options_differ(config, late):
 
     engine = start(Mlp, config)
     if late:  # as on an accelerator: nobody waits for the verdict
-        engine._boundary.reads_at_once = False
+        engine.trainables.boundary.reads_at_once = False
     one_step(engine)
     said = []
     (group,) = engine.optimizer.param_groups

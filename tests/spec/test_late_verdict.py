@@ -16,10 +16,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau as Plateau
 
-from shardline.engine.engine import _ENGINES
 from tests.conftest import late_verdict
 from tests.harness import Setup, start
 from tests.models import Mlp, regression
+
+ASKED: list[Any] = []
+"""The engine that trains, for a scheduler that asks it."""
 
 SCHEDULES: dict[str, Any] = {
     "WarmupDecayLR": {"total_num_steps": 9, "warmup_num_steps": 4, "warmup_max_lr": 0.02, "warmup_type": "linear"},
@@ -35,7 +37,7 @@ SCHEDULES: dict[str, Any] = {
     ),
     "ReduceLROnPlateau": lambda optimizer: Plateau(optimizer, factor=0.5, patience=1),
     "asks": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda n: 1 / (1 + n + [engine.skipped_steps for engine in _ENGINES.values()].count(-1))
+        optimizer, lambda n: 1 / (1 + n + [engine.skipped_steps for engine in ASKED].count(-1))
     ),
     "no state": lambda optimizer: Halved(optimizer),
 }  # fmt: skip
@@ -62,9 +64,13 @@ def make_plan(seed: int, *, saves: bool = True, length: int = 12) -> list[tuple[
 
 def build(config: dict[str, Any], schedule: str) -> Any:
     made = SCHEDULES[schedule]
+    ASKED.clear()
     if callable(made):
-        return start(Mlp, config, lr_scheduler=made)
-    return start(Mlp, config | {"scheduler": {"type": schedule, "params": made}})
+        engine = start(Mlp, config, lr_scheduler=made)
+    else:
+        engine = start(Mlp, config | {"scheduler": {"type": schedule, "params": made}})
+    ASKED.append(engine)
+    return engine
 
 
 def rates_of(optimizer: torch.optim.Optimizer) -> list[tuple[float, Any]]:
@@ -119,6 +125,7 @@ def follow(plan: list[tuple[bool, str]], config: dict[str, Any], schedule: str, 
                 engine.load_checkpoint(folder)
         weights = engine.full_state_dict()
         engine.destroy()
+        ASKED.clear()
     return {"rates": rates, "told": told, "answers": answers, "saved": saved, "weights": weights}
 
 

@@ -400,7 +400,7 @@ def change_what_muon_trains(steps, folder):
     engine.step()
     kept = {
         piece.name: sorted(piece.state)
-        for piece in shardline.sharding.fragments.local_fragments(engine._layout.runs, engine.optimizer)
+        for piece in shardline.sharding.fragments.local_fragments(engine.trainables.layout.runs, engine.optimizer)
     }
     engine.destroy()
     return state, kept

@@ -141,7 +141,7 @@ def train_after_agreement(config, plan):
 
     rank, engine, said = dist.get_rank(), start(Routed, config), None
     asked = []
-    asking, engine.schedule._negotiation._ask = engine.schedule._negotiation._ask, lambda row: (
+    asking, engine.trainables.schedule._negotiation._ask = engine.trainables.schedule._negotiation._ask, lambda row: (
         asked.append(1), asking(row)
     )[1]  # fmt: skip
     counts = []

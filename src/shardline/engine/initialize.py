@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from shardline._version import __version__
 from shardline.comm import Comm
 from shardline.config import Config, load_config
 from shardline.config.arguments import config_path
+from shardline.config.schema import Optimizer as OptimizerSection
 from shardline.data import Loader, length
 from shardline.engine import Engine
 from shardline.engine.origin import Origin
@@ -30,11 +32,12 @@ from shardline.features.recompute import recompute_blocks, recomputed_blocks
 from shardline.observe import Console
 from shardline.optim import arrange, lr
 from shardline.optim.kinds import kind
-from shardline.plan.placement import STAGES, Placement
+from shardline.plan.placement import STAGES, Placement, Stage
 from shardline.runtime.modes import outside_modes
 from shardline.runtime.topology import Topology, discover, init_distributed, make_current
 from shardline.sharding.admission import check_model
 from shardline.sharding.build import (
+    Layout,
     ParamGroups,
     group_parameters,
     lay_out,
@@ -144,48 +147,29 @@ def _make_engine(
     undo: ExitStack,
 ) -> Engine:
     """An engine on ``comm``; ``undo`` gets what takes back each thing that was done for it."""
-    comm.agree(
-        {
-            "the version of torch": torch.__version__,
-            "the version of shardline": __version__,
-            **{f"the configuration's {key}": value for key, value in settings.to_dict().items()},
-            "the length of training_data": length(training_data),
-        }
-    )
+    _agree(comm, settings, training_data)
     _refuse_offload_param(settings, comm.device)
     precision = Precision.from_config(settings)
     again = settings.activation_checkpointing
     recomputed = recomputed_blocks(model, again.every) if again.enabled else []
 
-    given, groups = _optimizer_and_groups(model, optimizer, model_parameters, settings)
-    membership = group_parameters(model, groups)
-    if given is None and settings.optimizer is not None:
-        groups = arrange(settings.optimizer.type, model, groups)
-        membership = group_parameters(model, groups)
     offload = Offload.from_config(settings, comm.device)
-    whole = False
-    if given is not None or settings.optimizer is not None:
-        sample = given or sample_optimizer(settings.optimizer.type, settings.optimizer.params)  # type: ignore[union-attr]
-        whole = needs_whole(sample, resting_stage(settings, offload), comm.world_size)
-    else:
-        membership = {}
-
-    _check_scheduler(lr_scheduler, given, trains=given is not None or settings.optimizer is not None)
+    training = _training(model, optimizer, model_parameters, settings, resting_stage(settings, offload), comm)
+    _check_scheduler(lr_scheduler, training)
     loader = None if training_data is None else make_loader(training_data, settings, comm, collate_fn)
     if loader is not None:
         undo.callback(loader.close)
 
     made: list[weakref.ref[Engine]] = []  # weak: the units, which the engine owns, must not keep it alive
 
-    def on_touch(unit: Unit) -> bool:
-        engine = made[0]() if made else None
-        return engine is not None and engine._touched(unit)
-
-    layout = lay_out(model, settings, precision, comm, membership, whole=whole, on_touch=on_touch, offload=offload)
+    layout = lay_out(
+        model, settings, precision, comm, training.membership,
+        whole=training.needs_whole, on_touch=partial(_touch, made), offload=offload,
+    )  # fmt: skip
 
     # from here on the model changes
 
-    origin, everywhere = Origin(model, given), _Everywhere(comm)
+    origin, everywhere = Origin(model, training.given), _Everywhere(comm)
 
     def go_back(kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and everywhere.has(error):  # else nobody would join in
@@ -199,39 +183,40 @@ def _make_engine(
     load_model(model, layout, precision, comm, fill)
 
     def finish() -> Engine:
-        final: Optimizer | None = given
-        if given is not None:
-            take_over(given, layout)
-        elif settings.optimizer is not None:
-            final = new_optimizer(settings.optimizer.type, settings.optimizer.params, groups, layout)
-        engine = Engine(model, layout, final, membership, settings, precision, topology, comm, whole=whole)
+        final = training.optimizer_of(layout)
+        engine = Engine(model, layout, final, training.membership, settings, precision, topology, comm)
         made.append(weakref.ref(engine))
         engine.lr_scheduler = _scheduler(lr_scheduler, final, settings)
         if loader is not None:
-            engine.training_dataloader = loader
-            engine._note_loader()
-            engine.training_dataloader.on_batch = engine._batch_comes
-            engine.training_dataloader.on_error = comm.give_up
+            engine.attach_loader(loader)
         if recomputed:
             offloaded = again.offload and comm.device.type != "cpu"
-            engine._undo.append(recompute_blocks(recomputed, offload=offloaded))
+            engine.on_destroy(recompute_blocks(recomputed, offload=offloaded))
         return engine
 
     engine = everywhere.run(finish)
     Console().attach(engine.events, settings, comm.rank)
-    for notice in filter(None, (topology.notice, comm.notice, _advice(engine, topology))):
+    for notice in _notices(engine, offloads=offload is not None, recomputes=bool(recomputed)):
         engine.events.emit(Notice(notice))
-    if settings.no_effect:
-        engine.events.emit(
-            Notice("these configuration keys have no effect here: " + ", ".join(sorted(settings.no_effect)))
-        )
-    if settings.zero_optimization.offload_optimizer.device == "cpu" and offload is None:
-        engine.events.emit(Notice("offload_optimizer has no effect: masters and optimizer state are in host memory"))
-    if settings.zero_optimization.offload_param.device == "cpu":
-        engine.events.emit(Notice("offload_param has no effect: weights stay where the model computes"))
-    if recomputed and again.offload and comm.device.type == "cpu":
-        engine.events.emit(Notice("activation_checkpointing.offload has no effect: the model is in host memory"))
     return engine
+
+
+def _touch(made: Sequence[weakref.ref[Engine]], unit: Unit) -> bool:
+    """A sealed parameter of ``unit`` is used: ask the engine, once it is made."""
+    engine = made[0]() if made else None
+    return engine is not None and engine.trainables.touch(unit)
+
+
+def _agree(comm: Comm, settings: Config, training_data: Any) -> None:
+    """See that ranks were given the same. Collective."""
+    comm.agree(
+        {
+            "the version of torch": torch.__version__,
+            "the version of shardline": __version__,
+            **{f"the configuration's {key}": value for key, value in settings.to_dict().items()},
+            "the length of training_data": length(training_data),
+        }
+    )
 
 
 class _Everywhere:
@@ -263,13 +248,28 @@ class _Everywhere:
         return alike or error is self._told or self._comm.world_size == 1
 
 
+def _notices(engine: Engine, *, offloads: bool, recomputes: bool) -> Iterator[str]:
+    """What the user should know of the machine and the configuration."""
+    settings, on_host = engine.config, engine.comm.device.type == "cpu"
+    zero = settings.zero_optimization
+    yield from filter(None, (engine.topology.notice, engine.comm.notice, _advice(engine, engine.topology)))
+    if settings.no_effect:
+        yield "these configuration keys have no effect here: " + ", ".join(sorted(settings.no_effect))
+    if zero.offload_optimizer.device == "cpu" and not offloads:
+        yield "offload_optimizer has no effect: masters and optimizer state are in host memory"
+    if zero.offload_param.device == "cpu":
+        yield "offload_param has no effect: weights stay where the model computes"
+    if recomputes and settings.activation_checkpointing.offload and on_host:
+        yield "activation_checkpointing.offload has no effect: the model is in host memory"
+
+
 def _advice(engine: Engine, topology: Topology) -> str | None:
     """What costs more than it must where gradients travel between hosts."""
     if topology.world_size == topology.local_world_size or engine.comm.world_size == 1 or engine.optimizer is None:
         return None
     larger = any(
         bucket.shard.stage.states is Placement.REPLICATED and bucket.grads.dtype.itemsize > bucket.plan.dtype.itemsize
-        for unit in engine._layout.units
+        for unit in engine.trainables.layout.units
         for bucket in unit.trainable
     )
     if not larger or kind(engine.optimizer) == "global":  # of that kind no other stage can have it
@@ -304,6 +304,53 @@ def _group(mesh: Any) -> dist.ProcessGroup | None:
     if mesh.ndim != 1:
         raise UsageError(f"mesh has {mesh.ndim} dimensions; the engine shards over one. Pass one of its sub-meshes.")
     return mesh.get_group()  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What is trained, and by what.
+
+    Attributes:
+        given: the optimizer that the user made.
+        named: the section of the configuration that names one, where the user made none.
+        groups: the param groups.
+        membership: the group of each parameter that is trained, by first name; empty without an optimizer.
+        needs_whole: whether the optimizer must see whole parameters.
+    """
+
+    given: Optimizer | None
+    named: OptimizerSection | None
+    groups: ParamGroups
+    membership: dict[str, int]
+    needs_whole: bool
+
+    def optimizer_of(self, layout: Layout) -> Optimizer | None:
+        """The optimizer over the runs of ``layout``, if there is one."""
+        if self.given is not None:
+            take_over(self.given, layout)
+            return self.given
+        return None if self.named is None else new_optimizer(self.named.type, self.named.params, self.groups, layout)
+
+
+def _training(
+    model: nn.Module,
+    optimizer: Optimizer | Callable[[Any], Optimizer] | None,
+    model_parameters: Iterable[Any] | None,
+    settings: Config,
+    stage: Stage,
+    comm: Comm,
+) -> _Training:
+    """What the arguments of :func:`initialize` and the configuration say together."""
+    given, groups = _optimizer_and_groups(model, optimizer, model_parameters, settings)
+    membership = group_parameters(model, groups)
+    named = settings.optimizer if given is None else None
+    if named is not None:
+        groups = arrange(named.type, model, groups)
+        membership = group_parameters(model, groups)
+    sample = given if named is None else sample_optimizer(named.type, named.params)
+    if sample is None:
+        return _Training(None, None, groups, {}, False)
+    return _Training(given, named, groups, membership, needs_whole(sample, stage, comm.world_size))
 
 
 def _optimizer_and_groups(
@@ -346,10 +393,10 @@ def _is_made(scheduler: Any) -> bool:
     return hasattr(scheduler, "step") and not isinstance(scheduler, type)
 
 
-def _check_scheduler(given: Any, optimizer: Optimizer | None, *, trains: bool) -> None:
-    if given is not None and not trains:
+def _check_scheduler(given: Any, training: _Training) -> None:
+    if given is not None and training.given is None and training.named is None:
         raise UsageError("an lr_scheduler was given without an optimizer. Give initialize an optimizer as well.")
-    if _is_made(given) and getattr(given, "optimizer", optimizer) is not optimizer:
+    if _is_made(given) and getattr(given, "optimizer", training.given) is not training.given:
         raise UsageError(
             "the lr_scheduler is attached to another optimizer than the engine's. Attach it to the optimizer that "
             "you pass to initialize, or pass a callable: lr_scheduler=lambda optimizer: ..."

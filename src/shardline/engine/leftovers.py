@@ -12,12 +12,61 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["grad_scale", "is_divided_by", "is_scaled_by", "is_some_loss_scaled"]
+from shardline.engine.notices import Notices
+
+__all__ = ["Leftovers", "grad_scale", "is_divided_by", "is_scaled_by", "is_some_loss_scaled"]
 
 _TIMES, _OVER = "MulBackward0", "DivBackward0"
 
 _DEPTH = 4
 """Nodes to look at: ``scaler.scale(loss / n)`` and its kin."""
+
+
+class Leftovers:
+    """Takes out what a GradScaler has multiplied a loss by, and gives notice of that and of other leftovers.
+
+    Attributes:
+        grad_scale: of a GradScaler in the loop (0-dim). The first loss decides.
+    """
+
+    def __init__(self, notices: Notices) -> None:
+        self.grad_scale: Tensor | None = None
+        self._notices = notices
+        self._saw_loss = self._saw_plain = False
+
+    def scale_of(self, loss: Tensor, divisor: int) -> Tensor | None:
+        """The scale of a GradScaler in ``loss``, to take out again. ``divisor``: the engine divides the loss by it."""
+        if self._saw_loss:
+            known = self.grad_scale
+            return known if known is not None and is_scaled_by(loss, known) else None
+        self._saw_loss = True
+        self.grad_scale = grad_scale(loss)
+        if self.grad_scale is not None:
+            self._notices.once(
+                "engine.backward was given scaler.scale(loss) of a torch.amp.GradScaler; the scale was taken out "
+                "again. Leave the scaler away: loss.backward(), scaler.step and scaler.update have no meaning here."
+            )
+        if divisor > 1 and is_divided_by(loss, divisor):
+            self._notices.once(
+                f"the loss given to engine.backward was divided by {divisor} already, and is divided by the "
+                f"{divisor} accumulation steps once more. Leave the division away, or pass scale_wrt_gas=False."
+            )
+        return self.grad_scale
+
+    def see_plain_backward(self, loss_scale: float) -> None:
+        """A plain ``loss.backward()`` runs, or gradients were set by hand; ``loss_scale`` is what they lack."""
+        if not self._saw_plain:
+            self._saw_plain = True
+            if is_some_loss_scaled():
+                self._notices.once(
+                    "gradients came by a plain loss.backward(), and a torch.amp.GradScaler is in use: if it scaled "
+                    "this loss, they are too large by its scale. Leave it away, and call engine.backward(loss)."
+                )
+        if loss_scale != 1.0:
+            self._notices.once(
+                "gradients of fp16 came without the loss scale, by a plain loss.backward() or set by hand: they count, "
+                "but what is below 6e-8 on its way is lost. engine.backward(loss) multiplies the loss by the scale."
+            )
 
 
 def grad_scale(loss: Tensor) -> Tensor | None:

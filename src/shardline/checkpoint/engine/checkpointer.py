@@ -65,14 +65,22 @@ class Trainer(Protocol):
 
     module: nn.Module
     optimizer: Optimizer | None
-    lr_scheduler: Any
-    training_dataloader: Loader | None
     config: Config
     comm: Comm
     events: Events
     scaler: LossScaler
     client_state: dict[str, Any]
     window_start: WindowStart
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """The scheduler that the engine steps, or None."""
+        ...
+
+    @property
+    def training_dataloader(self) -> Loader | None:
+        """The engine's own loader, or None."""
+        ...
 
     @property
     def global_steps(self) -> int:

@@ -1,0 +1,136 @@
+"""Where the gradients of a window come from: the engine's backwards, those of others, and what was set by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakValueDictionary
+
+from shardline.engine.intake import Intake
+from shardline.engine.leftovers import Leftovers
+from shardline.engine.report import Reporter
+from shardline.engine.trainables import Trainables
+from shardline.runtime.modes import outside_modes
+from shardline.sharding.precision import LossScaler
+from shardline.sharding.scaling import PLAIN, multiplied, multiplied_by
+from shardline.sharding.window import Window
+
+__all__ = ["Backwards"]
+
+_IN_USE: WeakValueDictionary[int, Backwards] = WeakValueDictionary()
+"""Those of all engines of this process that are in use, in the order in which all ranks made them."""
+
+
+class Backwards:
+    """The backwards of one engine.
+
+    Attributes:
+        no_sync: whether gradients are only added up on this rank for now.
+    """
+
+    def __init__(
+        self,
+        window: Window,
+        trainables: Trainables,
+        intake: Intake,
+        leftovers: Leftovers,
+        scaler: LossScaler,
+        reporter: Reporter,
+        *,
+        every_time: bool,
+    ) -> None:
+        self.no_sync = False
+        self._window, self._trainables, self._intake = window, trainables, intake
+        self._leftovers, self._scaler, self._reporter = leftovers, scaler, reporter
+        self._every_time = every_time  # the stage reduces in every micro-step
+        _IN_USE[id(self)] = self
+
+    def close(self) -> None:
+        """Take no part in backwards of other engines any more."""
+        _IN_USE.pop(id(self), None)
+
+    @contextmanager
+    def running(self, factor: float, *, by_accumulation: bool) -> Iterator[None]:
+        """Within it runs a backward whose loss is multiplied by ``factor``; it may reach other engines in its graph.
+
+        Args:
+            factor: see :func:`shardline.sharding.scaling.multiplied`.
+            by_accumulation: the same.
+        """
+        engines = list(_IN_USE.values())
+        if factor != 1.0:  # what lies there already would be taken for a part of this backward
+            for each in engines:
+                each.collect_unseen()
+        self._begin(factor=1.0)
+        with multiplied(factor, by_accumulation=by_accumulation):
+            try:
+                with self._reporter.phase("backward"):
+                    yield
+            except BaseException:
+                self._trainables.schedule.abort_backward()
+                raise
+            for each in engines:
+                if each is not self:
+                    each.collect_unseen()
+        self.end()
+
+    @outside_modes
+    def _begin(self, *, factor: float) -> None:
+        reducing = self._reduces_now()
+        self._window.begin_backward(self._intake.share(), reducing=reducing)
+        self._trainables.schedule.begin_backward(reducing=reducing, factor=factor)
+
+    def _reduces_now(self) -> bool:
+        return not self.no_sync and (self._every_time or self._window.at_boundary)
+
+    @outside_modes
+    def end(self) -> None:
+        """A backward is over: reduce what is left, and seal the gradients until the step."""
+        with self._reporter.phase("reduce"):
+            self._trainables.schedule.end_backward()
+        if (boundary := self._trainables.boundary) is not None:
+            boundary.update.seal(scale_is_out=self._leftovers.grad_scale is not None)
+
+    @outside_modes
+    def enter_foreign(self) -> bool:
+        """A backward that this engine did not begin enters its outputs. Says whether that was the first time."""
+        self._trainables.check_trains("loss.backward()")
+        if self._trainables.schedule.in_backward:
+            return False
+        self._begin(factor=self._foreign_factor())
+        return True
+
+    def _foreign_factor(self) -> float:
+        """What gradients of a backward that this engine did not begin are multiplied by when they are collected.
+
+        They become what ``engine.backward`` would have given: ``own factor / factor that was applied``, where the
+        second is that of the engine which began it, and 1.0 for a plain ``loss.backward()``. A quotient of loss scales
+        is a power of two, hence exact.
+        """
+        applied, by_accumulation = multiplied_by()
+        if (applied, by_accumulation) == PLAIN:
+            self._leftovers.see_plain_backward(self._scaler.scale)
+        own = self._intake.share() / (self._window.unit if by_accumulation else 1) * self._scaler.scale
+        return own / applied if applied else 0.0
+
+    @outside_modes
+    def collect_unseen(self) -> bool:
+        """Collect gradients that nothing announced: of a backward through ``model.encode()``, or written by hand."""
+        trainables = self._trainables
+        if trainables.boundary is None or not any(unit.has_uncollected() for unit in trainables.layout.units):
+            return False
+        self._begin(factor=self._foreign_factor())
+        self.end()
+        return True
+
+    def join(self) -> None:
+        """Take part, without a backward on this rank, in the reductions of the ranks that had one."""
+        reducing = self._reduces_now()
+        self._window.join(reducing=reducing)
+        self._trainables.schedule.begin_backward(reducing=reducing, factor=1.0)
+        self.end()
+
+    def discard(self, *, steps: int = 0) -> None:
+        """Forget what the window has accumulated; it begins again, ``steps`` micro-steps into it."""
+        self._trainables.drop_gradients()
+        self._window.restart(steps=steps)

@@ -1,0 +1,141 @@
+"""What follows from a step once its verdict is known: counters, the learning-rate schedule, and events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from shardline.engine.notices import Notices
+from shardline.engine.report import Ended, Reporter
+from shardline.engine.trainables import Trainables
+from shardline.optim import lr
+from shardline.sharding.precision import LossScaler, Precision
+from shardline.sharding.step import HostVerdict
+from shardline.sharding.window import Progress
+
+__all__ = ["Outcome"]
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What the event of a step holds that the step itself changes."""
+
+    loss: Tensor | None
+    rates: list[float | Tensor]
+    loss_scale: float | None
+
+
+@dataclass
+class _Pending:
+    """A step whose verdict the host has not read. ``undo`` takes the scheduler's step after it back."""
+
+    ended: Ended
+    scheduler: Any = None
+    undo: Callable[[], bool] | None = None
+
+
+class Outcome:
+    """Tells the user's side of one engine what became of its steps."""
+
+    def __init__(
+        self,
+        trainables: Trainables,
+        optimizer: Optimizer | None,
+        progress: Progress,
+        scaler: LossScaler,
+        precision: Precision,
+        reporter: Reporter,
+        notices: Notices,
+    ) -> None:
+        self._trainables, self._optimizer, self._progress = trainables, optimizer, progress
+        self._scaler, self._reporter, self._notices = scaler, reporter, notices
+        self._scales = precision.compute is torch.float16
+        self._last_epoch: int | None = None  # the scheduler's, after the last step
+        self._pending: _Pending | None = None
+
+    # -- the verdict ------------------------------------------------------------------------------------------------
+
+    def read(self) -> None:
+        """Learn what became of the last step, if that is not known yet, and emit it. One rank may do this alone."""
+        boundary, pending = self._trainables.boundary, self._pending
+        host = None if boundary is None else boundary.read()
+        if host is None or pending is None:
+            return
+        self._pending = None
+        if host.skipped and pending.undo is not None and pending.undo():
+            self._last_epoch = getattr(pending.scheduler, "last_epoch", None)
+        if host.refused:
+            self._progress.global_steps -= 1
+        else:
+            self._reporter.tell(pending.ended, host, loss_scale=self._loss_scale())
+
+    def act(self, *, ending: bool = False) -> None:
+        """The same, and what ranks do about it together. Every rank calls this at the same place."""
+        self.read()
+        if self._trainables.boundary is not None:
+            self._trainables.boundary.act_on_verdict(ending=ending)
+
+    def forget(self) -> None:
+        """Other states were loaded: the last step counts no longer."""
+        if self._trainables.boundary is not None:
+            self._trainables.boundary.forget()
+        self._last_epoch = None
+
+    # -- a step -----------------------------------------------------------------------------------------------------
+
+    def look(self, loss: Tensor | None) -> _Before:
+        """What its event will tell of a step that comes now; ``loss`` is the mean of its window."""
+        return _Before(loss, self._rates(), self._loss_scale())
+
+    def follow(self, before: _Before, host: HostVerdict | None, scheduler: Any, lr_kwargs: dict[str, Any]) -> None:
+        """A step has ended: count it, step the scheduler unless it was skipped, and act on its verdict if it is known.
+
+        Args:
+            before: what :meth:`look` returned before it.
+            host: its verdict, or ``None`` where the host does not know it yet.
+            scheduler, lr_kwargs: the user's, and the arguments of its ``step``.
+        """
+        self._progress.global_steps += 1
+        ended = self._reporter.ended(
+            self._progress.global_steps, loss=before.loss, lr=before.rates, loss_scale=before.loss_scale
+        )
+        self._pending = _Pending(ended)
+        if host is None or not host.skipped:
+            self._trainables.note_new_weights(self._notices)
+            if scheduler is not None:
+                self._step_scheduler(scheduler, lr_kwargs, certain=host is not None)
+        if host is not None:
+            self.act()
+
+    def _step_scheduler(self, scheduler: Any, lr_kwargs: dict[str, Any], *, certain: bool) -> None:
+        """``certain``: the update is known to be applied. Else it is assumed, and the step can be taken back."""
+        if self._last_epoch not in (None, getattr(scheduler, "last_epoch", None)):
+            self._notices.once(
+                "the scheduler was stepped by engine.step() and elsewhere: rates change twice as often as they should. "
+                "Remove scheduler.step() from the loop, or set engine.lr_scheduler = None to step it yourself."
+            )
+        if certain or self._optimizer is None:
+            scheduler.step(**lr_kwargs)
+        else:
+            undo = lr.step(scheduler, self._optimizer, lr_kwargs)
+            if self._pending is not None:
+                self._pending.scheduler, self._pending.undo = scheduler, undo
+            elif not self._progress.applied:  # the scheduler has asked the engine, which read the verdict
+                undo()
+        self._last_epoch = getattr(scheduler, "last_epoch", None)
+
+    def _loss_scale(self) -> float | None:
+        return self._scaler.scale if self._scales else None
+
+    def _rates(self) -> list[float | Tensor]:
+        """What ``get_lr`` gives, but copies of those that lie on a device: reading them would wait for it."""
+        rates = [] if self._optimizer is None else [group["lr"] for group in self._optimizer.param_groups]
+        return [
+            rate.detach().clone() if isinstance(rate, Tensor) and rate.device.type != "cpu" else float(rate)
+            for rate in rates
+        ]

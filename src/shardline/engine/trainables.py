@@ -1,0 +1,238 @@
+"""What is trained: the layout of the model and what drives it, replaced when parameters are frozen or added."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from shardline.comm import Comm
+from shardline.config import Config
+from shardline.engine.notices import Notices
+from shardline.errors import UsageError
+from shardline.features.compiling import compiled_in
+from shardline.optim.guard import guard
+from shardline.sharding.admission import Contents
+from shardline.sharding.boundary import Boundary
+from shardline.sharding.build import Layout, group_parameters, needs_whole, regroup, resting_stage
+from shardline.sharding.fragments import ParamState
+from shardline.sharding.hooks import Hooks
+from shardline.sharding.precision import Precision
+from shardline.sharding.schedule import Schedule
+from shardline.sharding.step import Update
+from shardline.sharding.unit import Unit
+
+__all__ = ["Trainables"]
+
+
+class Trainables:
+    """The layout of one model, and the schedule, hooks and boundary that were made for it.
+
+    Attributes:
+        layout: how the model lies on this rank.
+        schedule: gathers, releases and reduces its units.
+        hooks: tell the schedule what the model does.
+        boundary: ends windows; ``None`` without an optimizer.
+        params: the parameters that are trained.
+        groups: the param group of every parameter that the optimizer was given, frozen ones too, by first name.
+        frozen_states: the optimizer state of frozen parameters, whole on every rank.
+        is_closed: whether the model has its own parameters again.
+    """
+
+    layout: Layout
+    schedule: Schedule
+    hooks: Hooks
+    params: list[nn.Parameter]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        optimizer: Optimizer | None,
+        groups: dict[str, int],
+        config: Config,
+        precision: Precision,
+        comm: Comm,
+        *,
+        on_forward: Callable[[], Hooks],
+        on_call: Callable[[bool, Any], None] | None,
+        make_boundary: Callable[[Update, Schedule], Boundary],
+    ) -> None:
+        self.layout, self.groups = layout, groups
+        self.frozen_states: dict[str, ParamState] = {}
+        self.boundary: Boundary | None = None
+        self._model, self._optimizer = model, optimizer
+        self._config, self._precision, self._comm = config, precision, comm
+        self._on_forward, self._on_call, self._make_boundary = on_forward, on_call, make_boundary
+        self._contents = Contents(model)
+        self.is_closed = False
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Make what drives the current layout."""
+        zero, units = self._config.zero_optimization, self.layout.units
+        self._requires_grad = self._read_requires_grad()
+        self.params = [param for unit in units for bucket in unit.trainable for param in bucket.params]
+        self.schedule = Schedule(
+            units,
+            self._comm.ask,
+            prefetch=zero.stage3_prefetch_bucket_size > 0,
+            reshard_after_forward=zero.reshard_after_forward,
+            max_kept=zero.stage3_max_live_parameters,
+            on_host=self._comm.device.type == "cpu",
+        )
+        self._make_hooks()
+        if self._optimizer is not None:
+            update = Update(units, self._comm, self._optimizer, self.layout.runs)
+            self.boundary = self._make_boundary(update, self.schedule)
+
+    def _make_hooks(self) -> None:
+        compiled = compiled_in(self._model)
+        self.hooks = Hooks(self._model, self.layout.units, self.schedule, self._on_forward, self._on_call, compiled)
+
+    def renew_hooks(self) -> None:
+        """Modules of the model were compiled: what is compiled has no hooks inside."""
+        self.hooks.remove()
+        self._make_hooks()
+
+    def check_open(self, what: str) -> None:
+        """Raise if ``what`` is called after :meth:`close`."""
+        if self.is_closed:
+            raise UsageError(f"{what} was called after destroy(). Make a new engine with shardline.initialize.")
+
+    def check_trains(self, what: str) -> Boundary:
+        """The boundary; raise if ``what`` is called without an optimizer, or after :meth:`close`."""
+        self.check_open(what)
+        if self.boundary is None:
+            raise UsageError(
+                f"{what} needs an optimizer, and this engine has none. Give initialize an optimizer, or an "
+                f'"optimizer" section in the configuration.'
+            )
+        return self.boundary
+
+    # -- what changes -----------------------------------------------------------------------------------------------
+
+    def check_held(self, *, forget_edits: bool) -> None:
+        """See that the model holds the parameters that it held, and these the engine's tensors.
+
+        Args:
+            forget_edits: whether earlier values of edited parameters are needed no longer.
+        """
+        self._contents.check()
+        for unit in self.layout.units:
+            unit.check_in_place()
+        if forget_edits:
+            for unit in self.layout.units:
+                unit.forget_before_edit()
+
+    def _read_requires_grad(self) -> dict[str, bool]:
+        return {name: param.requires_grad for name, param in self.layout.params.items()}
+
+    def have_changed(self) -> bool:
+        """Whether parameters were frozen, unfrozen or added to the optimizer."""
+        return self._optimizer is not None and self._requires_grad != self._read_requires_grad()
+
+    def _add_group(self, add: Callable[[dict[str, Any]], None], group: dict[str, Any]) -> None:
+        """``optimizer.add_param_group`` with parameters of the model: they join at the next forward."""
+        self._contents.check()
+        params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        joining = group_parameters(self._model, [{"params": params}])
+        known = sorted(set(joining) & set(self.groups))
+        if known:
+            raise UsageError(f"parameter {known[0]!r} is in a param group of this optimizer already.")
+        add({**group, "params": params})
+        index = len(self._optimizer.param_groups) - 1 if self._optimizer is not None else 0
+        self.groups.update(dict.fromkeys(joining, index))
+        self._requires_grad = {}
+
+    def regroup(self, ages: Mapping[str, int] | None = None) -> None:
+        """Lay the model out again, keeping all state; the last step's verdict was acted on. Collective.
+
+        Args:
+            ages: the steps that each parameter's state has seen, where that state is still to be loaded.
+        """
+        optimizer = self._optimizer
+        if optimizer is None:
+            return
+        self.adopt_edits()
+        self.schedule.release_all()
+        self.hooks.remove()
+        whole = needs_whole(optimizer, resting_stage(self._config, self.layout.offload), self._comm.world_size)
+        self.layout = regroup(
+            self.layout, self._config, self._precision, self._comm, optimizer, self.groups, self.frozen_states,
+            self.touch, whole=whole, ages=ages,
+        )  # fmt: skip
+        self._arrange()
+
+    def lay_out_by_age(self, ages: Mapping[str, int]) -> None:
+        """Lay the model out for states that are loaded next: parameters whose states differ in age share no run."""
+        if self._optimizer is not None:
+            self._optimizer.state.clear()
+        self.frozen_states.clear()
+        self.regroup(ages)
+
+    def check_contents(self) -> None:
+        """See that the model holds the parameters and modules that it held."""
+        self._contents.check()
+
+    def adopt_edits(self) -> None:
+        """Take what the user wrote into weights over into the masters."""
+        for unit in self.layout.units:
+            unit.adopt()
+
+    def touch(self, unit: Unit) -> bool:
+        """A sealed parameter of ``unit`` is used outside of its module. Says whether it was gathered."""
+        return self.hooks.touch(unit)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a forward runs, or weights are gathered for the user."""
+        return any(unit.holds for unit in self.layout.units)
+
+    def guard_optimizer(self, zero_grad: Callable[[], None]) -> Callable[[], None]:
+        """Route the methods of the optimizer, if there is one, through the engine; return what undoes it."""
+        if self._optimizer is None:
+            return lambda: None
+        return guard(
+            self._optimizer,
+            stepping=lambda: self.boundary is not None and self.boundary.update.applying,
+            zero_grad=zero_grad,
+            add_group=self._add_group,
+        )
+
+    def note_new_weights(self, notices: Notices) -> None:
+        """The weights were updated: graphs of the old ones are void."""
+        torch.autograd.graph.increment_version(self.params)
+        for unit in self.layout.units:
+            unit.note_versions()
+            for bucket in unit.buckets:
+                if (standing := bucket.edits.standing) is not None:
+                    notices.once(
+                        f"frozen parameter {standing!r} is edited again and again, and most of its elements "
+                        f"stay what they were: {bucket.plan.dtype} rounds away what a moving average adds to them. "
+                        f"Keep its modules in fp32 (data_types.module_dtypes).",
+                        key="standing",
+                    )
+
+    def drop_gradients(self) -> None:
+        """Forget all gradients, also those on their way."""
+        self.schedule.finish_reductions()
+        for unit in self.layout.units:
+            unit.drop_grads()
+        if self.boundary is not None:
+            self.boundary.update.unseal()
+
+    def close(self) -> None:
+        """Give the model ordinary parameters again. Collective at stage 3."""
+        for unit in self.layout.units:
+            unit.wait_for_unshard()
+            unit.detach_params()
+        self.is_closed = True
+        self.boundary = None
+        # These refer back to the engine. Without them memory of the device is free with the last reference to the
+        # engine, not when the garbage collector finds the cycle.
+        del self.layout, self.schedule, self.hooks, self.params
+        del self._on_forward, self._on_call, self._make_boundary
