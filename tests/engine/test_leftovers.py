@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from shardline.engine.leftovers import grad_scale, is_divided_by, is_scaled_by
+from tests.harness import Setup, assert_close, seeded, start
+from tests.models import Mlp, mse, regression
 
 
 @pytest.fixture
@@ -34,3 +36,24 @@ def test_a_division_is_found(loss) -> None:
         assert is_divided_by(divided, 4) and not is_divided_by(divided, 8)
     for other in (loss, 4 / loss, loss / 4 + loss, loss / loss):
         assert not is_divided_by(other, 4)
+
+
+def scaled_already(config):
+    engine = start(Mlp, config)
+    for seed in range(2):
+        back = engine.backward(mse(engine, engine.module, regression(4, seed=seed)) / 2, scale_wrt_gas=False)
+        engine.step()
+    state, shape = engine.full_state_dict(), (back.dim(), back.requires_grad)
+    engine.destroy()
+    return state, shape
+
+
+def test_a_loss_that_is_divided_already(ranks) -> None:
+    setup = Setup("fp32", "SGD", accumulation=2)
+    twin = setup.twin(seeded(Mlp))
+    for seed in range(2):
+        twin.backward(mse(twin, twin.model, regression(4, seed=seed)))
+    twin.step()
+    for state, shape in ranks(scaled_already, 1, setup.config(1)):
+        assert_close(state, twin.state())
+        assert shape == (0, False)
