@@ -172,7 +172,7 @@ def _make_engine(
     origin, everywhere = Origin(model, training.given), _Everywhere(comm)
 
     def go_back(kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and everywhere.has(error):  # else nobody would join in
+        if error is not None and everywhere.has(error):  # else the other ranks would not take part
             origin.restore(layout, error)
             for engine in [each() for each in made]:
                 if engine is not None:
@@ -227,7 +227,7 @@ class _Everywhere:
         self._told: BaseException | None = None
 
     def run(self, work: Callable[[], T]) -> T:
-        """What ``work``, which talks to nobody, returns, if it raises on no rank. Collective.
+        """What ``work``, which communicates with no rank, returns, if it raises on no rank. Collective.
 
         Raises:
             DisagreementError: where only other ranks raised.

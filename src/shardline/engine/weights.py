@@ -1,4 +1,4 @@
-"""Whole weights for the user: as a state dict under the model's own names, or gathered in place for a while."""
+"""Full weights for the user: as a state dict under the model's own names, or gathered in place for a while."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = ["full_state_dict", "gathered", "units_of"]
 def full_state_dict(
     model: nn.Module, layout: Layout, comm: Comm, dtype: torch.dtype | None, *, wanted: bool
 ) -> dict[str, Any]:
-    """What ``model.state_dict()`` holds of a model that is whole, on CPU and in its order. Collective.
+    """What ``model.state_dict()`` holds of the unsharded model, on CPU and in its order. Collective.
 
     Those are weights, persistent buffers, and what modules return from ``get_extra_state()``.
 
     Args:
         model: the user's model, laid out as ``layout``.
-        layout: one unit at a time is whole on every rank.
+        layout: one unit at a time is gathered on every rank.
         comm: for buffers and extra state, which are rank 0's.
         dtype: of floating weights; ``None`` leaves that of the masters.
         wanted: whether this rank keeps what it sees; else it gets an empty dict.
@@ -62,24 +62,24 @@ def full_state_dict(
 
 @contextmanager
 def gathered(units: Sequence[Unit], hooks: Hooks, *, write: bool) -> Iterator[None]:
-    """Within it, ``units`` are whole; with ``write``, what was changed is taken over at the end. Collective.
+    """Within it, ``units`` are gathered; with ``write``, what was changed is kept at the end. Collective.
 
     The backward of a graph that is built within it may come after it.
 
     Raises:
         UsageError: for a change without ``write``.
     """
-    _show(units)
+    _unshard(units)
     try:
         with hooks.around(units):
             yield
-        _take(units, write=write)
+        _write_back(units, write=write)
     finally:
-        _let_go(units)
+        _reshard(units)
 
 
 @outside_modes
-def _show(units: Sequence[Unit]) -> None:
+def _unshard(units: Sequence[Unit]) -> None:
     for unit in units:
         unit.adopt()
         unit.wait_for_unshard()
@@ -87,8 +87,8 @@ def _show(units: Sequence[Unit]) -> None:
 
 
 @outside_modes
-def _take(units: Sequence[Unit], *, write: bool) -> None:
-    """Take over what was changed in ``units``."""
+def _write_back(units: Sequence[Unit], *, write: bool) -> None:
+    """Write back what was changed in ``units``."""
     if write:
         for unit in units:
             unit.write_back()
@@ -102,7 +102,7 @@ def _take(units: Sequence[Unit], *, write: bool) -> None:
 
 
 @outside_modes
-def _let_go(units: Sequence[Unit]) -> None:
+def _reshard(units: Sequence[Unit]) -> None:
     for unit in units:
         unit.holds -= 1
         unit.reshard()

@@ -349,7 +349,7 @@ def regroup(
     whole: bool,
     ages: Mapping[str, int] | None = None,
 ) -> Layout:
-    """Lay the model out anew after parameters were frozen, unfrozen or added to the optimizer. Collective.
+    """Lay the model out again after parameters were frozen, unfrozen or added to the optimizer. Collective.
 
     Weights, masters and optimizer state move by name, and pass whole through every rank; the state of frozen parameters
     waits in ``parked``. ``ages`` are the steps that each parameter's state has seen, where it is still to be loaded.

@@ -165,7 +165,7 @@ class HostVerdict:
 
 
 def _read(run: RunTensors, operation: str) -> Tensor:
-    """The gradients of ``run`` between backward and step; raises where they are not whole."""
+    """The gradients of ``run`` between backward and step; raises where they are not reduced."""
     name = f"the optimizer's {', '.join(repr(fragment.name) for fragment in run.fragments[:3])}"
     if run.bucket.grads.full(name, operation) is None:
         return torch.zeros_like(run.param)
@@ -201,7 +201,7 @@ class Update:
         return square_sum(shards, self.device)
 
     def needs_host(self, hooked: bool) -> bool:
-        """Whether a step must know on the host what its gradients are: not with fused kernels that nobody watches."""
+        """Whether a step must know on the host what its gradients are: not with fused kernels that no hook watches."""
         optimizer = self.optimizer
         hooked = hooked or bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
         return hooked or not takes_grad_scale(optimizer)
