@@ -123,7 +123,7 @@ def contents(built: Any) -> dict[str, Any]:
     pieces: list[Any] = []
     scalars: dict[str, Any] = {}
     if built.optimizer is not None:
-        for piece in local_fragments(built._layout.runs, built.optimizer):
+        for piece in local_fragments(built.trainables.layout.runs, built.optimizer):
             for key, value in piece.state.items():
                 if isinstance(value, Tensor) and value.dim():
                     pieces.append((piece.name, key, piece.start, flat(value).clone()))
@@ -133,7 +133,7 @@ def contents(built: Any) -> dict[str, Any]:
         "weights": built.full_state_dict(),
         "pieces": pieces,
         "scalars": scalars,
-        "counters": built.checkpoint_counters(),
+        "counters": built.checkpoints._trainer.checkpoint_counters(),
         "scale": built.scaler.scale,
         "lr": built.get_lr(),
         "loader": built.training_dataloader.state_dict(),

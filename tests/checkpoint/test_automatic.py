@@ -123,7 +123,7 @@ def test_in_the_background(ranks, tmp_path):
 
 def moments(built):
     """Copies of the optimizer's tensors."""
-    states = [built.optimizer.state[run.param] for run in built._layout.runs if run.fragments]
+    states = [built.optimizer.state[run.param] for run in built.trainables.layout.runs if run.fragments]
     return [state[key].clone() for state in states for key in sorted(state)]
 
 
@@ -189,7 +189,7 @@ def staged_badly(path):
 
     def edit():
         if built.comm.rank == 1:
-            for run in built._layout.runs:
+            for run in built.trainables.layout.runs:
                 built.optimizer.state[run.param]["exp_avg"].zero_()
         gate.set()
 

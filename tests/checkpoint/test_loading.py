@@ -128,7 +128,7 @@ def formats(path):
 
     def moments(built):
         state = {}
-        for piece in shardline.sharding.fragments.local_fragments(built._layout.runs, built.optimizer):
+        for piece in shardline.sharding.fragments.local_fragments(built.trainables.layout.runs, built.optimizer):
             state[piece.name, piece.start] = piece.state["exp_avg"].clone()
         return state
 
