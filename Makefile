@@ -12,7 +12,7 @@ COMPILED := command -v $${CXX:-g++} >/dev/null || { echo "SKIPPED, no C++ compil
 (Debian: g++), or name yours in CXX."; exit 0; };
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo demo-resume cifar10 test test-full test-faults test-device test-late test-gpu gpu-first gpu-wheels docs dist bench bench-quick check format clean
+.PHONY: help .venv demo demo-resume cifar10 test test-full test-faults test-deepspeed test-device test-late test-gpu gpu-first gpu-wheels docs dist bench bench-quick check format clean
 
 help:  ## this list
 	@grep -hE '^[a-z.][a-z0-9.-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -51,6 +51,18 @@ test-full: .venv  ## the test suite with the whole parity matrix, and what ranks
 
 test-faults: .venv  ## checkpoints with the full matrices: layouts, kills, damage
 	$(PYTEST) tests/checkpoint $(ARGS)
+
+test-deepspeed: .venv-integrations/.installed  ## scripts written for DeepSpeed, with the real Transformers, Accelerate, PEFT, TRL, Lightning
+	CUDA_VISIBLE_DEVICES= .venv-integrations/bin/python -m pytest -m "not gpu" tests/compat $(ARGS)
+
+# The trainers that are built on DeepSpeed, in an environment of their own.
+.venv-integrations/.installed: pyproject.toml constraints.txt tests/compat/constraints.txt
+	@echo "Installing the trainers into .venv-integrations ..."
+	@test -x .venv-integrations/bin/python || $(PYTHON) -m venv .venv-integrations
+	@.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
+	@.venv-integrations/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+		-c constraints.txt -c tests/compat/constraints.txt -e '.[integrations]' numpy pytest pytest-timeout
+	@touch $@
 
 test-device: .venv  ## the path that a GPU takes, on a simulated device; needs a C++ compiler
 	@$(COMPILED) $(PYTEST) tests/device $(ARGS)
@@ -127,5 +139,5 @@ format: .venv  ## format and sort imports in place
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and everything that was made
-	rm -rf .venv .venv-bench .venv-docs .venv-dist build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-bench .venv-docs .venv-dist .venv-integrations build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -36,7 +36,14 @@ PRIVATE = {
 }
 """Files that name private parts of torch, and for what."""
 
-ENVIRONMENT = {"runtime/topology.py", "launch/rendezvous.py", "launch/runner.py", "launch/run.py", "testing.py"}
+ENVIRONMENT = {
+    "compat/deepspeed/launching.py",
+    "launch/rendezvous.py",
+    "launch/run.py",
+    "launch/runner.py",
+    "runtime/topology.py",
+    "testing.py",
+}
 """Files that read or write environment variables."""
 
 

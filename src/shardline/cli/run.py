@@ -16,9 +16,8 @@ _UNDERSTOOD = {
 """Options of torchrun and of DeepSpeed's launcher that mean what ours mean. All may be spelt with underscores."""
 
 _ANSWERED = {
-    "CUDA_VISIBLE_DEVICES chooses the devices of a node, --nproc how many": ("--include", "-i", "--exclude", "-e"),
     "start this command on every node, with --nnodes N --node-rank R --master HOST, or the script by srun": (
-        *("--hostfile", "-H", "--launcher", "--launcher-args", "--ssh-port", "--no-ssh"),
+        *("--launcher", "--launcher-args", "--ssh-port"),
     ),
     "--master HOST:PORT says where the nodes meet, and one node needs nothing": (
         *("--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--rdzv-conf", "--standalone"),
@@ -27,6 +26,21 @@ _ANSWERED = {
     "SCRIPT is a Python file, or a module after -m": ("--no-python",),
 }
 """Options of the same two that mean nothing here, by what to do instead."""
+
+_DEEPSPEEDS: dict[str, tuple[tuple[str, ...], type | None, str]] = {
+    "include": (("--include", "-i"), str, "CUDA_VISIBLE_DEVICES chooses the devices of a node, --nproc how many"),
+    "exclude": (("--exclude", "-e"), str, "CUDA_VISIBLE_DEVICES chooses the devices of a node, --nproc how many"),
+    "hostfile": (
+        ("--hostfile", "-H"),
+        Path,
+        "start this command on every node, with --nnodes N --node-rank R --master HOST, or the script by srun",
+    ),
+    "no_ssh": (("--no-ssh",), None, "this command starts processes on its own node alone"),
+    "no_local_rank": (("--no-local-rank",), None, "scripts get no --local_rank, but LOCAL_RANK in the environment"),
+    "bind_cores": (("--bind-cores-to-rank",), None, "ranks are not bound; each gets its share of threads"),
+    "core_list": (("--bind-core-list",), str, "taskset chooses the cores of this command and its ranks"),
+}
+"""Options of DeepSpeed's launcher that --as-deepspeed takes: names, kind of value, and what to do without it."""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -90,10 +104,22 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     for answer, names in _ANSWERED.items():
         hidden: dict[str, Any] = {"nargs": "?", "dest": argparse.SUPPRESS, "help": argparse.SUPPRESS}
         parser.add_argument(*sorted(_spellings(*names)), action=_Answer, const=answer, **hidden)
+    parser.add_argument(
+        "--as-deepspeed",
+        "--as_deepspeed",
+        action="store_true",
+        help="run a script written for DeepSpeed: `import deepspeed` finds Shardline, and the options of DeepSpeed's "
+        "launcher are understood",
+    )
+    for dest, (names, kind, _) in _DEEPSPEEDS.items():
+        value: dict[str, Any] = {"nargs": 0, "const": True} if kind is None else {"type": kind}
+        parser.add_argument(
+            *sorted(_spellings(*names)), dest=dest, action=_DeepSpeeds, default=None, help=argparse.SUPPRESS, **value
+        )
     parser.add_argument("-m", "--module", action="store_true", help="SCRIPT is the name of a module")
     parser.add_argument("script", metavar="SCRIPT")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
-    parser.set_defaults(func=_main)
+    parser.set_defaults(func=_main, error=parser.error, deepspeeds={})
 
 
 def _spellings(*names: str) -> set[str]:
@@ -112,6 +138,20 @@ class _Answer(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         parser.error(f"there is no {option_string} here: {self.const}")
+
+
+class _DeepSpeeds(argparse.Action):
+    """Keeps an option that is understood only with ``--as-deepspeed``, which may come behind it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
+        namespace.deepspeeds = {**namespace.deepspeeds, self.dest: option_string}
 
 
 def _nproc(text: str) -> int | None:
@@ -144,24 +184,31 @@ def _master(parsed: argparse.Namespace) -> str | None:
 
 
 def _main(parsed: argparse.Namespace) -> int:
-    from shardline.launch.run import Launch, launch  # torch takes seconds to import: not for --help
+    if parsed.deepspeeds and not parsed.as_deepspeed:
+        dest, option = next(iter(parsed.deepspeeds.items()))
+        parsed.error(f"there is no {option} here: {_DEEPSPEEDS[dest][2]}; or give --as-deepspeed")
+    from shardline.launch import run  # torch takes seconds to import: not for --help
 
     nnodes, max_nnodes = parsed.nnodes
-    return launch(
-        Launch(
-            parsed.script,
-            tuple(parsed.arguments),
-            module=parsed.module,
-            nproc=parsed.nproc,
-            device=parsed.device,
-            nnodes=nnodes,
-            max_nnodes=max_nnodes,
-            node_rank=parsed.node_rank,
-            master=_master(parsed),
-            join_timeout=parsed.join_timeout,
-            secret_file=parsed.secret_file,
-            log_dir=parsed.log_dir,
-            max_restarts=parsed.max_restarts,
-            grace=parsed.grace,
-        )
+    job = run.Launch(
+        parsed.script,
+        tuple(parsed.arguments),
+        module=parsed.module,
+        nproc=parsed.nproc,
+        device=parsed.device,
+        nnodes=nnodes,
+        max_nnodes=max_nnodes,
+        node_rank=parsed.node_rank,
+        master=_master(parsed),
+        join_timeout=parsed.join_timeout,
+        secret_file=parsed.secret_file,
+        log_dir=parsed.log_dir,
+        max_restarts=parsed.max_restarts,
+        grace=parsed.grace,
     )
+    if parsed.as_deepspeed:
+        from shardline.compat.deepspeed.launching import Options, adapt
+
+        given = {name: getattr(parsed, name) for name in _DEEPSPEEDS if getattr(parsed, name) is not None}
+        job = adapt(job, Options(**given))
+    return run.launch(job)

@@ -69,6 +69,8 @@ class Launch:
     """How often all processes are started again after a failure."""
     grace: float = 600.0
     """Seconds from a SIGTERM to the launcher until ranks that have not ended are killed: a step and a save."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables that the ranks get beside those of this process."""
 
 
 def launch(job: Launch) -> int:
@@ -86,6 +88,7 @@ def launch(job: Launch) -> int:
         LaunchError: the job cannot be started as described.
     """
     meeting = _check(job)
+    os.environ.update(job.environment)
     asked = job.device or asked_device()
     here, _ = usable(Accelerators.seen(), asked)  # what is not here is said once, and not on every rank
     nproc = job.nproc if job.nproc is not None else here.count or _one_process(asked)

@@ -1,0 +1,258 @@
+"""The engine under DeepSpeed's names: attributes and methods that Shardline's engine lacks, or has in another form."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from shardline.engine import Engine
+from shardline.errors import UsageError
+
+__all__ = [
+    "ENGINES",
+    "NOT_OFFERED",
+    "DeepSpeedEngine",
+    "DeepSpeedOptimizerCallable",
+    "DeepSpeedSchedulerCallable",
+    "engines_of",
+]
+
+DeepSpeedOptimizerCallable = Callable[[Any], Optimizer]
+DeepSpeedSchedulerCallable = Callable[[Optimizer], Any]
+
+NOT_OFFERED = {
+    "allreduce_gradients": "engine.backward and engine.step reduce by themselves",
+    "coalesce_grad_reduction": "use engine.no_sync(), which works at every stage",
+    "deepspeed_io": "give initialize the dataset as training_data, or bring a loader",
+    "offload_states": "states stay where they are between phases",
+    "reload_states": "states stay where they are between phases",
+    "set_custom_curriculum_learning_schedule": "order the dataset, or bring a loader",
+    "set_data_post_process_func": "give initialize a collate_fn",
+    "set_train_batch_size": "batch sizes are those of the configuration",
+    "set_train_micro_batch_size": "batch sizes are those of the configuration",
+    "train_batch": "there is no pipeline parallelism",
+    "eval_batch": "there is no pipeline parallelism",
+    "save_mp_checkpoint_path": "there is no tensor parallelism",
+}
+"""Methods of DeepSpeed's engine that are not there, and what to do instead."""
+
+
+def _counter(name: str) -> Any:
+    """The engine's counter ``name``, which can be written as well."""
+    counter: property = getattr(Engine, name)
+
+    def write(engine: Engine, value: int) -> None:
+        setattr(engine.progress, name, value)
+
+    return counter.setter(write)
+
+
+class DeepSpeedEngine(Engine):
+    """An engine with DeepSpeed's attributes. Made by ``initialize`` of this package, which gives an engine this class.
+
+    A window's gradient is the **sum** of what its backwards gave, over the ranks the mean, however many calls of
+    :meth:`step` lay in it.
+    """
+
+    _ended_window = False  # by the last call of step
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:  # type: ignore[override]
+        """End a micro-step; at the accumulation boundary, update the weights."""
+        boundary = self.is_gradient_accumulation_boundary()
+        super().step(boundary=boundary, lr_kwargs=lr_kwargs)
+        self._ended_window = boundary
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss that a plain ``.backward()`` shall start from: ``loss`` itself, since gradients are scaled later.
+
+        Raises:
+            UsageError: in fp16, where the loss has to be scaled.
+        """
+        if self.fp16_enabled():
+            raise UsageError("engine.scale(loss) is not offered in fp16. Call engine.backward(loss), which scales it.")
+        return loss
+
+    def last_step_skipped(self) -> bool:
+        """Whether the last call of :meth:`step` ended a window and changed nothing."""
+        return self._ended_window and not self.was_step_applied()
+
+    # -- counters, which scripts also write -------------------------------------------------------------------------
+
+    global_steps = _counter("global_steps")
+    global_samples = _counter("global_samples")
+    micro_steps = _counter("micro_steps")
+    skipped_steps = _counter("skipped_steps")
+
+    # -- what the configuration says --------------------------------------------------------------------------------
+
+    def loss_scale(self) -> float:  # type: ignore[override]
+        """The current loss scale; 1.0 without fp16."""
+        return self.scaler.scale
+
+    def dynamic_loss_scale(self) -> bool:
+        """Whether the loss scale is adapted."""
+        return self.scaler.dynamic
+
+    def gradient_clipping(self) -> float:
+        return self.config.gradient_clipping
+
+    def optimizer_name(self) -> str | None:
+        return None if self.config.optimizer is None else self.config.optimizer.type.lower()
+
+    def scheduler_name(self) -> str | None:
+        return None if self.config.scheduler is None else self.config.scheduler.type
+
+    def zero_optimization(self) -> bool:
+        return self.zero_optimization_stage() > 0
+
+    def zero_optimization_partition_gradients(self) -> bool:
+        return self.zero_optimization_stage() >= 2
+
+    def zero_optimization_partition_weights(self) -> bool:
+        return self.zero_optimization_stage() == 3
+
+    def zero_gather_16bit_weights_on_model_save(self) -> bool:
+        """True: whole weights can always be gathered."""
+        return True
+
+    def wall_clock_breakdown(self) -> bool:
+        return self.config.wall_clock_breakdown
+
+    def steps_per_print(self) -> int | None:
+        return self.config.steps_per_print
+
+    def get_batch_info(self) -> tuple[int, int, int]:
+        """``train_batch_size``, ``train_micro_batch_size_per_gpu``, ``gradient_accumulation_steps``."""
+        return self.train_batch_size(), self.train_micro_batch_size_per_gpu(), self.gradient_accumulation_steps()
+
+    def get_mom(self) -> list[Any]:
+        """Momentum or betas of each param group."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return [group.get("momentum", group.get("betas")) for group in groups]
+
+    def get_type(self) -> list[Any]:
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return [group.get("type") for group in groups]
+
+    def set_lr(self, lr: float) -> None:
+        """Give every param group this learning rate."""
+        for group in [] if self.optimizer is None else self.optimizer.param_groups:
+            group["lr"] = lr
+
+    @property
+    def dp_world_size(self) -> int:
+        return self.world_size
+
+    @property
+    def mp_world_size(self) -> int:
+        return 1
+
+    @property
+    def data_parallel_group(self) -> dist.ProcessGroup | None:
+        return dist.group.WORLD
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether :meth:`compile` was called."""
+        return self._is_compiled
+
+    _is_compiled = False
+
+    def compile(
+        self,
+        backend: Any = "inductor",
+        compile_kwargs: Mapping[str, Any] | None = None,
+        schedule: Any = None,
+        compiled_autograd_enabled: bool = False,
+    ) -> None:
+        """Compile the model block by block."""
+        if schedule is not None or compiled_autograd_enabled:
+            raise UsageError("engine.compile takes no schedule and no compiled autograd here. Leave them out.")
+        super().compile(backend=backend, **(compile_kwargs or {}))
+        self._is_compiled = True
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+
+    def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
+        """The whole model in its compute dtype on rank 0, None on other ranks. Collective."""
+        whole = self.full_state_dict(dtype=self.precision.compute, rank0_only=True)
+        if self.global_rank != 0:
+            return None
+        return self._without_frozen(whole) if exclude_frozen_parameters else whole
+
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
+        return self._consolidated_16bit_state_dict(exclude_frozen_parameters)
+
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
+        """The whole model in its compute dtype, on every rank. Collective."""
+        whole = self.full_state_dict(dtype=self.precision.compute)
+        return self._without_frozen(whole) if exclude_frozen_parameters else whole
+
+    def _without_frozen(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+        every = self.module.named_parameters(remove_duplicate=False)
+        frozen = {name for name, param in every if not param.requires_grad}
+        return {name: value for name, value in whole.items() if name not in frozen}
+
+    def save_16bit_model(
+        self,
+        save_dir: str | os.PathLike[str],
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write the whole model in its compute dtype, by ``torch.save``, or as safetensors where the name says so."""
+        if save_filename.endswith(".safetensors"):
+            return super().save_16bit_model(save_dir, save_filename, exclude_frozen_parameters)
+        state = self._consolidated_16bit_state_dict(exclude_frozen_parameters)
+        if state is not None:
+            os.makedirs(save_dir, exist_ok=True)
+            torch.save(state, os.path.join(save_dir, save_filename))
+        return True
+
+    save_fp16_model = save_16bit_model
+
+    def save_checkpoint(  # type: ignore[override]
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Save everything that a resume needs; see Shardline's engine."""
+        return super().save_checkpoint(save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
+
+    def empty_partition_cache(self) -> None:
+        """Nothing to do: a unit is released after its last use."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in NOT_OFFERED:
+
+            def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+                raise UsageError(f"engine.{name} is not offered by Shardline's stand-in: {NOT_OFFERED[name]}.")
+
+            return refuse
+        return super().__getattr__(name)
+
+
+ENGINES: WeakSet[DeepSpeedEngine] = WeakSet()
+"""Those that ``initialize`` of this package made."""
+
+
+def engines_of(params: Iterable[nn.Parameter]) -> list[tuple[DeepSpeedEngine, list[nn.Parameter]]]:
+    """The engines of this package that train or hold some of ``params``, each with its own ones."""
+    params = list(params)
+    found = []
+    for engine in list(ENGINES):
+        held = {id(param) for param in engine.module.parameters()}
+        if mine := [param for param in params if id(param) in held]:
+            found.append((engine, mine))
+    return found

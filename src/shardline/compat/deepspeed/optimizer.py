@@ -1,0 +1,88 @@
+"""What ``deepspeed.initialize`` returns as the optimizer: the engine's, with DeepSpeed's attributes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from shardline.compat.deepspeed.engine import DeepSpeedEngine
+
+__all__ = ["DeepSpeedOptimizer", "EngineOptimizer"]
+
+
+class DeepSpeedOptimizer:
+    """The base of DeepSpeed's optimizers, for ``isinstance``."""
+
+
+class EngineOptimizer(DeepSpeedOptimizer, Optimizer):
+    """The optimizer of an engine, whose ``step`` is the engine's. All it does not have is the wrapped optimizer's.
+
+    Attributes:
+        optimizer: the torch optimizer whose param groups and state these are.
+    """
+
+    _engine: DeepSpeedEngine
+    optimizer: Optimizer
+
+    def __init__(self, engine: DeepSpeedEngine, optimizer: Optimizer) -> None:
+        # Not Optimizer.__init__: groups, state and hooks are the wrapped one's.
+        self.__dict__.update(_engine=engine, optimizer=optimizer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["optimizer"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("param_groups", "state", "defaults"):
+            setattr(self.optimizer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.optimizer.__getstate__()
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """``engine.step()``."""
+        self._engine.step()
+
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
+        """``engine.backward(loss)``."""
+        self._engine.backward(loss, retain_graph=retain_graph)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._engine.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of this rank's runs; a checkpoint of the engine is what can be loaded elsewhere."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        self.optimizer.load_state_dict(state_dict)
+
+    @property
+    def overflow(self) -> bool:
+        """Whether the last step was skipped because its gradients were not finite."""
+        return self._engine.last_step_skipped()
+
+    @property
+    def loss_scale(self) -> float:
+        """The current loss scale; 1.0 without fp16."""
+        return self._engine.scaler.scale
+
+    cur_scale = loss_scale
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        return self._engine.dynamic_loss_scale()
+
+    @property
+    def _global_grad_norm(self) -> float | Tensor | None:
+        return self._engine.get_global_grad_norm()
+
+    def refresh_fp32_params(self) -> None:
+        """Nothing to do: masters follow the weights."""

@@ -1,0 +1,62 @@
+"""Configurations as DeepSpeed reads them."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import pytest
+
+from shardline.compat.deepspeed.config import OFFLOAD_PARAM, read, translate
+from shardline.config import load_config
+from shardline.errors import ConfigError
+
+BATCH = {"train_micro_batch_size_per_gpu": 2}
+
+
+def resolved(raw, **options):
+    settings, notices = translate({**BATCH, **raw}, **{"on_accelerator": False, **options})
+    return load_config(settings, 1), notices
+
+
+def test_defaults_are_deepspeeds():
+    config, notices = resolved({"fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}})
+    assert (config.gradient_clipping, config.data_loader.weighting) == (1.0, "none")
+    assert (config.fp16.enabled, config.bf16.enabled, notices) == (False, False, [])
+    assert resolved({"gradient_clipping": 0.0})[0].gradient_clipping == 0.0
+    assert resolved({"bfloat16": {"enabled": True}})[0].bf16.enabled
+
+
+def test_unknown_keys_at_the_top_are_named_once_and_those_below_are_refused():
+    config, notices = resolved({"zero_optimization.reduce_bucket_size": 5, "junk": {}, "_comment": "x"})
+    assert config.train_micro_batch_size_per_gpu == 2
+    assert notices == [
+        "unknown keys of the configuration, which DeepSpeed ignores as well: junk, zero_optimization.reduce_bucket_size"
+    ]
+    with pytest.raises(ConfigError, match="stagee"):
+        resolved({"zero_optimization": {"stagee": 1}})
+
+
+def test_old_spellings():
+    assert resolved({"zero_optimization": True})[0].zero_optimization.stage == 1
+    config, _ = resolved({"zero_optimization": {"stage": 2, "overlap_comm": 1}, "wall_clock_breakdown": 0})
+    assert config.zero_optimization.stage == 2
+    assert config.wall_clock_breakdown is False
+
+
+def test_offload_param_is_accepted_with_a_notice_on_an_accelerator():
+    raw = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}}
+    assert resolved(raw)[1] == []
+    config, notices = resolved(raw, on_accelerator=True)
+    assert (config.zero_optimization.offload_param.device, notices) == ("none", [OFFLOAD_PARAM])
+
+
+def test_sources(tmp_path):
+    raw = {"train_batch_size": 8}
+    file = tmp_path / "ds.json"
+    file.write_text('{"train_batch_size": 8, // all ranks\n}')
+    encoded = base64.urlsafe_b64encode(json.dumps(raw).encode()).decode()
+    assert read(raw) == read(file) == read(encoded) == raw
+    for source, words in ((None, "type NoneType"), ("absent.json", "no configuration file"), ([], "type list")):
+        with pytest.raises(ConfigError, match=words):
+            read(source)

@@ -1,0 +1,58 @@
+"""Transformers' own Trainer, unchanged, with ``deepspeed=``: its figures are those of a run without DeepSpeed."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.compat.clients.scripts import needs, run
+
+pytestmark = needs("transformers", "accelerate")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """One process, no DeepSpeed: what all others are compared with. Resumed half-way as well."""
+    out = tmp_path_factory.mktemp("plain")
+    (found,) = run("trainer.py", out, [{"stage": None}])
+    return found
+
+
+def close(found, expected, *, rel=2e-5):
+    assert found["steps"] == expected["steps"]
+    for name in ("losses", "norms", "eval", "rates"):
+        assert found[name] == pytest.approx(expected[name], rel=rel, abs=1e-6), name
+    for name in ("weights", "saved"):
+        common = found[name].keys() & expected[name].keys()
+        assert len(common) > 20
+        assert {key: found[name][key] for key in common} == pytest.approx(
+            {key: expected[name][key] for key in common}, rel=rel
+        )
+
+
+def test_one_process(plain, tmp_path):
+    cases = [{"stage": 2}, {"stage": 3, "gradient_checkpointing": True}, {"stage": 3, "from_file": True}]
+    *same, own = run("trainer.py", tmp_path, cases, world=1)
+    for each in same:
+        close(each, plain)
+    assert own["steps"] == plain["steps"]  # DeepSpeed's schedule is not Transformers'
+    assert own["losses"][0] == pytest.approx(plain["losses"][0], rel=1e-5)
+
+
+def test_stages_on_two_ranks(plain, tmp_path):
+    cases = [{"stage": stage} for stage in (0, 1, 2, 3)]
+    for each in run("trainer.py", tmp_path, cases, world=2):
+        close(each, plain)
+
+
+def test_bf16(plain, tmp_path):
+    cases = [{"stage": stage, "bf16": True} for stage in (0, 2, 3)]
+    for each in run("trainer.py", tmp_path, cases, world=2):
+        assert each["losses"] == pytest.approx(plain["losses"], rel=2e-2)
+        assert each["eval"] == pytest.approx(plain["eval"], rel=2e-2)
+
+
+def test_resume_on_another_number_of_ranks(plain, tmp_path):
+    run("trainer.py", tmp_path / "two", [{"stage": 3}], world=2)
+    checkpoint = str(tmp_path / "two" / "0" / "checkpoint-5")
+    (found,) = run("trainer.py", tmp_path / "one", [{"stage": 2, "resume": checkpoint}], world=1)
+    close(found, plain)
