@@ -169,16 +169,8 @@ def _make_engine(
 
     # from here on the model changes
 
-    origin, everywhere = Origin(model, training.given), _Everywhere(comm)
-
-    def go_back(kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and everywhere.has(error):  # else the other ranks would not take part
-            origin.restore(layout, error)
-            for engine in [each() for each in made]:
-                if engine is not None:
-                    engine.destroy()
-
-    undo.push(go_back)
+    everywhere = _Everywhere(comm)
+    undo.push(_WayBack(Origin(model, training.given), layout, everywhere, made).take)
     fill = partial(meta.fill, model, init_fn=init_fn) if meta.is_on_meta(model) else None
     load_model(model, layout, precision, comm, fill)
 
@@ -246,6 +238,25 @@ class _Everywhere:
     def has(self, error: BaseException) -> bool:
         alike = isinstance(error, ShardlineError) and not isinstance(error, LostRankError)
         return alike or error is self._told or self._comm.world_size == 1
+
+
+@dataclass(frozen=True)
+class _WayBack:
+    """Puts the model and its optimizer back as they were, if ``initialize`` fails and every rank knows of it."""
+
+    origin: Origin
+    layout: Layout
+    everywhere: _Everywhere
+    made: list[weakref.ref[Engine]]
+
+    def take(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """What an exit stack calls at its end."""
+        if error is None or not self.everywhere.has(error):  # the other ranks would not take part
+            return
+        self.origin.restore(self.layout, error)
+        for engine in [each() for each in self.made]:
+            if engine is not None:
+                engine.destroy()
 
 
 def _notices(engine: Engine, *, offloads: bool, recomputes: bool) -> Iterator[str]:
