@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from shardline.sharding.hooks import _Place
 from shardline.sharding.parameter import is_sealed
+from shardline.sharding.saved_tensors import SavedWeight
 from shardline.sharding.unit import Residence
 from tests.harness import Setup, assert_close, check_against_twin, seeded, start
 from tests.models import WIDTH, Block, Mlp, mse, regression
@@ -25,16 +25,16 @@ from tests.models import WIDTH, Block, Mlp, mse, regression
 def saved_by_a_forward(stage):
     """Storage that autograd holds between forward and backward, by what our hooks made of each saved tensor."""
     engine = start(Mlp, Setup().config(stage))
-    hooks, kinds = engine.trainables.hooks, []
-    original = hooks._pack
+    saved, kinds = engine.trainables.hooks.saved, []
+    original = saved.pack
 
     def pack(tensor):
         packed = original(tensor)
         shape = tuple(tensor.shape)
-        kinds.append((isinstance(packed, _Place), shape, packed.name if isinstance(packed, _Place) else None))
+        kinds.append((isinstance(packed, SavedWeight), shape, packed.name if isinstance(packed, SavedWeight) else None))
         return packed
 
-    hooks._pack = pack
+    saved.pack = pack
     loss = mse(engine, engine.module, regression(4))
     here = [name for name, p in engine.module.named_parameters() if is_sealed(p)]
     engine.backward(loss)

@@ -88,6 +88,12 @@ class FakeUnit:
         self.works: list[int] = []
         self.reductions: list[int] = []
 
+    def acquire(self) -> None:
+        self.holds += 1
+
+    def release(self) -> None:
+        self.holds -= 1
+
     def unshard(self) -> None:
         if self.residence is Residence.SHARDED:
             self.works.append(self.wire.post("gather", self.rank, self.index))
@@ -186,11 +192,11 @@ class Rank:
         try:
             for index in path:
                 unit = self.units[index]
-                assert schedule.use(unit)  # type: ignore[arg-type]
+                schedule.pre_forward(unit)  # type: ignore[arg-type]
                 assert unit.residence is Residence.GATHERED
                 if grad:
-                    schedule.expect(unit, 1)  # type: ignore[arg-type]
-                schedule.done(unit)  # type: ignore[arg-type]
+                    schedule.expect_backward(unit, 1)  # type: ignore[arg-type]
+                schedule.post_forward(unit)  # type: ignore[arg-type]
         finally:
             schedule.end_forward()
 
@@ -199,10 +205,10 @@ class Rank:
         schedule.begin_backward(reducing=True, factor=1.0)
         for index in reversed(path):
             unit = self.units[index]
-            schedule.need(unit)  # type: ignore[arg-type]
+            schedule.pre_backward(unit)  # type: ignore[arg-type]
             assert unit.residence is Residence.GATHERED
             unit.grad += 1
-            schedule.input_ready(unit, at_once=True)  # type: ignore[arg-type]
+            schedule.post_backward(unit, at_once=True)  # type: ignore[arg-type]
         schedule.end_backward()
         assert all(unit.residence is Residence.SHARDED for unit in self.units)
 

@@ -25,6 +25,12 @@ class FakeUnit:
         root = f"b{index}"
         self.plan = SimpleNamespace(roots=(root,), users=(root, *users), numel=100)
 
+    def acquire(self) -> None:
+        self.holds += 1
+
+    def release(self) -> None:
+        self.holds -= 1
+
     def unshard(self) -> None:
         if self.residence is Residence.SHARDED:
             self.log.append(f"gather {self.index}")
@@ -114,21 +120,20 @@ class Drive:
 
     def call(self, index: int, grad: bool = True) -> None:
         unit = self.units[index]
-        held = self.schedule.use(unit)
+        self.schedule.pre_forward(unit)
         assert unit.residence is Residence.GATHERED
         if grad:
-            self.schedule.expect(unit, 1)
-        if held:
-            self.schedule.done(unit)
+            self.schedule.expect_backward(unit, 1)
+        self.schedule.post_forward(unit)
 
     def backward(self, *order: int, reducing: bool = True, end: bool = True) -> None:
         self.schedule.begin_backward(reducing=reducing, factor=1.0)
         for index in order:
             unit = self.units[index]
-            self.schedule.need(unit)
+            self.schedule.pre_backward(unit)
             assert unit.residence is Residence.GATHERED
             unit.grads = bool(unit.trainable)
-            self.schedule.input_ready(unit, at_once=True)
+            self.schedule.post_backward(unit, at_once=True)
         if end:
             self.schedule.end_backward()
 
@@ -292,7 +297,7 @@ def test_as_many_steps_are_negotiated_as_ranks_have_differed() -> None:
         drive.train(0, 1)
         assert drive.asked == asked
         drive.schedule.distrust()
-        drive.schedule._disagreements -= 1
+        drive.schedule._agreement._disagreements -= 1
 
 
 def test_a_window_of_several_forwards_has_an_order_for_each() -> None:
@@ -326,11 +331,11 @@ def test_nested_uses_hold_a_unit() -> None:
     drive = Drive(2)
     unit, schedule = drive.units[0], drive.schedule
     schedule.begin_forward(with_grad=True)
-    schedule.use(unit)
-    schedule.use(unit)
-    schedule.done(unit)
+    schedule.pre_forward(unit)
+    schedule.pre_forward(unit)
+    schedule.post_forward(unit)
     assert unit.residence is Residence.GATHERED
-    schedule.done(unit)
+    schedule.post_forward(unit)
     assert unit.residence is Residence.SHARDED and unit.holds == 0
 
 
@@ -355,12 +360,12 @@ def test_a_use_outside_the_forward_of_the_model() -> None:
 
 def test_a_touch_gathers_inside_a_forward_only() -> None:
     drive = Drive(2)
-    assert not drive.schedule.touch(drive.units[0])
+    assert not drive.schedule.on_sealed_access(drive.units[0])
     drive.schedule.begin_forward(with_grad=True)
-    assert drive.schedule.touch(drive.units[1])
+    assert drive.schedule.on_sealed_access(drive.units[1])
     assert drive.take("gather") == ["gather 1"]
     drive.schedule.end_forward()
-    assert not drive.schedule.touch(drive.units[0])
+    assert not drive.schedule.on_sealed_access(drive.units[0])
     assert [unit.residence for unit in drive.units] == [Residence.SHARDED, Residence.GATHERED_SEALED]
 
 
@@ -393,8 +398,8 @@ def test_reductions_begin_in_the_reverse_of_the_plan_whatever_is_ready_first() -
     drive.backward(0, 1, end=False)
     assert drive.take("reduce") == [], "both wait for their turn"
     unit = drive.units[2]
-    drive.schedule.need(unit)
-    drive.schedule.input_ready(unit, at_once=True)
+    drive.schedule.pre_backward(unit)
+    drive.schedule.post_backward(unit, at_once=True)
     assert drive.take("reduce") == ["reduce 2", "reduce 1", "reduce 0"]
 
 
@@ -485,7 +490,7 @@ def test_a_unit_called_twice_is_ready_after_both() -> None:
     drive.log.clear()
     drive.backward(0, end=False)
     assert drive.take("reduce") == []
-    drive.schedule.input_ready(drive.units[0], at_once=True)
+    drive.schedule.post_backward(drive.units[0], at_once=True)
     assert drive.take("reduce") == ["reduce 0"]
 
 
@@ -493,9 +498,9 @@ def test_a_call_without_differentiable_inputs_is_over_at_the_end() -> None:
     drive = Drive(2)
     drive.schedule.begin_forward(with_grad=True)
     for unit, inputs in zip(drive.units, (0, 1), strict=True):
-        drive.schedule.use(unit)
-        drive.schedule.expect(unit, inputs)
-        drive.schedule.done(unit)
+        drive.schedule.pre_forward(unit)
+        drive.schedule.expect_backward(unit, inputs)
+        drive.schedule.post_forward(unit)
     drive.schedule.end_forward()
     drive.log.clear()
     drive.backward(1, end=False)
@@ -510,9 +515,9 @@ def test_the_hint_of_a_leaf_counts_from_the_next_event() -> None:
     drive.forward(0, 1)
     drive.backward(end=False)
     drive.log.clear()
-    drive.schedule.input_ready(drive.units[1], at_once=False)
+    drive.schedule.post_backward(drive.units[1], at_once=False)
     assert drive.take("reduce") == []
-    drive.schedule.need(drive.units[0])
+    drive.schedule.pre_backward(drive.units[0])
     assert drive.take("reduce") == ["reduce 1"]
 
 
@@ -522,9 +527,9 @@ def test_one_call_without_differentiable_inputs_is_enough_to_wait() -> None:
     unit = drive.units[0]
     drive.schedule.begin_forward(with_grad=True)
     for inputs in (0, 1):
-        drive.schedule.use(unit)
-        drive.schedule.expect(unit, inputs)
-        drive.schedule.done(unit)
+        drive.schedule.pre_forward(unit)
+        drive.schedule.expect_backward(unit, inputs)
+        drive.schedule.post_forward(unit)
     drive.schedule.end_forward()
     drive.log.clear()
     drive.backward(0, end=False)
@@ -578,9 +583,9 @@ def test_recomputation_in_backward_gathers_what_backward_gathers() -> None:
     drive.log.clear()
     drive.schedule.begin_backward(reducing=True, factor=1.0)
     for unit in reversed(drive.units):
-        assert not drive.schedule.use(unit), "no done() follows"
-        drive.schedule.need(unit)
-        drive.schedule.input_ready(unit, at_once=True)
+        for _ in ("the forward that runs again", "what it saved"):
+            drive.schedule.pre_backward(unit)
+        drive.schedule.post_backward(unit, at_once=True)
     drive.schedule.end_backward()
     assert drive.take("gather", "release") == ["release 1", "gather 0", "release 0"]
 

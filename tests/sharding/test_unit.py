@@ -261,7 +261,7 @@ def test_letting_go_gives_ordinary_parameters() -> None:
 
 def test_a_unit_in_use_is_not_updated() -> None:
     unit, _, _ = make(2)
-    unit.holds = 1
+    unit.acquire()
     with pytest.raises(UsageError, match="in use"):
         unit.refresh()
 
@@ -398,11 +398,11 @@ def edits():
     except SealedError as error:
         said.append(str(error))
     unit.wait_for_unshard()
-    unit.holds += 1
+    unit.acquire()
     with torch.no_grad():
         model.scalar.fill_(2.0 + rank)
     unit.write_back()
-    unit.holds -= 1
+    unit.release()
     unit.reshard()
     unit.wait_for_unshard()
     scalar = float(model.scalar)
@@ -465,7 +465,7 @@ def early_release():
     states = [unit.residence.value]
     unit.reshard()
     states.append(unit.residence.value)
-    unit.holds += 1
+    unit.acquire()
     unit.wait_for_unshard()
     unit.reshard()  # in use: stays
     states.append(unit.residence.value)

@@ -10,7 +10,7 @@ from shardline.engine.intake import Intake
 from shardline.engine.leftovers import Leftovers
 from shardline.engine.report import Reporter
 from shardline.engine.trainables import Trainables
-from shardline.runtime.modes import outside_modes
+from shardline.runtime.modes import leave_modes, outside_modes
 from shardline.sharding.precision import LossScaler
 from shardline.sharding.scaling import PLAIN, multiplied, multiplied_by
 from shardline.sharding.window import Window
@@ -53,6 +53,8 @@ class Backwards:
     def running(self, factor: float, *, by_accumulation: bool) -> Iterator[None]:
         """Within it runs a backward whose loss is multiplied by ``factor``; it may reach other engines in its graph.
 
+        :meth:`end` follows.
+
         Args:
             factor: see :func:`shardline.sharding.scaling.multiplied`.
             by_accumulation: the same.
@@ -72,7 +74,6 @@ class Backwards:
             for each in engines:
                 if each is not self:
                     each.collect_unseen()
-        self.end()
 
     @outside_modes
     def _begin(self, *, factor: float) -> None:
@@ -83,13 +84,13 @@ class Backwards:
     def _reduces_now(self) -> bool:
         return not self.no_sync and (self._every_time or self._window.at_boundary)
 
-    @outside_modes
     def end(self) -> None:
         """A backward is over: reduce what is left, and seal the gradients until the step."""
-        with self._reporter.phase("reduce"):
-            self._trainables.schedule.end_backward()
-        if (boundary := self._trainables.boundary) is not None:
-            boundary.update.seal(scale_is_out=self._leftovers.grad_scale is not None)
+        with leave_modes():
+            with self._reporter.phase("reduce"):
+                self._trainables.schedule.end_backward()
+            if (boundary := self._trainables.boundary) is not None:
+                boundary.update.seal(scale_is_out=self._leftovers.grad_scale is not None)
 
     @outside_modes
     def enter_foreign(self) -> bool:

@@ -219,6 +219,7 @@ class Engine(Wrapper, Getters, Saving):
             scaled = loss.float() if loss.dtype is torch.float16 else loss
             root = torch.full_like(scaled, factor)
             scaled.backward(root if foreign is None else root / foreign, retain_graph=retain_graph)
+        self._backwards.end()
         return self._report(loss, divisor, foreign)
 
     @outside_modes

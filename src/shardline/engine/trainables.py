@@ -185,7 +185,7 @@ class Trainables:
 
     def touch(self, unit: Unit) -> bool:
         """A sealed parameter of ``unit`` is used outside of its module. Says whether it was gathered."""
-        return self.hooks.touch(unit)
+        return self.hooks.on_sealed_access(unit)
 
     @property
     def in_use(self) -> bool:

@@ -83,7 +83,7 @@ def _unshard(units: Sequence[Unit]) -> None:
     for unit in units:
         unit.adopt()
         unit.wait_for_unshard()
-        unit.holds += 1
+        unit.acquire()
 
 
 @outside_modes
@@ -104,7 +104,7 @@ def _write_back(units: Sequence[Unit], *, write: bool) -> None:
 @outside_modes
 def _reshard(units: Sequence[Unit]) -> None:
     for unit in units:
-        unit.holds -= 1
+        unit.release()
         unit.reshard()
 
 

@@ -3,14 +3,14 @@
 A mode reaches every tensor operation of its thread: dispatch modes (selective checkpointing, loggers, fake tensors),
 function modes (a default device), autocast, inference mode, and the levels of ``torch.func``. What the engine computes
 for itself, in the middle of the user's forward, must not meet them: it would be cached and replayed, counted, put on
-another device, or become a tensor that no later step may write to. So each entry into the engine is marked with
-:func:`outside_modes`. Whether gradients are enabled stays as it is.
+another device, or become a tensor that no later step may write to. So each entry into the engine does its work within
+:func:`leave_modes`, or is marked with :func:`outside_modes`. Whether gradients are enabled stays as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -30,7 +30,7 @@ from torch._C import (
 )
 from torch._C._functorch import peek_interpreter_stack, pop_dynamic_layer_stack, push_dynamic_layer_stack
 
-__all__ = ["is_recorded", "keep", "outside_modes"]
+__all__ = ["is_recorded", "keep", "leave_modes", "outside_modes"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,20 +39,28 @@ _kept: list[Any] = []
 """Modes that were entered for the engine's sake."""
 
 
+_THERE_ARE_NONE = nullcontext()
+
+
+def leave_modes() -> AbstractContextManager[None]:
+    """Within it, no modes but those of :func:`keep` are active. Where there are none it costs 0.5 us."""
+    if (
+        _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _is_any_autocast_enabled()
+        or is_inference_mode_enabled()
+        or peek_interpreter_stack() is not None
+    ):
+        return _Outside()
+    return _THERE_ARE_NONE
+
+
 def outside_modes(function: Callable[P, T]) -> Callable[P, T]:
-    """Let ``function`` run outside of all modes but those of :func:`keep`. Where there are none it costs 0.4 us."""
+    """Let ``function`` run within :func:`leave_modes`. On the hot path a block is better: no call on the stack."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not (
-            _len_torch_dispatch_stack()
-            or _len_torch_function_stack()
-            or _is_any_autocast_enabled()
-            or is_inference_mode_enabled()
-            or peek_interpreter_stack() is not None
-        ):
-            return function(*args, **kwargs)
-        with _Outside():
+        with leave_modes():
             return function(*args, **kwargs)
 
     return call
@@ -107,7 +115,7 @@ _STACKS = (
 )
 
 
-class _Outside:
+class _Outside(AbstractContextManager[None]):
     """Leaves the modes for a while."""
 
     def __enter__(self) -> None:

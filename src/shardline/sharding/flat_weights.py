@@ -188,17 +188,16 @@ class FlatWeights:
 
     def start_gather(self, unit: int) -> Work:
         """Start to bring all weights into a new ``full``."""
-        self.full = self.pool.borrow(self.shard.plan.size, self.dtype)
-        return self._gather_into(self.full, unit)
+        plan = self.shard.plan
+        self.full = self.pool.borrow(plan.size, self.dtype)
+        return self.comm.gather(unit, self.full, plan.boundaries, own=self.resting)
 
     def join_gather(self, unit: int) -> None:
         """Take part in a gather for other ranks, and drop what comes."""
-        full = self.pool.borrow(self.shard.plan.size, self.dtype)
-        self._gather_into(full, unit).wait()
+        plan = self.shard.plan
+        full = self.pool.borrow(plan.size, self.dtype)
+        self.comm.gather(unit, full, plan.boundaries, own=self.resting).wait()
         self.pool.give_back(full)
-
-    def _gather_into(self, full: Tensor, unit: int) -> Work:
-        return self.comm.gather(unit, full, self.shard.plan.boundaries, own=self.resting)
 
     def drop_full(self) -> None:
         """Give the buffer of a gather back."""

@@ -1,17 +1,15 @@
-"""The only file that knows module hooks and autograd: it turns what the model does into calls of the schedule.
+"""Turns what the model does into calls of the schedule: module hooks, and hooks on gradients.
 
-Around a module that uses a unit: gather before, release after. In backward, three things are watched:
+Around a module that uses a unit: unshard before, reshard after. In backward, three things are watched:
 
-* tensors that autograd saved and that lie in a gathered buffer are kept as a place in it, and looked up again, after a
-  gather, when backward wants them (``saved_tensors_hooks``);
+* tensors that autograd saved and that lie in a gathered buffer (:mod:`shardline.sharding.saved_tensors`);
 * the gradient of a unit's inputs, whose completion hints that the unit's own gradients are complete;
-* the gradient of the model's outputs, which says that a backward began that ``engine.backward`` did not start.
+* the gradient of the model's outputs, which tells that a backward began that ``engine.backward`` did not start.
 """
 
 from __future__ import annotations
 
 import sys
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,36 +23,13 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from shardline.plan.describe import is_below
-from shardline.runtime.modes import is_recorded, outside_modes
-from shardline.sharding.bucket import Bucket
+from shardline.runtime.modes import is_recorded, leave_modes, outside_modes
 from shardline.sharding.containers import tensors_in
+from shardline.sharding.saved_tensors import SavedTensors
 from shardline.sharding.schedule import Schedule
 from shardline.sharding.unit import Unit
 
 __all__ = ["Compiled", "Hooks", "watch_outputs"]
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A saved tensor as a place in a bucket: autograd holds this instead of the memory."""
-
-    unit: Unit
-    bucket: Bucket
-    generation: int
-    param: nn.Parameter
-    version: int
-    name: str
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-
-
-@dataclass(frozen=True)
-class _Foreign:
-    """A tensor that hooks outside of ours packed, and how they unpack it."""
-
-    unpack: Callable[[Any], Tensor]
-    packed: Any
 
 
 class _Graph(Enum):
@@ -71,14 +46,8 @@ def _graph_here() -> _Graph:
     return _Graph.OUTER if is_recorded() else _Graph.INNER
 
 
-class _Hook:
+class _Hook(partial[None]):
     """A module hook that stays behind when the module is copied or pickled: the copy is no engine's."""
-
-    def __init__(self, call: Callable[..., None], *first: Any) -> None:
-        self._call, self._first = call, first
-
-    def __call__(self, *args: Any) -> None:
-        self._call(*self._first, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _NOTHING
@@ -108,11 +77,14 @@ _NOT_COMPILED = Compiled()
 
 
 class Hooks:
-    """The hooks of one engine on one model. ``remove`` takes them off again.
+    """The module hooks of one engine on one model. ``remove`` takes them off again.
 
-    ``on_forward`` is called when a forward of the model begins, and returns the hooks that serve it: others than these
-    where the model was planned again at that moment. ``on_call`` is called before each module that no other one of the
-    model's calls, outside of any backward: whether it is the model itself, and what it is given.
+    Args:
+        on_forward: called when a forward of the model begins. It returns the hooks that serve it: others than these
+            where the model was planned again at that moment.
+        on_call: called before each module that no other one of the model's calls, outside of any backward: whether it
+            is the model itself, and what it is given.
+        compiled: which modules are.
     """
 
     def __init__(
@@ -125,10 +97,9 @@ class Hooks:
         compiled: Compiled = _NOT_COMPILED,
     ) -> None:
         self.schedule, self._on_forward, self._on_call = schedule, on_forward, on_call
-        self._stack: list[tuple[list[Unit], bool]] = []
-        self._saves = any(unit.sharded for unit in units)
-        self._pool = units[0].pool if units else None
-        self._outer: list[tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None] = []
+        self.saved = SavedTensors(units, schedule.pre_backward)
+        # Those in progress: the units that they use, and whether they pack saved tensors.
+        self._calls: list[tuple[list[Unit], bool]] = []
         self._pinned: list[tuple[Unit, _Graph]] = []
         self._handles: list[Any] = []
         self._model, modules = model, dict(model.named_modules())
@@ -140,7 +111,7 @@ class Hooks:
                 if path in unit.plan.roots or not inside or (unit.sharded and not inside & compiled.inside):
                     used.setdefault(path, []).append(unit)
         self._root = used[""]
-        enter, leave = self._before, self._after
+        enter, leave = self._pre_forward, self._post_forward
         if any(
             path in compiled.around or any(path != root and is_below(path, root) for root in compiled.inside)
             for path in used
@@ -156,8 +127,8 @@ class Hooks:
     @outside_modes
     def unwind(self) -> None:
         """Leave all modules that an interrupt (which skips their hooks) left half-way."""
-        while self._stack:
-            self._leave(*self._stack.pop())
+        while self._calls:
+            self._leave(*self._calls.pop())
         self.schedule.end_forward()
 
     def remove(self) -> None:
@@ -168,69 +139,74 @@ class Hooks:
 
     # -- around a module --------------------------------------------------------------------------------------------
 
-    def _before(
+    def _pre_forward(
         self, units: list[Unit], is_model: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if self._on_call is not None and not self._stack and not self.schedule.in_backward:
+        if self._on_call is not None and not self._calls and not self.schedule.in_backward:
             self._on_call(is_model, (args, kwargs))
-        self._enter(units, is_model, args, kwargs, self._unwatched())
+        unwatched = self._unwatched()
+        with leave_modes():
+            hooks = self._begin_forward(is_model)
+            if hooks is not self:  # the hook that will end this forward is one of theirs
+                units = hooks._root
+            schedule, with_grad = hooks.schedule, torch.is_grad_enabled()
+            in_backward = schedule.in_backward
+            pushed = with_grad and not in_backward and unwatched is None and not hooks._calls and hooks.saved.push()
+            fresh = [unit for unit in units if not unit.holds]
+            held: list[Unit] = []
+            hooks._calls.append((held, pushed))  # before anything can fail: what is done here is undone in any case
+            for unit in units:
+                if in_backward:  # recomputation under activation checkpointing: backward releases it
+                    schedule.pre_backward(unit)
+                else:
+                    schedule.pre_forward(unit)
+                    held.append(unit)
+                if unwatched is not None:
+                    hooks._pin(unit, unwatched)
+            if with_grad:
+                for unit in fresh:
+                    # A recomputation joins the graph only where its first run, without gradients, did not.
+                    if not in_backward or not schedule.expects_backward(unit):
+                        hooks._expect_backward(unit, (args, kwargs) if unwatched is None else ())
 
-    @outside_modes
-    def _enter(
-        self, units: list[Unit], is_model: bool, args: tuple[Any, ...], kwargs: dict[str, Any], unwatched: _Graph | None
-    ) -> None:
+    def _begin_forward(self, is_model: bool) -> Hooks:
+        """If this call is the model's own forward, it begins. Returns the hooks that serve the call."""
         schedule = self.schedule
         if schedule.in_backward and torch._C._current_graph_task_id() == -1:
-            schedule.abort_backward()  # an error ended it, and nobody told
-        with_grad = torch.is_grad_enabled()
-        if is_model and not schedule.in_backward and not self._stack:
-            current = self._on_forward()
-            if current is not self:  # the hook that will end this forward is one of theirs
-                return current._enter(current._root, is_model, args, kwargs, unwatched)
-            if self._pinned and _hooks_are_enabled():
-                self._unpin(_Graph.INNER)
-            schedule.begin_forward(with_grad=with_grad)
-        watched = with_grad and not schedule.in_backward and unwatched is None
-        pushed = self._saves and not self._stack and watched and self._push()
-        fresh = [unit for unit in units if not unit.holds]
-        held: list[Unit] = []
-        self._stack.append((held, pushed))  # before anything can fail: what is done here is undone in any case
-        for unit in units:
-            if schedule.use(unit):
-                held.append(unit)
-            if unwatched is not None:
-                self._pin(unit, unwatched)
-        if with_grad:
-            for unit in fresh:
-                # A recomputation joins the graph only where its first run, without gradients, did not.
-                if not schedule.in_backward or not schedule.called(unit):
-                    self._expect(unit, (args, kwargs) if unwatched is None else ())
+            schedule.abort_backward()  # it raised an error, which autograd does not report
+        if not is_model or schedule.in_backward or self._calls:
+            return self
+        current = self._on_forward()
+        if current._pinned and _hooks_are_enabled():
+            current._unpin(_Graph.INNER)
+        current.schedule.begin_forward(with_grad=torch.is_grad_enabled())
+        return current
 
     @outside_modes
-    def _after(self, is_model: bool, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._stack:  # the hook before it did not get as far
+    def _post_forward(self, is_model: bool, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._calls:  # the hook before it did not get as far
             return
-        self._leave(*self._stack.pop())
-        if is_model and not self._stack:  # a model may call itself
+        self._leave(*self._calls.pop())
+        if is_model and not self._calls:  # a model may call itself
             self.schedule.end_forward()
 
     def _leave(self, held: list[Unit], pushed: bool) -> None:
         for unit in held:
-            self.schedule.done(unit)
+            self.schedule.post_forward(unit)
         if pushed:
-            self._pop()
+            self.saved.pop()
 
-    def _expect(self, unit: Unit, given: Any) -> None:
+    def _expect_backward(self, unit: Unit, given: Any) -> None:
         inputs = [tensor for tensor in tensors_in(given) if tensor.requires_grad]
         for tensor in inputs:
-            handle = tensor.register_hook(partial(self._input_ready, unit, tensor.is_leaf))
+            handle = tensor.register_hook(partial(self._post_backward, unit, tensor.is_leaf))
             if tensor.is_leaf:  # it outlives the graph, and would gather hooks
-                self.schedule.call_at_end(handle.remove)
-        self.schedule.expect(unit, len(inputs))
+                self.schedule.call_after_backward(handle.remove)
+        self.schedule.expect_backward(unit, len(inputs))
 
-    @outside_modes
-    def _input_ready(self, unit: Unit, leaf: bool, grad: Tensor) -> None:
-        self.schedule.input_ready(unit, at_once=not leaf)
+    def _post_backward(self, unit: Unit, is_leaf: bool, grad: Tensor) -> None:
+        with leave_modes():
+            self.schedule.post_backward(unit, at_once=not is_leaf)
 
     # -- weights outside of their modules ---------------------------------------------------------------------------
 
@@ -241,7 +217,7 @@ class Hooks:
         if unwatched is not None:
             for unit in units:
                 self._pin(unit, unwatched)
-        pushed = self._saves and unwatched is None and torch.is_grad_enabled() and self._push()
+        pushed = unwatched is None and torch.is_grad_enabled() and self.saved.push()
         try:
             yield
         except BaseException as error:
@@ -249,34 +225,33 @@ class Hooks:
             raise
         finally:
             if pushed:
-                self._pop()
+                self.saved.pop()
 
     def explain(self, error: BaseException) -> None:
         """Say on torch's refusal of saved-tensor hooks under ``torch.func`` whose these hooks are."""
-        if self._saves and isinstance(error, RuntimeError) and "saved tensor hooks" in str(error):
+        if self.saved.needed and isinstance(error, RuntimeError) and "saved tensor hooks" in str(error):
             error.add_note(
                 "At stage 3 the engine has such hooks inside a forward of the model and inside gathered_parameters(). "
                 "Take the transform of engine(...) itself, or torch.autograd.grad(..., create_graph=True) in the "
                 "model; around gathered_parameters(), torch.no_grad() keeps the hooks away."
             )
 
-    def touch(self, unit: Unit) -> bool:
-        """A sealed parameter of ``unit`` is used. Gathers it where all ranks can be doing the same; whether it did."""
-        return self._touch(unit, self._unwatched(), _graph_here())
-
-    @outside_modes
-    def _touch(self, unit: Unit, unwatched: _Graph | None, graph: _Graph) -> bool:
-        if self.schedule.touch(unit):
-            if unwatched is not None:
-                self._pin(unit, unwatched)
+    def on_sealed_access(self, unit: Unit) -> bool:
+        """A sealed parameter of ``unit`` is used. Gathers it where all ranks can be doing the same; returns whether it
+        did."""
+        unwatched, graph = self._unwatched(), _graph_here()
+        with leave_modes():
+            if self.schedule.on_sealed_access(unit):
+                if unwatched is not None:
+                    self._pin(unit, unwatched)
+                return True
+            if not self._in_method():
+                return False
+            # Nothing tells when the method ends, so no hooks can be pushed for it.
+            self.schedule.pre_forward(unit)
+            self._pin(unit, graph)
+            self.schedule.post_forward(unit)
             return True
-        if not self._in_method():
-            return False
-        # Nothing tells when the method ends, so no hooks can be pushed for it.
-        self.schedule.use(unit)
-        self._pin(unit, graph)
-        self.schedule.done(unit)
-        return True
 
     def _in_method(self) -> bool:
         """Whether a method of one of the model's modules runs that is no administration, as those of ``nn.Module``."""
@@ -294,7 +269,7 @@ class Hooks:
 
     def _unwatched(self) -> _Graph | None:
         """The graph that is built here without saved-tensor hooks: those that ``torch.func`` builds know none."""
-        if not self._saves or _hooks_are_enabled() or not torch.is_grad_enabled():
+        if not self.saved.needed or _hooks_are_enabled() or not torch.is_grad_enabled():
             return None
         return None if self.schedule.in_backward else _graph_here()
 
@@ -319,76 +294,15 @@ class Hooks:
         for unit, _ in pinned:
             unit.reshard()
 
-    # -- what autograd saves ----------------------------------------------------------------------------------------
-
-    def _push(self) -> bool:
-        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        if top is not None and "checkpoint" in getattr(top[0], "__module__", ""):
-            return False  # it keeps nothing that lies in our buffers, and counts what it sees
-        if top is not None and top[0] == self._pack:
-            return False
-        self._outer.append(top)
-        torch._C._autograd._push_saved_tensors_default_hooks(self._pack, self._unpack)
-        return True
-
-    def _pop(self) -> None:
-        torch._C._autograd._pop_saved_tensors_default_hooks()
-        self._outer.pop()
-
-    def _pack(self, tensor: Tensor) -> Any:
-        place = self._find(tensor)
-        if place is not None:
-            return place
-        outer = self._outer[-1]
-        return tensor if outer is None else _Foreign(outer[1], outer[0](tensor))
-
-    def _unpack(self, saved: Any) -> Tensor:
-        if isinstance(saved, _Foreign):
-            return saved.unpack(saved.packed)
-        return self._look_up(saved) if isinstance(saved, _Place) else saved
-
-    @outside_modes
-    def _look_up(self, saved: _Place) -> Tensor:
-        unit, bucket = saved.unit, saved.bucket
-        if saved.generation != bucket.weights.generation or saved.version != saved.param._version:
-            raise RuntimeError(
-                f"one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"parameter {saved.name!r} was changed (by step(), or in place) between this forward and its backward."
-            )
-        self.schedule.need(unit)
-        if bucket.weights.full is None:
-            raise AssertionError(f"unit {unit.name} was needed and is not here")
-        return bucket.weights.full.as_strided(
-            saved.size, saved.stride, bucket.weights.full.storage_offset() + saved.offset
-        )
-
-    @outside_modes
-    def _find(self, tensor: Tensor) -> _Place | None:
-        if self._pool is None or not torch._C._has_storage(tensor) or not tensor.numel():
-            return None
-        holds: tuple[Unit, Bucket] | None = self._pool.label_of(tensor)
-        if holds is None:
-            return None
-        unit, bucket = holds
-        if bucket.weights.full is None or tensor.dtype != bucket.plan.dtype:
-            return None
-        offset = int(tensor.storage_offset()) - int(bucket.weights.full.storage_offset())
-        index = bisect_right(bucket.plan.entries, offset, key=lambda entry: entry.offset) - 1
-        param, entry = bucket.params[index], bucket.plan.entries[index]
-        return _Place(
-            unit, bucket, bucket.weights.generation, param, param._version, entry.param.name,
-            tensor.size(), tensor.stride(), offset,
-        )  # fmt: skip
-
 
 def watch_outputs(
     output: Any, begin: Callable[[], bool], end: Callable[[], None], params: Sequence[nn.Parameter]
 ) -> None:
     """Notice a backward through ``output`` that the engine did not start.
 
-    ``begin`` is called as such a backward enters and says whether it is news; ``end`` when all of it, reentrant inner
-    backwards included, is over. ``params`` are the trainable parameters: where the backward fills no ``.grad`` of
-    theirs (``torch.autograd.grad``), nothing happens.
+    ``begin`` is called as such a backward enters and returns True the first time; ``end`` when all of it, reentrant
+    inner backwards included, is over. ``params`` are the trainable parameters: where the backward fills no ``.grad``
+    of theirs (``torch.autograd.grad``), nothing happens.
     """
 
     def entered(grad: Tensor) -> None:

@@ -49,7 +49,7 @@ class Unit:
         is_local: whether reductions are aliases: a single process whose states are beside its weights.
         state_device: where masters, reduced gradients and optimizer state are.
         residence: where the full weights are now.
-        holds: uses in progress; a unit in use is not resharded.
+        holds: uses in progress, by calls of modules and by ``gathered_parameters()``; a unit in use is not resharded.
         pinned: a graph may hold the parameters themselves: they stay, in full, until the weights change.
         on_convert: whether a parameter may be converted now, and who then calls :meth:`restore_views`.
     """
@@ -123,13 +123,26 @@ class Unit:
         for bucket in self.buckets:
             bucket.weights.generation += 1
 
+    # -- uses -------------------------------------------------------------------------------------------------------
+
+    def acquire(self) -> None:
+        """A use begins: the unit is not resharded before :meth:`release`."""
+        self.holds += 1
+
+    def release(self) -> None:
+        """A use is over. :meth:`reshard` may follow."""
+        if not self.holds:
+            raise AssertionError(f"unit {self.name} is not in use")
+        self.holds -= 1
+
     # -- unshard, reshard -------------------------------------------------------------------------------------------
 
     def unshard(self) -> None:
         """Start the all-gather of the weights, unless they are here or on their way."""
         if self.residence is not Residence.SHARDED:
             return
-        self._gathers = [bucket.weights.start_gather(self.index) for bucket in self.buckets]
+        for bucket in self.buckets:
+            self._gathers.append(bucket.weights.start_gather(self.index))
         self._become(Residence.GATHERING)
 
     def join_unshard(self) -> None:

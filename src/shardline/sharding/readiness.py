@@ -1,0 +1,124 @@
+"""When the gradients of a unit are complete: what hints tell.
+
+A hint is that the gradients of all inputs of a unit's calls are complete: then those of its parameters nearly always
+are. Gradients that come later are kept and reduced in a second round at the step, and the unit's hints are not trusted
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from shardline.sharding.unit import Unit
+
+__all__ = ["Readiness"]
+
+
+class _Hints:
+    """What is known in one graph about the gradients of one unit."""
+
+    def __init__(self) -> None:
+        self.used = False  # in a forward: gradients may come
+        self.calls = 0  # forward calls that will have a backward
+        self.pending = 0  # inputs of those calls whose gradient is not complete
+        self.open_end = False  # a call without differentiable inputs: no hint tells when its backward is over
+
+
+class Readiness:
+    """The hints of the forwards since the last backward, and what they say while one runs.
+
+    Attributes:
+        untrusted: units whose gradients came after their hint.
+    """
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.untrusted: set[int] = set()
+        self._count = len(units)
+        self._at_end: list[Callable[[], None]] = []
+        self._in_backward = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._hints = [_Hints() for _ in range(self._count)]
+        self._has_forward = False  # since the last backward: the next one is no second one of its graph
+        self._almost: list[Unit] = []
+        self._ready: set[int] = set()
+        self._all_ready = False
+
+    # -- in a forward -----------------------------------------------------------------------------------------------
+
+    def use_in_forward(self, unit: Unit) -> None:
+        """A forward uses ``unit``."""
+        self._hints[unit.index].used = self._has_forward = True
+
+    def expect(self, unit: Unit, inputs: int) -> None:
+        """A call of ``unit`` joined the graph; its backward will be over when ``inputs`` gradients are complete."""
+        hints = self._hints[unit.index]
+        hints.calls += 1
+        hints.pending += inputs
+        hints.open_end = hints.open_end or not inputs
+
+    def expects(self, unit: Unit) -> bool:
+        """Whether a call of ``unit`` is expected to have a backward."""
+        return self._hints[unit.index].calls > 0
+
+    # -- in a backward ----------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A backward begins."""
+        self._in_backward, self._all_ready = True, False
+        self._ready = set()
+
+    def use_in_backward(self, unit: Unit) -> Iterator[Unit]:
+        """Backward uses ``unit``. Yields what is complete with that."""
+        if unit not in self._almost:
+            yield from self.flush()
+        self._hints[unit.index].used = True
+
+    def input_complete(self, unit: Unit, *, at_once: bool) -> Iterator[Unit]:
+        """One of the gradients announced by :meth:`expect` is complete. Yields units that are complete with that.
+
+        Autograd accumulates gradients as soon as it has them, but a leaf's at no certain moment among each other: with
+        ``at_once`` false those of the parameters are complete only when anything else happens.
+        """
+        yield from self.flush()
+        hints = self._hints[unit.index]
+        hints.pending -= 1
+        if self._in_backward and not hints.pending and not hints.open_end and unit.index not in self.untrusted:
+            self._almost.append(unit)
+            if at_once:
+                yield from self.flush()
+
+    def flush(self) -> Iterator[Unit]:
+        """Something else happens in backward: yields what is complete with that."""
+        while self._almost:
+            unit = self._almost.pop(0)
+            if unit.index not in self._ready:
+                self._ready.add(unit.index)
+                yield unit
+
+    def was_complete(self, unit: Unit) -> bool:
+        """Whether a hint has said so."""
+        return unit.index in self._ready
+
+    def is_ready(self, index: int) -> bool:
+        """Whether a unit can be reduced: its gradients are complete. One that was not used is ready with zeros."""
+        unused = self._has_forward and not self._hints[index].used and index not in self.untrusted
+        return self._all_ready or index in self._ready or unused
+
+    def complete_all(self) -> None:
+        """Autograd is done: all is complete."""
+        self._all_ready = True
+
+    # -- after a backward -------------------------------------------------------------------------------------------
+
+    def call_at_end(self, call: Callable[[], None]) -> None:
+        """Call ``call`` when this backward, or the next, is over."""
+        self._at_end.append(call)
+
+    def end(self) -> None:
+        """The backward is over, or failed: nothing of its graph is expected any more."""
+        self._in_backward = False
+        while self._at_end:
+            self._at_end.pop()()
+        self._forget()
