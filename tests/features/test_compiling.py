@@ -142,7 +142,7 @@ def _held(pool):
 def test_gathered_weights_are_given_back_between_forward_and_backward(ranks) -> None:
     for pieces, held, residences in ranks(_kept_after_forward, 2, True):
         assert pieces > 0 and held == 0
-        assert residences.count("gathering") == 1  # what was used last stays, sealed, for the backward
+        assert residences.count("gathered, sealed") == 1  # what was used last stays, sealed, for the backward
         assert residences.count("sharded") == len(residences) - 1
 
 
