@@ -26,6 +26,7 @@ UNCHANGED = (
         "test_accelerate.py",
     ),
     ("PEFT 0.21: LoRA under the Trainer", "stages 2 and 3; the adapter is read by a plain model", "test_peft.py"),
+    ("TRL 1.16: `SFTTrainer`, `DPOTrainer`", "stages 2 and 3; DPO with a reference model", "test_trl.py"),
     (
         "Lightning Fabric 2.6: `DeepSpeedStrategy`",
         "stages 2 and 3; `init_module`, `setup`, `optimizer.step()`, `save`, `load`",
@@ -64,6 +65,10 @@ DIFFERENCES = (
     ("`--bind_cores_to_rank`", "binds", "accepted with a notice: each rank gets its share of threads"),
     ("`--hostfile` of several hosts", "starts all of them by ssh",
      "start the command on each, with `--no_ssh --node_rank R --master_addr HOST`"),
+    ("`Tensor.ds_status` once an engine of stage 3 was made", "on its parameters",
+     "AVAILABLE on every tensor: what reads a sharded one in a forward gathers it. There is no `ds_id`, `ds_shape`, "
+     "`ds_numel`: shapes are true"),
+    ("`save_16bit_model`", "`pytorch_model.bin`", "the same; safetensors where the name says so"),
     ("`import deepspeed` beside a real DeepSpeed", "", "the real one, unless `--as-deepspeed` was given"),
 )  # fmt: skip
 """What it is about, in DeepSpeed, here."""

@@ -196,6 +196,14 @@ def test_what_is_refused_before_anything_is_made():
         deepspeed.initialize(Namespace(deepspeed_config="a.json"), net, config=config)
 
 
+def test_a_backend_that_accelerate_has_not_found(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match='backend="gloo"'):
+        deepspeed.comm.init_distributed(dist_backend=None, auto_mpi_discovery=False)
+
+
 def test_repeating_loader():
     loader = deepspeed.utils.RepeatingLoader([1, 2])
     assert [next(loader) for _ in range(5)] == [1, 2, 1, 2, 1]
