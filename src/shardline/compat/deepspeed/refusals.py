@@ -49,7 +49,6 @@ NAMES: dict[str, dict[str, str]] = {
         "ZeRoTraceMode": _INTERNAL,
     },
     "ops.adam": {"ZenFlowSelectiveAdamW": "the optimizer step is never delayed or split by importance"},
-    "ops.adagrad": {},
     "runtime.pipe.topology": {
         "PipeModelDataParallelTopology": _PIPELINE,
         "PipeDataParallelTopology": _PIPELINE,
