@@ -53,20 +53,21 @@ class Stopwatch:
 def watch(clock: Stopwatch) -> None:
     """Time the functions of the engine that do the work of a step."""
     import shardline.comm
-    import shardline.comm.direct as direct
+    import shardline.comm.peer_memory as peer_memory
     import shardline.comm.transport as transport
     import shardline.sharding.step
-    import shardline.sharding.unit as unit
+    from shardline.sharding.flat_grads import FlatGrads
+    from shardline.sharding.flat_weights import FlatWeights
 
-    clock.wrap(unit.Bucket, "_pack", "pack gradients")
-    clock.wrap(direct, "add_in_order", "sum gradients")
+    clock.wrap(FlatGrads, "_pack", "pack gradients")
+    clock.wrap(peer_memory, "add_in_order", "sum gradients")
     clock.wrap(transport, "add_in_order", "sum gradients")
-    clock.wrap(unit.Bucket, "refresh", "cast masters")
-    clock.wrap(direct.Peers, "wait", "carry out and wait")
-    clock.wrap(direct, "progress", "carry out and wait")
-    clock.wrap(transport.Work, "wait", "carry out and wait")
+    clock.wrap(FlatWeights, "refresh", "cast masters")
+    clock.wrap(peer_memory.Peers, "wait", "execute and wait")
+    clock.wrap(peer_memory, "advance_all", "execute and wait")
+    clock.wrap(transport.Work, "wait", "execute and wait")
     clock.wrap(shardline.sharding.step, "square_sum", "norm")
-    clock.wrap(shardline.comm.Comm, "rows", "compare (one row)")
+    clock.wrap(shardline.comm.Comm, "all_gather_row", "compare (one row)")
 
 
 def job(args: argparse.Namespace) -> None:

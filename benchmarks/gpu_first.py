@@ -252,7 +252,8 @@ def nccl() -> None:
     import torch.distributed as dist
 
     import shardline
-    from shardline.comm.transport import ExchangeTransport, NcclTransport
+    from shardline.comm import TransitionLog
+    from shardline.comm.transport import AllToAllTransport, NcclTransport
 
     shardline.init_distributed()
     group = dist.new_group([0])
@@ -262,30 +263,30 @@ def nccl() -> None:
     )
 
     class Scratch:
-        def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        def borrow(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(numel, dtype=dtype, device=device)
 
-        def give(self, buffer: torch.Tensor) -> None:
+        def give_back(self, buffer: torch.Tensor) -> None:
             pass
 
-    for kind in (NcclTransport, ExchangeTransport):
-        transport = kind(group)
+    for kind in (NcclTransport, AllToAllTransport):
+        transport = kind(group, TransitionLog())
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             name = f"{kind.__name__}, {str(dtype).removeprefix('torch.')}"
             whole = torch.arange(128, device=device).to(dtype)
             with attempt(f"{name}: gather"):
                 buffer = torch.empty_like(whole)
-                transport.gather(whole.clone(), buffer, (0, 128)).wait()
-                transport.gather(buffer[:128], buffer, (0, 128)).wait()  # in place
+                transport.gather(0, buffer, (0, 128), whole.clone()).wait()
+                transport.gather(0, buffer, (0, 128)).wait()  # in place
                 verdict(f"{name}: gather", torch.equal(buffer, whole))
             with attempt(f"{name}: reduce"):
                 good = True
                 for target in {dtype, torch.float32}:
                     out = torch.ones(128, dtype=target, device=device)
-                    transport.reduce(whole, (0, 128), out, add=True, scratch=Scratch()).wait()
+                    transport.reduce(0, whole, (0, 128), out, add=True, scratch=Scratch()).wait()
                     good &= torch.equal(out, whole.to(target) + 1)
                 buffer = whole.clone()
-                transport.reduce(buffer, (0, 128), buffer[:128], add=False, scratch=Scratch()).wait()  # in place
+                transport.reduce(0, buffer, (0, 128), buffer[:128], add=False, scratch=Scratch()).wait()  # in place
                 verdict(f"{name}: reduce", good and torch.equal(buffer, whole))
     with attempt("rows in fp64"):
         row = torch.arange(8, dtype=torch.float64, device=device)

@@ -49,18 +49,18 @@ def late_verdict(patch: pytest.MonkeyPatch) -> None:
 
 def arrived(patch: pytest.MonkeyPatch) -> None:
     """A stream waits, so that the host never knows whether what travels has arrived."""
-    from shardline.comm.transport import ExchangeTransport
+    from shardline.comm.transport import AllToAllTransport
     from shardline.sharding.schedule import Schedule
 
     def wrap(name: str) -> None:
-        start = getattr(ExchangeTransport, name)
+        start = getattr(AllToAllTransport, name)
 
-        def call(self: ExchangeTransport, *args: Any, **kwargs: Any) -> Any:
+        def call(self: AllToAllTransport, *args: Any, **kwargs: Any) -> Any:
             work = start(self, *args, **kwargs)
             work._arrived = lambda: True
             return work
 
-        patch.setattr(ExchangeTransport, name, call)
+        patch.setattr(AllToAllTransport, name, call)
 
     wrap("gather")
     wrap("reduce")

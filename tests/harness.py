@@ -257,7 +257,7 @@ def check_against_twin(
 
 def transitions(engine: Any) -> tuple[Counter[tuple[str, int]], Counter[str]]:
     """What was sent so far: times by (operation, unit index), and elements by operation, "gather" or "reduce"."""
-    return Counter(engine.comm.counts), Counter(engine.comm.elements)
+    return Counter(engine.comm.log.counts), Counter(engine.comm.log.elements)
 
 
 def loss_scale(engine: Any) -> float:

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shardline.comm.board import Peer
-from shardline.comm.direct import DirectTransport
+from shardline.comm.control_page import Peer
+from shardline.comm.peer_memory import PeerMemoryTransport
 from shardline.runtime.modes import keep
 from tests.harness import Setup, start
 from tests.models import mse
@@ -97,7 +97,7 @@ def work(config: dict[str, object]) -> tuple[Counter[str], Counter[str], int] | 
     None where ranks do not read each other: gloo's own copies are not dispatched.
     """
     engine = start(Stack, config)
-    if not isinstance(engine.comm._transports[0], DirectTransport):
+    if not isinstance(engine.comm.gathers, PeerMemoryTransport):
         return engine.destroy()
     for step in range(2):
         engine.backward(mse(engine, engine.module, batch(step)))

@@ -75,7 +75,7 @@ def run(groups, name, steps, path, load, configured=None, freeze=(), **options):
     built.events.subscribe(lambda event: said.append(getattr(event, "message", "")))
     if load:
         built.load_checkpoint(path, **options)
-    rank, world = built.comm.rank, built.comm.world_size
+    rank, world = built.comm.data.rank, built.comm.data.size
     while built.global_steps < steps:
         mine = batch(built.global_steps).chunk(world)[rank]
         built.backward(built(mine).square().mean())

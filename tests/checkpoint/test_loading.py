@@ -174,7 +174,7 @@ def matrices(load, settings, at, steps, save):
     if load:
         built.load_checkpoint(load)
         assert built.global_steps == at
-    rank, world = built.comm.rank, built.comm.world_size
+    rank, world = built.comm.data.rank, built.comm.data.size
     while built.global_steps < steps:
         if save and built.global_steps == at:
             built.save_checkpoint(save)

@@ -6,7 +6,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from shardline.comm.direct import Peers, attach
+from shardline.comm import Group, TransitionLog
+from shardline.comm.peer_memory import Peers, attach
 
 
 def exchange(value):
@@ -16,12 +17,13 @@ def exchange(value):
 
 
 def peers_here(timeout: float = 60.0) -> Peers:
-    peers = attach(dist.get_rank(), dist.get_world_size(), exchange, timedelta(seconds=timeout), wanted=True)
+    group = Group.of(dist.group.WORLD)
+    peers = attach(group, exchange, timedelta(seconds=timeout), TransitionLog(), wanted=True)
     assert peers is not None, "these ranks cannot read each other's memory"
     return peers
 
 
 def leave(peers: Peers) -> None:
-    """Close it once nobody needs it any more."""
+    """Close it when all ranks are done."""
     dist.barrier()
     peers.close()

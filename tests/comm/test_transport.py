@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shardline.comm.direct import DirectTransport
-from shardline.comm.transport import ExchangeTransport, HostStagedTransport, NcclTransport, Work, add_in_order, choose
+from shardline.comm import TransitionLog
+from shardline.comm.peer_memory import PeerMemoryTransport
+from shardline.comm.transport import AllToAllTransport, HostStagedTransport, NcclTransport, Work, add_in_order, choose
 from tests.comm.sharing import leave, peers_here
 
-KINDS = (ExchangeTransport, HostStagedTransport, DirectTransport)
+KINDS = (AllToAllTransport, HostStagedTransport, PeerMemoryTransport)
 
 CUTS = {
     2: {"equal": [0, 64, 128], "unequal": [0, 128, 192], "empty first": [0, 0, 64], "empty last": [0, 64, 64]},
@@ -42,13 +43,14 @@ def values(rank, numel, dtype):
 
 @contextlib.contextmanager
 def transport_of(kind):
-    if kind is DirectTransport:
+    if kind is PeerMemoryTransport:
         peers = peers_here()
         yield peers.transports[0]
         leave(peers)
     else:
         inner = dist.group.WORLD
-        yield kind(ExchangeTransport(inner)) if kind is HostStagedTransport else kind(inner)
+        all_to_all = AllToAllTransport(inner, TransitionLog())
+        yield kind(all_to_all) if kind is HostStagedTransport else all_to_all
 
 
 def gather_all(kind, boundaries, dtype, in_place):
@@ -56,10 +58,9 @@ def gather_all(kind, boundaries, dtype, in_place):
     buffer = torch.full((numel + 5,), -1.0, dtype=dtype)
     own = values(rank, numel, dtype)[boundaries[rank] : boundaries[rank + 1]]
     if in_place:
-        place = buffer[boundaries[rank] : boundaries[rank + 1]]
-        own = place.copy_(own)
+        buffer[boundaries[rank] : boundaries[rank + 1]] = own
     with transport_of(kind) as transport:
-        transport.gather(own, buffer[:numel], boundaries).wait()
+        transport.gather(0, buffer[:numel], boundaries, None if in_place else own).wait()
     return buffer
 
 
@@ -82,7 +83,7 @@ def reduce_one(kind, boundaries, dtype, out_dtype, add):
     before = buffer.clone()
     out = torch.full((boundaries[rank + 1] - boundaries[rank],), 3.0, dtype=out_dtype)
     with transport_of(kind) as transport:
-        transport.reduce(buffer, boundaries, out, add=add, scratch=scratch).wait()
+        transport.reduce(0, buffer, boundaries, out, add=add, scratch=scratch).wait()
     return out, torch.equal(buffer, before), len(scratch.out)
 
 
@@ -109,13 +110,13 @@ def in_flight_at_once(kind, boundaries):
     """Three transitions are started before the first is waited for, in the same order everywhere."""
     rank, numel = dist.get_rank(), boundaries[-1]
     scratch, buffer = Scratch(), torch.zeros(numel)
-    own = buffer[boundaries[rank] : boundaries[rank + 1]].fill_(rank + 1.0)
+    buffer[boundaries[rank] : boundaries[rank + 1]] = rank + 1.0
     out = [torch.zeros(boundaries[rank + 1] - boundaries[rank]) for _ in range(2)]
     with transport_of(kind) as transport:
         works = [
-            transport.gather(own, buffer, boundaries),
-            transport.reduce(torch.ones(numel), boundaries, out[0], add=False, scratch=scratch),
-            transport.reduce(torch.full((numel,), 2.0), boundaries, out[1], add=False, scratch=scratch),
+            transport.gather(0, buffer, boundaries),
+            transport.reduce(0, torch.ones(numel), boundaries, out[0], add=False, scratch=scratch),
+            transport.reduce(0, torch.full((numel,), 2.0), boundaries, out[1], add=False, scratch=scratch),
         ]
         for work in reversed(works):
             work.wait()
@@ -123,7 +124,7 @@ def in_flight_at_once(kind, boundaries):
     return buffer, *out
 
 
-@pytest.mark.parametrize("kind", [ExchangeTransport, DirectTransport])
+@pytest.mark.parametrize("kind", [AllToAllTransport, PeerMemoryTransport])
 def test_several_in_flight(ranks, kind) -> None:
     for buffer, one, two in ranks(in_flight_at_once, 2, kind, [0, 64, 192]):
         assert torch.equal(buffer, torch.cat([torch.ones(64), torch.full((128,), 2.0)]))
@@ -159,18 +160,18 @@ def chosen():
 
 
 def test_cpu_tensors_are_exchanged_over_gloo(ranks) -> None:
-    assert ranks(chosen, 2) == ["ExchangeTransport"] * 2
+    assert ranks(chosen, 2) == ["AllToAllTransport"] * 2
 
 
 def nccl_over_gloo(boundaries, add, dtype):
     """What :class:`NcclTransport` calls exists on gloo too, so its bookkeeping can be seen without a GPU."""
     rank, numel = dist.get_rank(), boundaries[-1]
-    transport, scratch = NcclTransport(dist.group.WORLD), Scratch()
+    transport, scratch = NcclTransport(dist.group.WORLD, TransitionLog()), Scratch()
     buffer = torch.zeros(numel, dtype=dtype)
-    own = buffer[boundaries[rank] : boundaries[rank + 1]].fill_(rank + 1.0)
-    transport.gather(own, buffer, boundaries).wait()
+    buffer[boundaries[rank] : boundaries[rank + 1]] = rank + 1.0
+    transport.gather(0, buffer, boundaries).wait()
     out = torch.full((boundaries[rank + 1] - boundaries[rank],), 3.0)
-    transport.reduce(torch.full((numel,), 2.0, dtype=dtype), boundaries, out, add=add, scratch=scratch).wait()
+    transport.reduce(0, torch.full((numel,), 2.0, dtype=dtype), boundaries, out, add=add, scratch=scratch).wait()
     return buffer.float(), out, len(scratch.out)
 
 

@@ -24,14 +24,14 @@ def rate_on_the_device(stage: int) -> Any:
     engine = make(settings, optimizer=adamw)
     (group,) = engine.optimizer.param_groups
     steps(engine, 1)
-    batches = [batch(number, engine.comm.rank, engine.device) for number in (1, 2)]
+    batches = [batch(number, engine.comm.data.rank, engine.device) for number in (1, 2)]
     with simulated.no_wait():
         for each in batches:
             engine.backward(engine(*each))
             engine.step()
     before = engine.full_state_dict()
     with torch.no_grad():
-        group["lr"].mul_(1 + engine.comm.rank)
+        group["lr"].mul_(1 + engine.comm.data.rank)
     steps(engine, 1, 3)
     with torch.no_grad():  # a scheduler goes on: what is named is what that step would have used
         group["lr"].fill_(5.0)

@@ -120,7 +120,7 @@ def with_hooks(stage: int) -> Any:
     steps(engine, 1, 2)
     engine.eval()
     with torch.no_grad():
-        loss = float(engine(*batch(9, engine.comm.rank, engine.device)))
+        loss = float(engine(*batch(9, engine.comm.data.rank, engine.device)))
     engine.destroy()
     return len(seen), most <= 0.2 + 1e-6, loss == loss, simulated.races()
 

@@ -25,7 +25,7 @@ def save_and_train(settings: dict[str, Any], folder: str, planted: bool = False)
     """A step while a save in the background has not even looked whether its copies are there."""
     engine = make(settings)
     steps(engine, 2)
-    expected, given = state_of(engine), [batch(9, engine.comm.rank, engine.device)] * 2
+    expected, given = state_of(engine), [batch(9, engine.comm.data.rank, engine.device)] * 2
     gate, finish = threading.Event(), Staging.finish
 
     def late(self: Staging) -> None:

@@ -54,7 +54,7 @@ def notices_of(settings: dict[str, Any], patch: pytest.MonkeyPatch) -> tuple[Any
 def share(cases: list[dict[str, Any]]) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         engine, said = notices_of(cases[0], patch)
-        staged = isinstance(engine.comm._transports[0], HostStagedTransport)
+        staged = isinstance(engine.comm.gathers, HostStagedTransport)
         device = str(engine.device)
         engine.destroy()
     return device, staged, said, train_all(cases), simulated.races()
@@ -92,7 +92,7 @@ def groups_of(backends: list[str | None]) -> list[tuple[str, str, bool, float]]:
         else:
             dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         engine = make(config(3))
-        staged = isinstance(engine.comm._transports[0], HostStagedTransport)
+        staged = isinstance(engine.comm.gathers, HostStagedTransport)
         value = torch.ones(1, device=engine.device if backend is None else "cpu")
         if backend != "cuda:simulated":
             dist.all_reduce(value)

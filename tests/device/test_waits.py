@@ -13,7 +13,7 @@ from tests.device.training import batch, config, make
 def count_waits(settings: dict[str, Any]) -> list[str]:
     """What made the host wait in two steps, once the engine has settled."""
     engine = make(settings)
-    batches = [batch(number, engine.comm.rank, engine.device) for number in range(6)]
+    batches = [batch(number, engine.comm.data.rank, engine.device) for number in range(6)]
     for number, given in enumerate(batches):
         if number == 4:
             simulated.waits()

@@ -81,7 +81,7 @@ def steps(engine: Any, count: int, first: int = 0) -> list[Tensor]:
     """``count`` micro-steps from batch ``first`` on; their losses, still on the device."""
     losses = []
     for number in range(first, first + count):
-        loss = engine(*batch(number, engine.comm.rank, engine.device))
+        loss = engine(*batch(number, engine.comm.data.rank, engine.device))
         engine.backward(loss)
         engine.step()
         losses.append(loss.detach())

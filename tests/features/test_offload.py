@@ -13,8 +13,8 @@ from functools import partial
 import pytest
 import torch
 
-import shardline.comm
-from shardline.comm.transport import ExchangeTransport, HostStagedTransport
+import shardline.comm.comm
+from shardline.comm.transport import AllToAllTransport, HostStagedTransport
 from shardline.config import load_config
 from shardline.errors import OptimizerError
 from shardline.features.offload import Offload
@@ -52,8 +52,12 @@ def away(fn, *args, staged=False):
         patch.setattr(Late, "made", [])
         patch.setattr(Offload, "from_config", staticmethod(_late))
         if staged:
-            patch.setattr(shardline.comm, "attach", lambda *args, **kwargs: None)
-            patch.setattr(shardline.comm, "choose", lambda group, device: HostStagedTransport(ExchangeTransport(group)))
+            patch.setattr(shardline.comm.comm, "attach", lambda *args, **kwargs: None)
+            patch.setattr(
+                shardline.comm.comm,
+                "choose",
+                lambda group, device, log: HostStagedTransport(AllToAllTransport(group, log)),
+            )
         return fn(*args)
 
 

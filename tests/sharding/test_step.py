@@ -173,6 +173,24 @@ def test_a_step_is_the_step_of_averaged_and_clipped_gradients(name, known) -> No
     assert all(run.param.grad is None for run in update.runs) and not update.applying
 
 
+def test_what_a_step_writes_is_checked_for_readers_before(monkeypatch) -> None:
+    """In fp32 masters are the weights at rest, which peers may read."""
+    update, unit, model, _ = make(OPTIMIZERS["fused"])
+    give_gradients(model, unit)
+    before, found = model.weight.detach().clone(), []
+
+    def check_unread(buffers) -> None:
+        found.extend(buffers)
+        raise AssertionError("a peer reads")
+
+    monkeypatch.setattr(update.comm, "check_unread", check_unread)
+    judged = verdict((float(update.squares()), 1, 0, 0, 0, 1), clip=0.0)
+    with pytest.raises(AssertionError, match="a peer reads"):
+        update.apply(judged, judged.read(), 0.0)
+    assert torch.equal(model.weight, before)
+    assert {each.data_ptr() for each in found} == {run.param.data_ptr() for run in update.runs}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("known", [True, False], ids=["host knows", "device only"])
 @pytest.mark.parametrize("name", ["fused", "foreach", "momentum", "mixed"])

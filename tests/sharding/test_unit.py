@@ -39,7 +39,7 @@ def make(stage=3, precision=None, comm=None, model=None):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     groups = {name: 0 for name, _ in model.named_parameters()}
     specs, params = describe_params(model, precision, groups)
-    plan = make_plan(specs, describe_modules(model), comm.world_size)
+    plan = make_plan(specs, describe_modules(model), comm.data.size)
     (unit_plan,) = plan.units
     unit = Unit(unit_plan, params, STAGES[stage], comm, Pool(comm.device), precision, on_touch=lambda unit: False)
     unit.allocate()
@@ -73,7 +73,7 @@ def test_alone_the_parameters_are_views_of_the_masters(stage) -> None:
     model.matrix.data.fill_(3.0)
     assert bool((bucket.weights.master[bucket.plan.entries[0].offset :][:99] == 3.0).all())
     assert model.columns.stride() == (1, 5)
-    assert not unit.comm.counts
+    assert not unit.comm.log.counts
 
 
 @pytest.mark.parametrize("compute", [BF16, torch.float16])
@@ -300,7 +300,7 @@ def test_alone_a_large_gradient_is_taken_as_it_is(monkeypatch) -> None:
 def life(stage, compute):
     """Rest, gather, release, a reduction of gradients that differ by rank, an update, and rest again."""
     unit, model, before = make(stage, Precision(compute=compute))
-    rank, world = unit.comm.rank, unit.comm.world_size
+    rank, world = unit.comm.data.rank, unit.comm.data.size
     (bucket,) = unit.trainable
     seen = {"sharded": unit.sharded, "resting": bucket.weights.resting.numel(), "sealed": is_sealed(model.matrix)}
     seen["master"] = bucket.weights.master.numel()
@@ -358,7 +358,7 @@ def test_the_life_of_a_unit(ranks, world, stage, compute) -> None:
 def accumulate(reduce_dtype):
     """A micro-step kept here, one reduced with it, one reduced on top; rank 1 has no gradient the first time."""
     unit, model, _ = make(2, Precision(compute=BF16, reduce=reduce_dtype))
-    rank = unit.comm.rank
+    rank = unit.comm.data.rank
     if rank == 0:
         set_grad(model.scalar, torch.tensor(1.0, dtype=BF16))
     unit.accumulate(1.0)
@@ -391,7 +391,7 @@ def test_accumulation_keeps_fp32_and_the_wire_what_it_is_told(ranks, reduce_dtyp
 def edits():
     """What is done to gathered weights: kept on release, rank 0's on write-back; sealed ones refuse."""
     unit, model, before = make(3, Precision(compute=BF16))
-    rank = unit.comm.rank
+    rank = unit.comm.data.rank
     said = []
     try:
         model.matrix.add_(1.0)
@@ -470,7 +470,7 @@ def early_release():
     unit.reshard()  # in use: stays
     states.append(unit.residence.value)
     right = same(values(model), before)
-    counts = unit.comm.counts["gather", 0]
+    counts = unit.comm.log.counts["gather", 0]
     unit.comm.close()
     return states, right, counts
 

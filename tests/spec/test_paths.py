@@ -149,11 +149,11 @@ def train_after_agreement(config, plan):
         for number, each in enumerate(plan):
             if each is None:
                 continue
-            before, gathers = len(asked), engine.comm.elements["gather"]
+            before, gathers = len(asked), engine.comm.log.elements["gather"]
             x, y = regression(2, width=WIDTH, seed=number + 50 * rank)
             engine.backward((engine(x, each[rank]) - y).square().mean())
             engine.step()
-            counts.append((len(asked) - before, engine.comm.elements["gather"] - gathers))
+            counts.append((len(asked) - before, engine.comm.log.elements["gather"] - gathers))
     except DisagreementError as error:
         said = str(error)
         return None, said, counts, None

@@ -1,7 +1,8 @@
-"""The algorithm of each transition over one c10d process group: what runs best on gloo, on NCCL, and on anything else.
+"""The algorithm of each transition over one process group: the best one on gloo, on NCCL, and on anything else.
 
-Every transport answers the same two questions about a flat buffer cut into one range per rank: bring all ranges here
-(gather), and bring the sum over ranks of my range here (reduce). Both start at once and return a :class:`Work`.
+Every transport has the same two methods for a flat buffer that is cut into one range for each rank: bring all ranges
+here (gather), and bring the sum over ranks of this rank's range here (reduce). Both start at once, log what they start,
+and return a :class:`Work`. Nothing lies between a transport and torch.distributed.
 """
 
 from __future__ import annotations
@@ -14,40 +15,56 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardline.comm.log import TransitionLog
+from shardline.errors import UsageError
+
 __all__ = [
     "BLOCK",
+    "CLOSED",
     "DONE",
-    "ExchangeTransport",
+    "SINGLE_PROCESS",
+    "AllToAllTransport",
     "HostStagedTransport",
     "NcclTransport",
     "Scratch",
     "Transport",
     "Work",
     "add_in_order",
-    "by_host",
     "choose",
+    "closed_error",
+    "is_staged",
     "put",
 ]
 
+# torch 2.13 renames these two and deprecates the old names; 2.11 knows only the old ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Work:
-    """A started transition. ``wait`` returns once its result may be used on the current stream.
+    """A started transition. :meth:`wait` returns once its result may be used on the current stream.
 
-    It keeps every buffer that the transfer touches alive until then: c10d may still be reading them on another thread
-    or stream.
+    Until then it keeps every buffer of the transfer alive: c10d may still use them on another thread or stream.
     """
 
     def __init__(
         self,
         handles: Sequence[dist.Work],
-        then: Callable[[], None] | None = None,
+        *then: Callable[[], object],
         hold: object = None,
         arrived: Callable[[], bool] | None = None,
     ) -> None:
         self._handles, self._then, self._hold, self._arrived = handles, then, hold, arrived
 
+    def then(self, action: Callable[[], object]) -> Work:
+        """Let :meth:`wait` call ``action`` at its end. Returns the work to wait for, instead of this one."""
+        if self is DONE:
+            return Work((), action)
+        self._then = (*self._then, action)
+        return self
+
     def has_arrived(self) -> bool:
-        """Whether :meth:`wait` would keep the host waiting for nobody."""
+        """Whether :meth:`wait` would return without blocking the host."""
         if self._arrived is not None:
             return self._arrived()
         return all(handle.is_completed() for handle in self._handles)
@@ -55,30 +72,39 @@ class Work:
     def wait(self) -> None:
         for handle in self._handles:
             handle.wait()
-        if self._then is not None:
-            self._then()
-        self._handles, self._then, self._hold, self._arrived = (), None, None, None
+        for action in self._then:
+            action()
+        self._handles, self._then, self._hold, self._arrived = (), (), None, None
 
 
 DONE = Work(())
 
 
 class Transport(Protocol):
-    """How buffers travel between the ranks of one group."""
+    """How buffers move between the ranks of one group. Transitions of one transport have one order on all ranks."""
 
-    def gather(self, own: Tensor, buffer: Tensor, boundaries: Sequence[int]) -> Work:
+    def gather(self, unit: int | None, buffer: Tensor, boundaries: Sequence[int], own: Tensor | None = None) -> Work:
         """Fill ``buffer`` (1-D) with every rank's range.
 
-        ``own`` is this rank's: its place in ``buffer``, which is free to be written when the work is done, or a tensor
-        elsewhere, which the others may read for longer.
+        Args:
+            unit: index, for the log; None where it belongs to none.
+            boundaries: of the ranges, one more than ranks.
+            own: this rank's range, where it rests. Not to be written before
+                :meth:`shardline.comm.Comm.wait_for_readers`. Without it the range is in ``buffer``, all of which may
+                be written when the work is done.
+
+        Raises:
+            UsageError: the engine was destroyed.
         """
         ...
 
-    def reduce(self, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch) -> Work:
-        """Write (or ``add``) the sum over ranks of this rank's range of ``buffer`` to ``out``.
+    def reduce(
+        self, unit: int, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
+    ) -> Work:
+        """Write (or ``add``) the sum over ranks of this rank's range of ``buffer`` (1-D) to ``out`` (1-D).
 
         Terms are added in rank order in ``out``'s dtype, so that every layout and every stage gives the same bits; NCCL
-        adds shards of one size in its own order, in the dtype of ``buffer``.
+        adds shards of one size in its own order, in the dtype of ``buffer``. Raises as :meth:`gather`.
         """
         ...
 
@@ -116,20 +142,54 @@ def _apart(term: Tensor, block: Tensor) -> Tensor:
 
 
 def put(own: Tensor, buffer: Tensor, boundaries: Sequence[int], rank: int) -> None:
-    """Bring ``own`` to its place in ``buffer``, if it is not there."""
+    """Copy ``own`` to its place in ``buffer``, unless it is there."""
     mine = buffer[boundaries[rank] : boundaries[rank + 1]]
     if own.data_ptr() != mine.data_ptr():
         mine.copy_(own)
 
 
-class ExchangeTransport:
-    """gloo, and any backend that knows no better: ranges are exchanged, and summed here in the dtype of the result."""
+class _SingleProcess:
+    """Without other ranks every buffer is complete."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+    def gather(self, unit: int | None, buffer: Tensor, boundaries: Sequence[int], own: Tensor | None = None) -> Work:
+        return DONE
 
-    def gather(self, own: Tensor, buffer: Tensor, boundaries: Sequence[int]) -> Work:
-        put(own, buffer, boundaries, self.rank)
+    def reduce(
+        self, unit: int, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
+    ) -> Work:
+        raise AssertionError("a single process has nothing to reduce: its buffers are aliases")
+
+
+class _Closed:
+    """After the process groups were destroyed."""
+
+    def gather(self, unit: int | None, buffer: Tensor, boundaries: Sequence[int], own: Tensor | None = None) -> Work:
+        raise closed_error()
+
+    def reduce(
+        self, unit: int, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
+    ) -> Work:
+        raise closed_error()
+
+
+SINGLE_PROCESS, CLOSED = _SingleProcess(), _Closed()
+
+
+def closed_error() -> UsageError:
+    return UsageError("the engine was destroyed: its process groups are gone. Make a new one with initialize.")
+
+
+class AllToAllTransport:
+    """gloo, and any backend without a better one: exchanges ranges, and adds them up in the dtype of the result."""
+
+    def __init__(self, group: dist.ProcessGroup, log: TransitionLog) -> None:
+        self.group, self.log = group, log
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def gather(self, unit: int | None, buffer: Tensor, boundaries: Sequence[int], own: Tensor | None = None) -> Work:
+        self.log.record("gather", unit, boundaries[-1])
+        if own is not None:
+            put(own, buffer, boundaries, self.rank)
         # One broadcast for each shard straight into its place: gloo's all-gather takes 1.6 times as long, and shards
         # need not be of one size.
         handles = []
@@ -139,8 +199,11 @@ class ExchangeTransport:
                 handles.append(dist.broadcast(part, group_src=rank, group=self.group, async_op=True))
         return Work(handles, hold=buffer)
 
-    def reduce(self, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch) -> Work:
-        # gloo's reduce-scatter is an all-reduce and a slice (2 to 3 times the time); summing here also rounds once.
+    def reduce(
+        self, unit: int, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
+    ) -> Work:
+        self.log.record("reduce", unit, boundaries[-1])
+        # gloo's reduce-scatter is an all-reduce and a slice (2 to 3 times the time); adding here also rounds once.
         mine = boundaries[self.rank + 1] - boundaries[self.rank]
         received = scratch.borrow(mine * self.size, buffer.dtype)
         sizes = [boundaries[rank + 1] - boundaries[rank] for rank in range(self.size)]
@@ -159,20 +222,27 @@ def _the_stream_waits() -> bool:
     return True
 
 
-class NcclTransport(ExchangeTransport):
+class NcclTransport(AllToAllTransport):
     """NCCL: its own collectives where shards are of one size."""
 
-    def gather(self, own: Tensor, buffer: Tensor, boundaries: Sequence[int]) -> Work:
+    def gather(self, unit: int | None, buffer: Tensor, boundaries: Sequence[int], own: Tensor | None = None) -> Work:
         if not _equal(boundaries):
-            return super().gather(own, buffer, boundaries)
-        return Work([_all_gather(buffer, own, self.group)], hold=(own, buffer), arrived=_the_stream_waits)
+            return super().gather(unit, buffer, boundaries, own)
+        self.log.record("gather", unit, boundaries[-1])
+        if own is None:
+            own = buffer[boundaries[self.rank] : boundaries[self.rank + 1]]
+        handle = _all_gather(buffer, own, group=self.group, async_op=True)
+        return Work([handle], hold=(own, buffer), arrived=_the_stream_waits)
 
-    def reduce(self, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch) -> Work:
+    def reduce(
+        self, unit: int, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
+    ) -> Work:
         if not _equal(boundaries):
-            return super().reduce(buffer, boundaries, out, add=add, scratch=scratch)
+            return super().reduce(unit, buffer, boundaries, out, add=add, scratch=scratch)
+        self.log.record("reduce", unit, boundaries[-1])
         direct = out.dtype == buffer.dtype and not add
         target = out if direct else scratch.borrow(out.numel(), buffer.dtype)
-        handle = _reduce_scatter(target, buffer, self.group)
+        handle = _reduce_scatter(target, buffer, group=self.group, async_op=True)
 
         def store() -> None:
             if not direct:
@@ -185,31 +255,22 @@ class NcclTransport(ExchangeTransport):
 class HostStagedTransport:
     """Accelerator tensors over a CPU backend: the buffer goes through host memory (two ranks that share one GPU)."""
 
-    def __init__(self, inner: Transport) -> None:
+    def __init__(self, inner: AllToAllTransport) -> None:
         self.inner = inner
 
-    def gather(self, own: Tensor, buffer: Tensor, boundaries: Sequence[int]) -> Work:
+    def gather(self, unit: int | None, buffer: Tensor, boundaries: Sequence[int], own: Tensor | None = None) -> Work:
+        if own is None:
+            own = buffer[boundaries[self.inner.rank] : boundaries[self.inner.rank + 1]]
         host = torch.empty(boundaries[-1], dtype=buffer.dtype)
-        work = self.inner.gather(own.cpu(), host, boundaries)
+        work = self.inner.gather(unit, host, boundaries, own.cpu())
+        return work.then(lambda: buffer[: boundaries[-1]].copy_(host))
 
-        def back() -> None:
-            work.wait()
-            buffer[: boundaries[-1]].copy_(host)
-
-        return Work((), back, hold=(buffer, host), arrived=work.has_arrived)
-
-    def reduce(self, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch) -> Work:
+    def reduce(
+        self, unit: int, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
+    ) -> Work:
         host, host_out = buffer.cpu(), torch.empty(out.shape, dtype=out.dtype)
-        work = self.inner.reduce(host, boundaries, host_out, add=False, scratch=_HostScratch())
-
-        def back() -> None:
-            work.wait()
-            if add:
-                out.add_(host_out.to(out.device))
-            else:
-                out.copy_(host_out)
-
-        return Work((), back, hold=(host, host_out), arrived=work.has_arrived)
+        work = self.inner.reduce(unit, host, boundaries, host_out, add=False, scratch=_HostScratch())
+        return work.then(lambda: out.add_(host_out.to(out.device)) if add else out.copy_(host_out))
 
 
 class _HostScratch:
@@ -225,30 +286,18 @@ def _equal(boundaries: Sequence[int]) -> bool:
     return all(stop - start == first for start, stop in pairwise(boundaries))
 
 
-# torch 2.13 renames these two and deprecates the old names; 2.11 knows only the old ones.
-_all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_from = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-def _all_gather(out: Tensor, own: Tensor, group: dist.ProcessGroup) -> dist.Work:
-    return _all_gather_into(out, own, group=group, async_op=True)  # type: ignore[no-any-return]
-
-
-def _reduce_scatter(out: Tensor, buffer: Tensor, group: dist.ProcessGroup) -> dist.Work:
-    return _reduce_scatter_from(out, buffer, group=group, async_op=True)  # type: ignore[no-any-return]
-
-
-def by_host(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether tensors on ``device`` cannot travel in ``group`` themselves."""
+def is_staged(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether tensors on ``device`` go through host memory, as ``group`` has no backend for them."""
     return device.type != "cpu" and _backend(group, device) in (None, "gloo")
 
 
-def choose(group: dist.ProcessGroup, device: torch.device) -> Transport:
+def choose(group: dist.ProcessGroup, device: torch.device, log: TransitionLog | None = None) -> Transport:
     """The best transport for tensors on ``device`` among the ranks of ``group``."""
+    log = log or TransitionLog()
     if device.type != "cpu" and _backend(group, device) == "nccl":
-        return NcclTransport(group)
-    exchange = ExchangeTransport(group)
-    return HostStagedTransport(exchange) if by_host(group, device) else exchange
+        return NcclTransport(group, log)
+    all_to_all = AllToAllTransport(group, log)
+    return HostStagedTransport(all_to_all) if is_staged(group, device) else all_to_all
 
 
 def _backend(group: dist.ProcessGroup, device: torch.device) -> str | None:

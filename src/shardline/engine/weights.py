@@ -53,7 +53,7 @@ def full_state_dict(
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 copy = buffer.detach().clone()  # statistics of a rank's own batches differ from the others'
-                comm.broadcast([copy])
+                comm.messages.broadcast([copy])
                 found[prefix + name] = copy.cpu()
         if prefix + EXTRA_KEY in extra:
             found[prefix + EXTRA_KEY] = extra[prefix + EXTRA_KEY]

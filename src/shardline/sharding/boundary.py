@@ -133,7 +133,7 @@ class Boundary:
         self.schedule.finish_reductions()
         for unit in self.update.units:
             unit.wait_for_host()
-        log = self.update.comm.take_log()
+        log = self.update.comm.log.drain()
         report = StepReport(
             squares=self.update.squares(),
             weight=window.weight,
@@ -147,7 +147,7 @@ class Boundary:
             on_device=statement.on_device,
         )
         verdict = Verdict.of(
-            self.update.comm.rows(report.stack(self.update.device)),
+            self.update.comm.all_gather_row(report.stack(self.update.device)),
             unit_weight=window.unit,
             loss_scale=self.scaler.scale,
             clip=self._clip,
@@ -204,7 +204,7 @@ class Boundary:
         if host.diverged:
             raise self._differing_orders(judged.log, what)
         if not host.alike:
-            raise self.alike.refusal(judged.statement, self.update.comm.exchange, what)
+            raise self.alike.refusal(judged.statement, self.update.comm.messages.exchange, what)
         if not host.backwards:
             raise no_backward(before=what == "the step before")
 
@@ -212,19 +212,19 @@ class Boundary:
         """What all ranks do alike. ``late``: some rank had late gradients."""
         self.progress.leaving = self.progress.leaving or host.leaving
         if host.left or late:  # some rank did not do what was agreed, or cannot: all are told
-            untrusted = self.update.comm.exchange(sorted(self.schedule.untrusted))
+            untrusted = self.update.comm.messages.exchange(sorted(self.schedule.untrusted))
             self.schedule.distrust({index for indices in untrusted for index in indices}, ending=ending)
 
     def _reduce_late(self) -> None:
         """A second round for gradients that came after their unit was reduced, on every rank alike."""
         late = [unit.index for unit in self.update.units if unit.has_partial()]
-        everywhere = {index for indices in self.update.comm.exchange(late) for index in indices}
+        everywhere = {index for indices in self.update.comm.messages.exchange(late) for index in indices}
         self.schedule.reduce_now(self.update.units[index] for index in sorted(everywhere))
 
     def _differing_orders(self, log: dict[str, array[int]], what: str) -> DisagreementError:
         """Ranks exchanged the wrong ranges: name both sides, before any weight was touched."""
         names = [unit.name for unit in self.update.units]
-        logs = self.update.comm.exchange({operation: list(units) for operation, units in log.items()})
+        logs = self.update.comm.messages.exchange({operation: list(units) for operation, units in log.items()})
         differing = ((operation, rank) for rank, theirs in enumerate(logs) for operation in theirs
                      if theirs[operation] != logs[0][operation])  # fmt: skip
         operation, rank = next(differing)

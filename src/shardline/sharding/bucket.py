@@ -68,7 +68,7 @@ class Bucket:
         may_convert: Callable[[], bool] = lambda: False,
     ) -> None:
         self.plan, self.params, self.touched = plan, list(params), touched
-        self.shard = Shard(plan, stage, *plan.shard(comm.rank))
+        self.shard = Shard(plan, stage, *plan.shard(comm.shard.rank))
         self.weights = FlatWeights(self.shard, comm, pool, precision, host)
         self.grads = FlatGrads(self.shard, self.params, comm, pool, precision, host)
         self.edits = Edits(self.params, self.weights, may_convert)

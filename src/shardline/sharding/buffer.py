@@ -71,16 +71,16 @@ class Pool:
 
     Args:
         device: of the buffers.
-        settle: waits, at most so many seconds, until other ranks have read what they still read of buffers given back.
+        wait_for_readers: waits, at most so many seconds, until no other rank reads a buffer that was given back.
         sizes: in bytes, of the buffers that will be asked for.
     """
 
     def __init__(
-        self, device: torch.device, settle: Callable[[float], None] | None = None, sizes: Iterable[int] = ()
+        self, device: torch.device, wait_for_readers: Callable[[float], None] | None = None, sizes: Iterable[int] = ()
     ) -> None:
         self.device = device
         self._sizes = sorted(sizes)
-        self._settle = settle
+        self._wait_for_readers = wait_for_readers
         self._keep = device.type == "cpu"
         self._free: list[torch.UntypedStorage] = []
         self._labels: dict[int, Any] = {}
@@ -110,8 +110,8 @@ class Pool:
             alone = [memory for memory in fits if _is_alone(memory)]
             if alone:
                 return min(alone, key=torch.UntypedStorage.nbytes)
-            if self._settle is not None and not turn:
-                self._settle(_SECONDS)
+            if self._wait_for_readers is not None and not turn:
+                self._wait_for_readers(_SECONDS)
             else:
                 time.sleep(1e-4)  # a transport's thread lets go a moment after its work is done
         # A user, or autograd, keeps these for longer: they are theirs now.

@@ -122,15 +122,15 @@ def lay_out(
     """
     specs, params = describe_params(model, precision, groups)
     modules = describe_modules(model)
-    plan = _plan(specs, modules, config, comm.world_size, whole=whole)
-    comm.agree(
+    plan = _plan(specs, modules, config, comm.shard.size, whole=whole)
+    comm.messages.agree(
         {
             "the number of parameters": len(specs),
             **{f"parameter {spec.name!r}": [list(spec.shape), str(spec.dtype), spec.group] for spec in specs},
             "the layout of the model": plan.fingerprint,
         }
     )
-    pool = Pool(comm.device, comm.settle, _travelling_bytes(plan, precision))
+    pool = Pool(comm.device, comm.wait_for_readers, _travelling_bytes(plan, precision))
     units = _units(plan, params, config, precision, comm, pool, on_touch, offload)
     return Layout(plan, params, units, modules, pool, offload)
 
@@ -215,8 +215,8 @@ def load_model(
     def store(name: str) -> None:
         _, bucket, entry = layout.where(name)
         value = layout.params[name].detach()
-        comm.broadcast([value])
-        comm.settle()  # all have read what was sent, so it is not kept beside the next
+        comm.messages.broadcast([value])
+        comm.wait_for_readers()  # all have read what was sent, so it is not kept beside the next
         bucket.weights.store(entry, value)
         if held and held[0][0] is bucket:
             view(held[0][1], entry).copy_(value)
@@ -287,7 +287,7 @@ def _move_buffers(model: nn.Module, precision: Precision, comm: Comm) -> None:
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = moved[buffer]
-    comm.broadcast(sent)
+    comm.messages.broadcast(sent)
 
 
 def needs_whole(optimizer: Optimizer, stage: Stage, world_size: int) -> bool:
@@ -368,8 +368,8 @@ def regroup(
         )
         for spec in layout.plan.params
     ]
-    plan = _plan(_in_order(specs, layout.params), layout.modules, config, comm.world_size, whole=whole)
-    comm.agree({"the parameters that are trained": plan.fingerprint})
+    plan = _plan(_in_order(specs, layout.params), layout.modules, config, comm.shard.size, whole=whole)
+    comm.messages.agree({"the parameters that are trained": plan.fingerprint})
     units = _units(plan, layout.params, config, precision, comm, layout.pool, on_touch, layout.offload)
     made = Layout(plan, layout.params, units, layout.modules, layout.pool, layout.offload)
     for unit in made.units:

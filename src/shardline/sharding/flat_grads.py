@@ -47,11 +47,11 @@ class FlatGrads:
     ) -> None:
         self.shard, self.plan, self.params = shard, shard.plan, params
         self.comm, self.pool, self.host = comm, pool, host
-        alone = comm.world_size == 1
-        self.is_local = alone and host is None
+        single = comm.shard.size == 1
+        self.is_local = single and host is None
         self.dtype = precision.grad_dtype(self.plan.dtype)
         self.master_dtype = precision.master_dtype(self.plan.dtype)
-        self.wire_dtype = self.plan.dtype if alone else precision.reduce_dtype(self.plan.dtype, shard.stage.gradients)
+        self.wire_dtype = self.plan.dtype if single else precision.reduce_dtype(self.plan.dtype, shard.stage.gradients)
         self._loss_is_scaled = precision.compute is torch.float16
         # At stage 0 the full gradient is part of the peak anyway: a buffer of the pool saves its page faults.
         self._is_pooled = shard.stage.states is Placement.REPLICATED and not self.is_local and host is None
@@ -148,21 +148,16 @@ class FlatGrads:
         reduced = self._empty() if self.reduced is None else self.reduced
         source, borrowed = self._source(factor, None if add else reduced)
         self.reduced, out = reduced, self.shard.own(reduced)
-        work = self.comm.reduce(unit, source, self.plan.boundaries, out, add=add, scratch=self.pool)
-
-        def finish() -> None:
-            work.wait()
-            self._give_back(borrowed)
-
-        return Work((), finish, arrived=work.has_arrived)
+        work = self.comm.reductions.reduce(unit, source, self.plan.boundaries, out, add=add, scratch=self.pool)
+        return work.then(lambda: self._give_back(borrowed)) if borrowed else work
 
     def _reduce_to_host(self, host: HostMemory, unit: int, source: Tensor, borrowed: list[Tensor]) -> Work:
         """The same where ``reduced`` is in host memory: the sum goes there when it is complete."""
-        if self.comm.world_size == 1:
+        if self.comm.shard.size == 1:
             total, work, borrowed = source, DONE, [each for each in borrowed if each is not source]
         else:
             total = self.pool.borrow(self.shard.stop - self.shard.start, self.dtype)
-            work = self.comm.reduce(unit, source, self.plan.boundaries, total, add=False, scratch=self.pool)
+            work = self.comm.reductions.reduce(unit, source, self.plan.boundaries, total, add=False, scratch=self.pool)
 
         def add(arrived: Tensor) -> None:
             self.pool.give_back(total)
@@ -172,11 +167,10 @@ class FlatGrads:
                 self.reduced.add_(arrived)
 
         def finish() -> None:
-            work.wait()
             self._give_back(borrowed)
             host.down(unit, total, add)
 
-        return Work((), finish, arrived=work.has_arrived)
+        return work.then(finish)
 
     def _give_back(self, borrowed: list[Tensor]) -> None:
         while borrowed:
@@ -196,7 +190,7 @@ class FlatGrads:
             return wire, [wire]
         self.accumulate(factor)
         partial, self.partial = self.partial, None
-        if partial.dtype == self.wire_dtype or self.comm.world_size == 1:
+        if partial.dtype == self.wire_dtype or self.comm.shard.size == 1:
             return partial, [partial]
         wire = self.pool.borrow(self.plan.size, self.wire_dtype)
         wire.copy_(partial)
@@ -206,7 +200,7 @@ class FlatGrads:
         """Where states rest in full, bring the reduced gradients of all shards here."""
         if self.reduced is None or self.shard.stage.states is not Placement.REPLICATED:
             return DONE
-        return self.comm.gather(unit, self.reduced, self.plan.boundaries)
+        return self.comm.gathers.gather(unit, self.reduced, self.plan.boundaries)
 
     # -- what users and the optimizer see ---------------------------------------------------------------------------
 

@@ -139,7 +139,7 @@ def take_states(unit: Unit, runs: Sequence[RunTensors], optimizer: Optimizer) ->
                         f"cannot move to another layout. With this optimizer, choose what is trained before initialize."
                     )
         # A rank whose shard is empty has no state to tell what there is.
-        everyone = unit.comm.exchange([keys, {name: _plain(values) for name, values in scalars.items()}])
+        everyone = unit.comm.messages.exchange([keys, {name: _plain(values) for name, values in scalars.items()}])
         held = {name: {tuple(each) for each in theirs} for keys, _ in everyone for name, theirs in keys.items()}
         plain: dict[str, dict[str, Any]] = {}
         for _, theirs in everyone:

@@ -84,7 +84,7 @@ class Unit:
         ]
         self.is_local = all(bucket.grads.is_local for bucket in self.buckets)
         self.trainable = [bucket for bucket in self.buckets if bucket.plan.trainable]
-        self.sharded = transition(stage.weights, Placement.REPLICATED) is Transition.GATHER and comm.world_size > 1
+        self.sharded = transition(stage.weights, Placement.REPLICATED) is Transition.GATHER and comm.shard.size > 1
         self.residence = Residence.SHARDED if self.sharded else Residence.GATHERED
         self.holds = 0
         self.pinned = False
@@ -248,12 +248,12 @@ class Unit:
             if full is None:
                 raise AssertionError(f"unit {self.name} shows no weights")
             bucket.edits.check_in_place()
-            self.comm.broadcast([full])
+            self.comm.messages.broadcast([full])
             changed.append(not torch.equal(own(full), own(resting)))
             bucket.edits.write(full, keep=True)
             bucket.edits.note_versions()
         # What autograd saved before is stale on all ranks if one shard changed, and on none if nothing did.
-        for bucket, found in zip(self.buckets, zip(*self.comm.exchange(changed), strict=True), strict=True):
+        for bucket, found in zip(self.buckets, zip(*self.comm.messages.exchange(changed), strict=True), strict=True):
             bucket.weights.generation += any(found)
 
     def refresh(self) -> list[Work]:
@@ -273,7 +273,7 @@ class Unit:
             weights = bucket.weights
             weights.refresh(self.index)
             if transition(self.stage.states, self.stage.weights) is Transition.GATHER:
-                works.append(self.comm.gather(self.index, weights.resting, bucket.plan.boundaries))
+                works.append(self.comm.gathers.gather(self.index, weights.resting, bucket.plan.boundaries))
             weights.generation += 1
         self.reshard()
         return works

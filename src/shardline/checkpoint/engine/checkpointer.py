@@ -48,7 +48,7 @@ from shardline.checkpoint.format.files import shown
 from shardline.checkpoint.format.manifest import Manifest, check_tag, read_manifest
 from shardline.checkpoint.format.reader import Reader
 from shardline.checkpoint.format.values import encode, name_of
-from shardline.comm import Comm, check_alike
+from shardline.comm import Comm, Exchange, check_alike
 from shardline.config import Config
 from shardline.data import Loader
 from shardline.errors import CheckpointError, UsageError, text_of
@@ -114,7 +114,7 @@ class Checkpointer:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._locks: dict[str, Lock] = {}
-        self._channel: Comm | None = None
+        self._channel: Exchange | None = None
         self._running: BackgroundSave | None = None
         self._staging = Staging()
         self.leaving = Leaving()
@@ -142,13 +142,13 @@ class Checkpointer:
         config = trainer.config.checkpoint
         ours = config.dir is not None and os.path.realpath(path) == os.path.realpath(config.dir)
         keep = config.keep if ours else None
-        reach = armed(trainer.comm.rank, fault())
+        reach = armed(trainer.comm.data.rank, fault())
 
-        def run(channel: Comm) -> None:
+        def run(channel: Exchange) -> None:
             commit(path, name, content, channel, reach, latest=latest, keep=keep, hold=self._hold)
 
         if not background:
-            run(trainer.comm)
+            run(trainer.comm.messages)
             return True
         if self._channel is None:
             self._channel = trainer.comm.channel()
@@ -231,14 +231,14 @@ class Checkpointer:
             capture_tensors(found, parts, frozen=frozen)
             tensors: dict[str, Tensor] = {}
             extra = capture_extra(parts.module, tensors)  # on every rank: it may be collective
-            if comm.rank == 0:
+            if comm.data.rank == 0:
                 found.tensors.update(tensors)
                 common.update(self._common(parts, counters, client_state, found, within=within), extra_state=extra)
             return {"tag": tag, "buffers": checksums(buffers)}
 
-        everyone = together(comm, "collecting the checkpoint", collect)
+        everyone = together(comm.messages, "collecting the checkpoint", collect)
         check_alike([{"the tag of the checkpoint": theirs["tag"]} for theirs in everyone])
-        writers = capture_buffers(found, buffers, [theirs["buffers"] for theirs in everyone], comm.rank)
+        writers = capture_buffers(found, buffers, [theirs["buffers"] for theirs in everyone], comm.data.rank)
         random = start.random if within and start.random is not None else RandomState.now(comm.device)
         tensors, values = random.to_tensors()
         found.tensors.update(tensors)
@@ -275,7 +275,7 @@ class Checkpointer:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "shardline": __version__,
             "torch": torch.__version__,
-            "world_size": parts.comm.world_size,
+            "world_size": parts.comm.data.size,
             "stage": trainer.config.zero_optimization.stage,
             "counters": counters,
             "optimizer": optimizer_record(parts, tensors),
@@ -345,16 +345,16 @@ class Checkpointer:
             check_tag(tag)
 
         def look() -> tuple[list[str], str | None, str | None] | None:
-            if comm.rank > 0 or tag is not None:
+            if comm.data.rank > 0 or tag is not None:
                 return None if tag is None else ([tag], None, None)
             order = directory.order()
             return order, directory.complaint(), None if order else directory.lack()
 
-        order, complaint, lack = together(comm, f"looking for checkpoints in {directory.path}", look)[0]
+        order, complaint, lack = together(comm.messages, f"looking for checkpoints in {directory.path}", look)[0]
         passed_over: list[str] = [] if complaint is None else [complaint]
         for each in order:
             path, manifest, mine = self._verify(directory, each)
-            everyone = comm.exchange([None if manifest is None else manifest.id, mine])
+            everyone = comm.messages.exchange([None if manifest is None else manifest.id, mine])
             problems = [f"{text}" for _, theirs in everyone for text in theirs]
             if len({identity for identity, _ in everyone}) > 1 and not problems:
                 problems = [f"{directory.path / each} is not the same checkpoint on all ranks"]
@@ -380,7 +380,7 @@ class Checkpointer:
             manifest = read_manifest(path)
         except (CheckpointError, OSError) as error:
             return None, None, [text_of(error).removesuffix(".")]
-        return path, manifest, check_files(path, manifest, range(comm.rank, len(manifest.files), comm.world_size))
+        return path, manifest, check_files(path, manifest, range(comm.data.rank, len(manifest.files), comm.data.size))
 
     def _apply(
         self, reader: Reader, *, strict: bool, optimizer: bool, scheduler: bool, position: bool, counters: bool
@@ -416,7 +416,7 @@ class Checkpointer:
             return load_optimizer(parts, reader, found, groups) if optimizer else None
 
         try:
-            weights_only = together(parts.comm, f"reading the checkpoint {reader.path}", read)[0]
+            weights_only = together(parts.comm.messages, f"reading the checkpoint {reader.path}", read)[0]
         except CheckpointError as error:
             raise CheckpointError(
                 f"{text_of(error)} The model may hold a part of it now: load a whole one, or end."
@@ -428,7 +428,7 @@ class Checkpointer:
         if counters and manifest.scaler is not None and trainer.scaler.dynamic:
             trainer.scaler.load_state_dict(manifest.scaler.model_dump())
         if counters and random is None:
-            derive_states(manifest.seed, manifest.counters.global_steps, parts.comm.rank)
+            derive_states(manifest.seed, manifest.counters.global_steps, parts.comm.data.rank)
         elif random is not None:
             random.restore(parts.comm.device)
         trainer.go_on_from(manifest.counters.model_dump() if counters else None)
@@ -454,16 +454,16 @@ class Checkpointer:
     def _random(self, reader: Reader) -> RandomState | None:
         """This rank's random states, or ``None`` where they are derived."""
         comm, manifest = self._trainer.comm, reader.manifest
-        if len(manifest.random) != comm.world_size:
+        if len(manifest.random) != comm.data.size:
             return None
         states: list[RandomState] = []
 
         def look() -> None:
-            file = reader.file(comm.rank)
+            file = reader.file(comm.data.rank)
             tensors = {key: file.tensor(key) for key in file.keys() if key.startswith("random/")}  # noqa: SIM118
-            states.append(RandomState.from_tensors(tensors, manifest.random[comm.rank]))
+            states.append(RandomState.from_tensors(tensors, manifest.random[comm.data.rank]))
 
-        together(comm, f"reading the random states of {reader.path}", look)
+        together(comm.messages, f"reading the random states of {reader.path}", look)
         return states[0]
 
 

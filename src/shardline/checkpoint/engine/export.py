@@ -198,7 +198,7 @@ def export_model(
     def attempt(action: Callable[[], object]) -> None:
         # Rank 0 goes on taking part in the gathers after a failure: the others wait for it.
         nonlocal failure
-        if comm.rank == 0 and failure is None:
+        if comm.data.rank == 0 and failure is None:
             try:
                 action()
             except Exception as error:
@@ -236,7 +236,7 @@ def export_model(
         return [] if exporter is None else [str(path) for path in exporter.finish()]
 
     try:
-        return [Path(path) for path in together(comm, f"exporting to {out}", finish)[0]]
+        return [Path(path) for path in together(comm.messages, f"exporting to {out}", finish)[0]]
     finally:
         if exporter is not None:
             exporter.abandon()

@@ -74,7 +74,7 @@ def shared_extra(model: nn.Module, comm: Comm) -> dict[str, Any]:
     own = {path: module.get_extra_state() for path, module in _givers(model).items()}
     tensors: dict[str, Tensor] = {}
     encoded: dict[str, Any] = {}
-    for path, value in own.items() if comm.rank == 0 else ():
+    for path, value in own.items() if comm.data.rank == 0 else ():
         kept = dict(tensors)
         try:
             encoded[path] = encode(value, f"{path}.", kept)
@@ -83,11 +83,11 @@ def shared_extra(model: nn.Module, comm: Comm) -> dict[str, Any]:
             continue
     if own:
         shapes = [[key, name_of(tensor.dtype), list(tensor.shape)] for key, tensor in tensors.items()]
-        encoded, shapes = comm.exchange([encoded, shapes])[0]
+        encoded, shapes = comm.messages.exchange([encoded, shapes])[0]
         for key, dtype, shape in shapes:
             whole = tensors[key] if key in tensors else torch.empty(shape, dtype=dtype_named(dtype))
             copy = whole.to(comm.device, copy=True).contiguous()
-            comm.broadcast([copy])
+            comm.messages.broadcast([copy])
             tensors[key] = copy.cpu()
     values = {path: decode(encoded[path], tensors.__getitem__) if path in encoded else own[path] for path in own}
     return {

@@ -123,7 +123,7 @@ def load_weights(parts: Parts, reader: Reader, found: Match) -> None:
         )
     for unit in parts.units:
         unit.reshard()
-        parts.comm.settle()
+        parts.comm.wait_for_readers()
         for bucket in unit.buckets:
             target, low, high = bucket.weights.authoritative()
             strides = {entry.param.name: entry.param.stride for entry in bucket.plan.entries}
@@ -150,12 +150,12 @@ def settle_weights(parts: Parts) -> None:
 
 def load_buffers(parts: Parts, reader: Reader, found: Match) -> None:
     """Each rank's own at the same world size, rank 0's elsewhere."""
-    same = reader.manifest.world_size == parts.comm.world_size
+    same = reader.manifest.world_size == parts.comm.data.size
     known = set(found.buffers)
     with torch.no_grad():
         for name, buffer in persistent_buffers(parts.module):
             if name in known:
-                buffer.copy_(reader.buffer(name, parts.comm.rank if same else 0))
+                buffer.copy_(reader.buffer(name, parts.comm.data.rank if same else 0))
 
 
 # -- the optimizer ----------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from shardline.checkpoint.format.directory import Directory, check_files
 from shardline.checkpoint.format.manifest import key_of
 from shardline.checkpoint.format.reader import Reader as Opened
 from shardline.checkpoint.format.values import dtype_named, name_of
-from shardline.comm import Comm
+from shardline.comm import Exchange
 from shardline.errors import CheckpointError, UsageError, text_of
 from shardline.runtime.modes import outside_modes
 
@@ -229,7 +229,7 @@ class Writer(StorageWriter):
         """All of the save: every rank is here, and the commit has its own order among them."""
         group = dist.group.WORLD if self._group is None else self._group
         alone = plan.storage_data["ranks"] == 1
-        channel = Alone() if alone else Comm(group, torch.device("cpu"), backend="gloo", transport="gloo")
+        channel = Alone() if alone else Exchange.over(group)
         found = Captured()
         try:
             together(channel, "collecting the checkpoint", lambda: _collect(plan, planner, found))

@@ -16,11 +16,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shardline.comm import Comm
-from shardline.comm import board as board_module
-from shardline.comm import direct as direct_module
-from shardline.comm.board import Board, Peer
-from shardline.comm.direct import DirectTransport, Peers, attach
+from shardline.comm import Comm, Group, TransitionLog
+from shardline.comm import control_page as page_module
+from shardline.comm import peer_memory as memory_module
+from shardline.comm.control_page import ControlPage, Peer
+from shardline.comm.peer_memory import PeerMemoryTransport, Peers, attach
+from shardline.comm.transport import AllToAllTransport
 from shardline.errors import DisagreementError, LostRankError, UsageError
 from shardline.sharding.buffer import Pool
 from tests.comm.sharing import exchange, leave, peers_here
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reading each ot
 
 
 @pytest.fixture(autouse=True)
-def direct_reading_is_wanted(request):
+def reading_is_wanted(request):
     if request.config.getoption("--transport") == "gloo":
         pytest.skip("this session is for gloo")
 
@@ -43,8 +44,8 @@ LARGE = 1 << 18  # fp32 elements; more than is summed at a time
 
 def kinds(transports):
     comm = Comm(dist.group.WORLD, CPU, transport=transports[dist.get_rank()])
-    assert comm.channel()._peers is None, "what another thread may use"
-    found = type(comm._transports[0]).__name__, type(comm._transports[1]).__name__
+    assert type(comm.channel()._transport) is AllToAllTransport, "what another thread may use"
+    found = type(comm.gathers).__name__, type(comm.reductions).__name__
     comm.close()
     return found
 
@@ -52,10 +53,10 @@ def kinds(transports):
 @pytest.mark.parametrize(
     ("transports", "kind"),
     [
-        (("auto", "auto"), "DirectTransport"),
-        (("gloo", "gloo"), "ExchangeTransport"),
-        (("auto", "gloo"), "ExchangeTransport"),
-        (("gloo", "auto"), "ExchangeTransport"),
+        (("auto", "auto"), "PeerMemoryTransport"),
+        (("gloo", "gloo"), "AllToAllTransport"),
+        (("auto", "gloo"), "AllToAllTransport"),
+        (("gloo", "auto"), "AllToAllTransport"),
     ],
 )
 def test_which_transport(ranks, transports, kind) -> None:
@@ -66,17 +67,17 @@ def attach_with(trouble):
     """Rank 1 has some trouble."""
     mine = dist.get_rank() == 1
     with pytest.MonkeyPatch.context() as patch:
-        if mine and trouble == "no board":
+        if mine and trouble == "no page":
             patch.setattr(os, "posix_fallocate", no_space)
         if mine and trouble == "another architecture":
-            patch.setattr(direct_module.platform, "machine", lambda: "aarch64")
+            patch.setattr(memory_module.platform, "machine", lambda: "aarch64")
         if mine and trouble == "another host":
-            patch.setattr(direct_module, "_host", lambda: ["elsewhere", 1])
+            patch.setattr(memory_module, "_host", lambda: ["elsewhere", 1])
         if mine and trouble == "forbidden":
-            patch.setattr(board_module, "_libc", Forbidding)
+            patch.setattr(page_module, "_libc", Forbidding)
         wanted = not (mine and trouble == "unwanted")
-        peers = attach(dist.get_rank(), 2, exchange, timedelta(seconds=9), wanted=wanted)
-    found = peers is None, boards_here()
+        peers = attach(Group.of(dist.group.WORLD), exchange, timedelta(seconds=9), TransitionLog(), wanted=wanted)
+    found = peers is None, pages_here()
     if peers is not None:
         leave(peers)
     return found
@@ -92,13 +93,13 @@ class Forbidding:
     prctl = process_vm_readv = staticmethod(lambda *_: -1)
 
 
-@pytest.mark.parametrize("trouble", ["no board", "another architecture", "another host", "forbidden", "unwanted"])
+@pytest.mark.parametrize("trouble", ["no page", "another architecture", "another host", "forbidden", "unwanted"])
 def test_all_ranks_do_without_if_one_cannot(ranks, trouble) -> None:
     assert ranks(attach_with, 2, trouble) == [(True, (0, 0))] * 2
 
 
-def boards_here():
-    """(file descriptors, mappings) of boards that this process has."""
+def pages_here():
+    """(file descriptors, mappings) of control pages that this process has."""
     gc.collect()
     files = []
     for entry in os.listdir("/proc/self/fd"):
@@ -115,21 +116,21 @@ def both_transports(numel, dtype, out_dtype, add):
     found = []
     for transport in ("auto", "gloo"):
         comm = Comm(dist.group.WORLD, CPU, transport=transport)
-        pool, rank, size = Pool(CPU, comm.settle), comm.rank, comm.world_size
+        pool, rank, size = Pool(CPU, comm.wait_for_readers), comm.data.rank, comm.data.size
         boundaries = [numel * part // size // 64 * 64 for part in range(size)] + [numel]
         low, high = boundaries[rank], boundaries[rank + 1]
         source = torch.randn(numel, generator=torch.Generator().manual_seed(rank)).to(dtype)
         out = torch.full((high - low,), 0.3, dtype=out_dtype)
-        comm.reduce(0, source, boundaries, out, add=add, scratch=pool).wait()
+        comm.reductions.reduce(0, source, boundaries, out, add=add, scratch=pool).wait()
         own, whole = out.clone(), torch.empty(numel, dtype=out_dtype)
-        comm.gather(0, whole, boundaries, own=own).wait()
+        comm.gathers.gather(0, whole, boundaries, own=own).wait()
         in_place = torch.empty(numel, dtype=out_dtype)
         in_place[low:high].copy_(out)
-        comm.gather(0, in_place, boundaries).wait()
-        row = comm.rows(out[:8].double())
+        comm.gathers.gather(0, in_place, boundaries).wait()
+        row = comm.all_gather_row(out[:8].double())
         found.append([each.clone() for each in (out, whole, in_place, row)])
         if not add and dtype is out_dtype:  # the sum may take the place of this rank's term
-            comm.reduce(0, source, boundaries, source[low:high], add=False, scratch=pool).wait()
+            comm.reductions.reduce(0, source, boundaries, source[low:high], add=False, scratch=pool).wait()
             found[-1].append(source[low:high].clone())
         comm.close()
     return all(torch.equal(one, other) for one, other in zip(*found, strict=True)), found[0][1]
@@ -152,28 +153,28 @@ def test_the_bits_are_those_of_gloo(ranks, dtype, out_dtype, add) -> None:
 def rank_0_is_late(others):
     """Rank 1 starts a gather alone, and then waits for something else; rank 0 cannot go on before it is carried out."""
     comm, pool = Comm(dist.group.WORLD, CPU), Pool(CPU)
-    buffer, out = torch.full((2 * LARGE,), float(comm.rank)), torch.zeros(LARGE)
+    buffer, out = torch.full((2 * LARGE,), float(comm.data.rank)), torch.zeros(LARGE)
 
     def reduce():
         ones = torch.ones(2 * LARGE)
-        return comm.reduce(0, ones, [0, LARGE, 2 * LARGE], out, add=False, scratch=pool)
+        return comm.reductions.reduce(0, ones, [0, LARGE, 2 * LARGE], out, add=False, scratch=pool)
 
     def other():
         return {
             "reduce": lambda: reduce().wait(),
-            "rows": lambda: comm.rows(torch.zeros(8)),
-            "values": lambda: comm.exchange(comm.rank),
-            "broadcast": lambda: comm.broadcast([torch.zeros(4)]),
-            "pool": lambda: comm.settle(),
+            "rows": lambda: comm.all_gather_row(torch.zeros(8)),
+            "values": lambda: comm.messages.exchange(comm.data.rank),
+            "broadcast": lambda: comm.messages.broadcast([torch.zeros(4)]),
+            "pool": lambda: comm.wait_for_readers(),
         }[others]()
 
-    if comm.rank:
-        work = comm.gather(0, buffer, [0, LARGE, 2 * LARGE])
+    if comm.data.rank:
+        work = comm.gathers.gather(0, buffer, [0, LARGE, 2 * LARGE])
         other()
         work.wait()
     else:
         time.sleep(0.2)
-        comm.gather(0, buffer, [0, LARGE, 2 * LARGE]).wait()  # in place: it ends when rank 1 has read
+        comm.gathers.gather(0, buffer, [0, LARGE, 2 * LARGE]).wait()  # in place: it ends when rank 1 has read
         other()
     comm.close()
     return buffer[::LARGE].tolist()
@@ -187,15 +188,15 @@ def test_whoever_waits_does_what_others_wait_for(ranks, others) -> None:
 def two_engines():
     """Rank 1 starts a gather of one engine and then waits in another one."""
     one, other = Comm(dist.group.WORLD, CPU), Comm(dist.group.WORLD, CPU)
-    buffer = torch.full((2 * LARGE,), float(one.rank))
-    if one.rank:
-        work = one.gather(0, buffer, [0, LARGE, 2 * LARGE])
-        other.rows(torch.zeros(8))
+    buffer = torch.full((2 * LARGE,), float(one.data.rank))
+    if one.data.rank:
+        work = one.gathers.gather(0, buffer, [0, LARGE, 2 * LARGE])
+        other.all_gather_row(torch.zeros(8))
         work.wait()
     else:
         time.sleep(0.2)
-        one.gather(0, buffer, [0, LARGE, 2 * LARGE]).wait()
-        other.rows(torch.zeros(8))
+        one.gathers.gather(0, buffer, [0, LARGE, 2 * LARGE]).wait()
+        other.all_gather_row(torch.zeros(8))
     one.close()
     other.close()
     return buffer[::LARGE].tolist()
@@ -207,7 +208,7 @@ def test_engines_of_one_process_do_not_wait_for_each_other(ranks) -> None:
 
 def waits_too_late():
     peers = peers_here()
-    work = peers.transports[0].gather(torch.zeros(64), torch.zeros(128), [0, 64, 128])
+    work = peers.transports[0].gather(0, torch.zeros(128), [0, 64, 128], torch.zeros(64))
     dist.barrier()
     peers.close()
     try:
@@ -226,10 +227,10 @@ def more_than_the_ring_holds(count):
     peers = peers_here()
     rank, transport = peers.rank, peers.transports[0]
     buffers = [torch.full((2,), float(rank * count + turn)) for turn in range(count)]
-    works = [transport.gather(each[rank : rank + 1], each, [0, 1, 2]) for each in buffers]
+    works = [transport.gather(0, each, [0, 1, 2]) for each in buffers]
     for work in works:
         work.wait()
-    peers.settle()
+    peers.wait_for_readers()
     kept = len(transport.kept)
     leave(peers)
     return torch.stack(buffers), kept
@@ -246,7 +247,7 @@ def differ():
     peers = peers_here()
     numel = 64 * (1 + peers.rank)
     try:
-        peers.transports[0].gather(torch.zeros(numel // 2), torch.zeros(numel), [0, numel // 2, numel]).wait()
+        peers.transports[0].gather(0, torch.zeros(numel), [0, numel // 2, numel], torch.zeros(numel // 2)).wait()
         return None
     except DisagreementError as error:
         return str(error)
@@ -262,9 +263,9 @@ def test_ranks_that_gather_different_things_are_told(ranks) -> None:
 
 OTHER = f"""
 import time
-from shardline.comm.board import Board
-board = Board({direct_module._BOARD})
-print(board.fd, board.size, board.words[0], board.probe.data_ptr(), flush=True)
+from shardline.comm.control_page import ControlPage
+page = ControlPage({memory_module._PAGE})
+print(page.fd, page.size, page.counters[0], page.probe.data_ptr(), flush=True)
 time.sleep(60)
 """
 
@@ -275,9 +276,15 @@ def test_a_peer_that_is_lost_is_named(fate, monkeypatch) -> None:
     try:
         assert process.stdout is not None
         peer = Peer(1, process.pid, *map(int, process.stdout.readline().split()))
-        peers = Peers(0, Board(direct_module._BOARD), [peer], timedelta(seconds=60 if fate == "dies" else 0.3))
+        peers = Peers(
+            0,
+            ControlPage(memory_module._PAGE),
+            [peer],
+            timedelta(seconds=60 if fate == "dies" else 0.3),
+            TransitionLog(),
+        )
         buffer = torch.zeros(2 * LARGE)
-        work = peers.transports[0].gather(buffer[:LARGE], buffer, [0, LARGE, 2 * LARGE])
+        work = peers.transports[0].gather(0, buffer, [0, LARGE, 2 * LARGE])
         if fate == "dies":
             process.send_signal(signal.SIGKILL)
             with pytest.raises(LostRankError, match=rf"rank 1 \(process {process.pid}\) ended"):
@@ -286,7 +293,7 @@ def test_a_peer_that_is_lost_is_named(fate, monkeypatch) -> None:
             return
         with pytest.raises(LostRankError, match=r"waited 0\.3 s for rank 1, which runs but does not come"):
             work.wait()
-        peers.settle(patience=0.1)  # nothing was carried out
+        peers.wait_for_readers(patience=0.1)  # nothing was carried out
     finally:
         process.kill()
         process.communicate()
@@ -302,7 +309,7 @@ engine = shardline.initialize(model=model, config={
     "train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
     "zero_optimization": {"stage": 3, "unit_min_numel": 1, "stage3_param_persistence_threshold": 0},
 })[0]
-assert type(engine.comm._transports[0]).__name__ == "DirectTransport"
+assert type(engine.comm.gathers).__name__ == "PeerMemoryTransport"
 print("ready", flush=True)
 for step in range(10**6):
     engine.backward(engine(torch.randn(4, 256)).square().mean())
@@ -332,13 +339,13 @@ def test_a_rank_that_is_killed_in_training_takes_the_others_along_and_leaves_not
 def pool_lends_again():
     """Rank 0 is through with a reduction whose buffer rank 1 has not read; then it takes a buffer again."""
     comm = Comm(dist.group.WORLD, CPU)
-    pool, out = Pool(CPU, comm.settle), torch.zeros(LARGE)
-    source = pool.borrow(2 * LARGE, torch.float32).fill_(comm.rank + 1.0)
+    pool, out = Pool(CPU, comm.wait_for_readers), torch.zeros(LARGE)
+    source = pool.borrow(2 * LARGE, torch.float32).fill_(comm.data.rank + 1.0)
     address = source.data_ptr()
-    if not comm.rank:
+    if not comm.data.rank:
         time.sleep(0.2)  # so that rank 1 finds nothing to do when it starts
-    work = comm.reduce(0, source, [0, LARGE, 2 * LARGE], out, add=False, scratch=pool)
-    if comm.rank:
+    work = comm.reductions.reduce(0, source, [0, LARGE, 2 * LARGE], out, add=False, scratch=pool)
+    if comm.data.rank:
         time.sleep(0.4)
     work.wait()
     del work
@@ -357,19 +364,19 @@ def test_the_pool_lends_nothing_that_a_peer_reads_and_then_the_same_again(ranks)
 
 def written_after(what):
     comm = Comm(dist.group.WORLD, CPU)
-    buffer = torch.full((2 * LARGE,), float(comm.rank))
-    own = torch.full((LARGE,), float(comm.rank))
-    if not comm.rank:
+    buffer = torch.full((2 * LARGE,), float(comm.data.rank))
+    own = torch.full((LARGE,), float(comm.data.rank))
+    if not comm.data.rank:
         time.sleep(0.2)
-    work = comm.gather(0, buffer, [0, LARGE, 2 * LARGE], own=None if what == "in place" else own)
-    if comm.rank:
+    work = comm.gathers.gather(0, buffer, [0, LARGE, 2 * LARGE], own=None if what == "in place" else own)
+    if comm.data.rank:
         time.sleep(0.4)
     work.wait()
     found = buffer.clone()
-    if what == "settled":
-        comm.settle()
+    if what == "waited for":
+        comm.wait_for_readers()
     elif what == "row":
-        comm.rows(torch.zeros(8))
+        comm.all_gather_row(torch.zeros(8))
     buffer.fill_(-1.0)
     if what != "freed":
         own.fill_(-1.0)
@@ -380,18 +387,50 @@ def written_after(what):
     return found[::LARGE].tolist(), found.sum().item()
 
 
-@pytest.mark.parametrize("what", ["in place", "settled", "row", "freed"])
+@pytest.mark.parametrize("what", ["in place", "waited for", "row", "freed"])
 def test_what_was_announced_is_whole_until_all_have_read_it(ranks, what) -> None:
     assert ranks(written_after, 2, what) == [([0.0, 1.0], float(LARGE))] * 2
+
+
+def checked_before_a_write():
+    comm = Comm(dist.group.WORLD, CPU)
+    own, buffer, found = torch.zeros(LARGE), torch.zeros(2 * LARGE), []
+
+    def check(*buffers):
+        try:
+            comm.check_unread(buffers)
+            found.append("free")
+        except AssertionError:
+            found.append("read")
+
+    if comm.data.rank:  # starts first, so that it has not read rank 0's part before its own wait
+        work = comm.gathers.gather(0, buffer, [0, LARGE, 2 * LARGE], own=own)
+        dist.barrier()
+        dist.barrier()
+        work.wait()
+    else:
+        dist.barrier()
+        comm.gathers.gather(0, buffer, [0, LARGE, 2 * LARGE], own=own).wait()
+        check(torch.zeros(8), own[-8:])
+        check(torch.zeros(8), buffer)
+        dist.barrier()
+        comm.wait_for_readers()
+        check(own)
+    comm.close()
+    return found
+
+
+def test_a_write_to_what_a_peer_reads_is_noticed(ranks) -> None:
+    assert ranks(checked_before_a_write, 2) == [["read", "free", "free"], []]
 
 
 def leaves_early(patience):
     """Rank 1 announces a buffer, closes, and is busy with other things; rank 0 reads it later."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(direct_module, "_LEAVING", patience)
+        patch.setattr(memory_module, "_DRAIN_SECONDS", patience)
         peers = peers_here()
         buffer = torch.full((2 * LARGE,), float(peers.rank))
-        work = peers.transports[0].gather(buffer[peers.rank * LARGE :][:LARGE], buffer, [0, LARGE, 2 * LARGE])
+        work = peers.transports[0].gather(0, buffer, [0, LARGE, 2 * LARGE])
         if peers.rank:
             peers.close()
             del work, buffer
@@ -420,7 +459,7 @@ def forgotten():
     buffer = torch.full((2 * LARGE,), float(rank))
     boundaries = [0, LARGE, 2 * LARGE]
     if rank:
-        peers.transports[0].gather(buffer[LARGE:], buffer, boundaries)
+        peers.transports[0].gather(0, buffer, boundaries)
         dist.barrier()
         del peers, buffer
         gc.collect()
@@ -430,10 +469,10 @@ def forgotten():
         return len(others), 1.0
     dist.barrier()
     dist.barrier()
-    peers.transports[0].gather(buffer[:LARGE], buffer, boundaries)
-    found = len(direct_module._UNREAD), buffer[LARGE:].mean().item()
+    peers.transports[0].gather(0, buffer, boundaries)
+    found = len(memory_module._UNREAD), buffer[LARGE:].mean().item()
     dist.barrier()
-    direct_module._UNREAD.clear()
+    memory_module._UNREAD.clear()
     return 8, found[1]
 
 
@@ -455,13 +494,13 @@ def interrupted():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Peer, "read", interrupt)
         with contextlib.suppress(KeyboardInterrupt):
-            peers.transports[1].reduce(torch.ones(4 * LARGE), [0, 2 * LARGE, 4 * LARGE], out, add=True, scratch=None)
+            peers.transports[1].reduce(0, torch.ones(4 * LARGE), [0, 2 * LARGE, 4 * LARGE], out, add=True, scratch=None)
         dist.barrier()
         with contextlib.suppress(KeyboardInterrupt):
-            peers.transports[1].progress()
+            peers.transports[1].advance()
     said = ""
     try:
-        work = peers.transports[1].reduce(out, [0, LARGE, 2 * LARGE], out[:LARGE], add=False, scratch=None)
+        work = peers.transports[1].reduce(0, out, [0, LARGE, 2 * LARGE], out[:LARGE], add=False, scratch=None)
     except UsageError as error:
         said = str(error)
     dist.barrier()
@@ -469,7 +508,7 @@ def interrupted():
     return work is None, said, out[0].item()
 
 
-def test_what_was_interrupted_is_not_begun_anew(ranks) -> None:
+def test_what_was_interrupted_is_not_started_again(ranks) -> None:
     first, second = ranks(interrupted, 2)
     assert first[0] and "half-way by KeyboardInterrupt" in first[1] and first[2] == 2.0
     assert not second[0] and second[2] == 2.0
@@ -480,26 +519,26 @@ def elsewhere():
     with torch.device("meta"):
         comm = Comm(dist.group.WORLD, CPU)
         source, out = torch.ones(2 * LARGE, device="cpu"), torch.zeros(LARGE, device="cpu")
-        comm.reduce(0, source, [0, LARGE, 2 * LARGE], out, add=False, scratch=Pool(CPU)).wait()
-        kind = type(comm._transports[0]).__name__
+        comm.reductions.reduce(0, source, [0, LARGE, 2 * LARGE], out, add=False, scratch=Pool(CPU)).wait()
+        kind = type(comm.gathers).__name__
         comm.close()
     return kind, out.sum().item()
 
 
 def test_the_default_device_does_not_matter(ranks) -> None:
-    assert ranks(elsewhere, 2) == [("DirectTransport", 2.0 * LARGE)] * 2
+    assert ranks(elsewhere, 2) == [("PeerMemoryTransport", 2.0 * LARGE)] * 2
 
 
 EARLY = """
 import os, time
 import torch, torch.distributed as dist
-from shardline.comm import Comm
+from shardline.comm import Comm, Group, TransitionLog
 dist.init_process_group("gloo")
 comm, buffer = Comm(dist.group.WORLD, torch.device("cpu")), torch.full((1 << 20,), float(os.environ["RANK"]))
-if comm.rank == 0:
+if comm.data.rank == 0:
     time.sleep(1.5)
-work = comm.gather(0, buffer, [0, 1 << 19, 1 << 20])
-if comm.rank == 0:
+work = comm.gathers.gather(0, buffer, [0, 1 << 19, 1 << 20])
+if comm.data.rank == 0:
     work.wait()
     print("read", buffer[-1].item(), flush=True)
     dist.destroy_process_group()
@@ -522,11 +561,10 @@ def many(count):
     for _ in range(count):
         peers = peers_here()
         buffer = torch.zeros(2 * LARGE)
-        own = buffer[peers.rank * LARGE :][:LARGE]
-        peers.transports[0].gather(own, buffer, [0, LARGE, 2 * LARGE]).wait()
+        peers.transports[0].gather(0, buffer, [0, LARGE, 2 * LARGE]).wait()
         leave(peers)
-        del peers, buffer, own
-        found.append(boards_here())
+        del peers, buffer
+        found.append(pages_here())
     return found
 
 
@@ -549,12 +587,12 @@ def engines(count):
                 "zero_optimization": {"stage": turn % 4, "stage3_param_persistence_threshold": 0},
             },
         )[0]
-        assert isinstance(engine.comm._transports[0], DirectTransport)
+        assert isinstance(engine.comm.gathers, PeerMemoryTransport)
         engine.backward(engine(torch.ones(2, 256)).square().mean())
         engine.step()
         engine.destroy()
         del engine
-        found.append(boards_here())
+        found.append(pages_here())
         assert all(bool(torch.isfinite(param).all()) for param in model.parameters())
     return found
 

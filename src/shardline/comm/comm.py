@@ -1,0 +1,197 @@
+"""The ranks of one engine: transitions of flat buffers, one small row a step, and the messages at set-up.
+
+Gathers and reductions have process groups of their own, so that the order among gathers and the order among reductions
+each need to be the same on all ranks, but not how the two mix. What is started is counted and logged, so that a step
+notices ranks that did not start the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
+
+from shardline.comm.exchange import Exchange, all_gather_json
+from shardline.comm.groups import Group, ProcessGroups, release_at_exit
+from shardline.comm.log import TransitionLog
+from shardline.comm.peer_memory import Peers, attach
+from shardline.comm.transport import CLOSED, SINGLE_PROCESS, Transport, choose, closed_error, is_staged
+from shardline.errors import DisagreementError, ShardlineError
+from shardline.runtime.device import Place, choose_backend
+
+__all__ = ["Comm"]
+
+
+class Comm:
+    """What the ranks of one engine start together while they train.
+
+    Attributes:
+        shard: the ranks that share one copy of the states: whose rank is the index of a shard.
+        data: the ranks that train on different samples. The same ranks as ``shard`` now.
+        device: of the buffers.
+        gathers, reductions: the transports of the two kinds of transitions.
+        messages: what ranks tell each other at set-up.
+        log: of the transitions.
+        notice: what makes communication slower than it could be; None where nothing does.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        timeout: timedelta | None = None,
+        transport: str = "auto",
+    ) -> None:
+        self.shard = self.data = Group.of(group)
+        self.device = device
+        self.log = TransitionLog()
+        self.notice: str | None = None
+        self._parent = group
+        self._groups: ProcessGroups | None = None
+        self._peers: Peers | None = None
+        self._host: dist.ProcessGroup | None = None
+        self._row_group: dist.ProcessGroup | None = None
+        self._staged = self._closed = False
+        self.gathers: Transport = SINGLE_PROCESS
+        self.reductions: Transport = SINGLE_PROCESS
+        if group is None or self.data.size == 1:
+            self.messages = Exchange(self.data, None, device)
+            return
+        self._groups = ProcessGroups(group, device, timeout)
+        self._connect(self._groups, transport)
+        release_at_exit(self)
+
+    def _connect(self, groups: ProcessGroups, transport: str) -> None:
+        """Make the process groups, and choose the transports. Collective."""
+        inherited = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+        on_cpu = self.device.type == "cpu"
+        # On the CPU on every rank, whatever it computes on: ranks compare their devices before they use a backend that
+        # may not work between these.
+        self._host = host = groups.make(None if "cpu" in inherited else "gloo")
+        backend = self._backend_between(groups, host, inherited)
+        if on_cpu:
+            limit = groups.timeout or default_pg_timeout
+            exchange = partial(all_gather_json, group=host)
+            self._peers = peers = attach(self.data, exchange, limit, self.log, wanted=transport == "auto")
+            if peers is not None:
+                self.gathers, self.reductions = peers.transports
+                self.messages = Exchange(self.data, host, self.device, self.gathers, peers.wait_for_collective)
+                return
+        first = host if on_cpu or (backend is None and "cpu" in inherited) else groups.make(backend)
+        self._row_group = second = groups.make(backend)
+        self.gathers, self.reductions = (choose(each, self.device, self.log) for each in (first, second))
+        self._staged = is_staged(first, self.device)
+        self.messages = Exchange(self.data, host, self.device, self.gathers)
+        if not on_cpu:
+            # A communicator is made at its first use. In the middle of a backward that may wait for ranks which wait,
+            # on the device, for this one.
+            for group in (first, second):
+                dist.all_reduce(torch.zeros(1, device="cpu" if self._staged else self.device), group=group)
+
+    def _backend_between(
+        self, groups: ProcessGroups, host: dist.ProcessGroup, inherited: Mapping[str, str]
+    ) -> str | None:
+        """The backend of groups for this device's tensors; None: that of the default group."""
+        try:
+            places = [Place(*each) for each in all_gather_json(astuple(Place.of(self.device)), host)]
+            backend, self.notice = choose_backend(places, inherited)
+        except DisagreementError:
+            groups.destroy()
+            raise
+        return backend
+
+    def channel(self) -> Exchange:
+        """Messages between the same ranks on a process group of their own, for another thread. Collective."""
+        return Exchange.over(self._parent)
+
+    def close(self) -> None:
+        """Destroy the process groups. Collective calls after it raise."""
+        if self._peers is not None:
+            self._peers.close()
+        if self._groups is not None:
+            self._groups.destroy()
+        self.release()
+        self.messages.close()
+        self._peers, self._closed = None, True
+        self.gathers = self.reductions = CLOSED
+
+    def release(self) -> None:
+        """Drop the references to process groups. A single process has none, and can go on."""
+        if self._groups is not None:
+            self._closed, self.gathers, self.reductions = True, CLOSED, CLOSED
+            self.messages.release()
+        self._parent = self._groups = self._host = self._row_group = None  # not the peers: they wait at the exit
+
+    def give_up(self, error: ShardlineError | None) -> None:
+        """Let ranks that wait for this one raise ``error`` too; ``None`` takes it back.
+
+        They see it where they read each other's memory; over a backend they notice when this process ends.
+        """
+        if self._peers is not None:
+            self._peers.give_up(error)
+
+    # -- before resting weights are written -------------------------------------------------------------------------
+
+    def wait_for_readers(self, patience: float | None = None) -> None:
+        """Return when no other rank reads what this rank sent in transitions that it has waited for.
+
+        Call it before a buffer at rest from which others gathered is written. ``patience``: seconds after which to
+        return all the same.
+        """
+        if self._peers is not None:
+            self._peers.wait_for_readers(patience)
+
+    def check_unread(self, buffers: Iterable[Tensor]) -> None:
+        """Check, without waiting, that no other rank reads ``buffers`` (dense), which are about to be written.
+
+        Raises:
+            AssertionError: one does: :meth:`wait_for_readers` is missing before the write.
+        """
+        if self._peers is not None:
+            self._peers.check_unread(buffers)
+
+    # -- small collectives in a step --------------------------------------------------------------------------------
+
+    def all_gather_row(self, row: Tensor) -> Tensor:
+        """Every rank's ``row`` (1-D), stacked: (ranks, len). The same bits on every rank. It waits for readers, too.
+
+        Raises:
+            UsageError: the engine was destroyed.
+        """
+        if self._closed:
+            raise closed_error()
+        if self.data.size == 1:
+            return row.unsqueeze(0)
+        local = row.cpu() if self._staged else row.to(self.device)
+        stacked = local.new_empty(self.data.size, row.numel())
+        if self._peers is not None:
+            boundaries = range(0, stacked.numel() + 1, row.numel())
+            self.reductions.gather(None, stacked.view(-1), boundaries, own=local).wait()
+            self._peers.wait_for_readers()  # all ranks are here, so what they gathered before is read by now
+        else:
+            dist.all_gather(list(stacked.unbind()), local, group=self._row_group)
+        return stacked.to(row.device)
+
+    def all_gather_ints(self, values: Sequence[int]) -> list[list[int]]:
+        """Every rank's ``values`` (of int64, as many on every rank), in rank order.
+
+        It waits for no device; it may wait for gathers that were started before. Raises as :meth:`all_gather_row`.
+        """
+        if self._closed:
+            raise closed_error()
+        if self.data.size == 1:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.int64, device="cpu")
+        stacked = torch.empty(self.data.size, len(values), dtype=torch.int64, device="cpu")
+        if self._peers is not None:
+            boundaries = range(0, stacked.numel() + 1, len(values))
+            self.gathers.gather(None, stacked.view(-1), boundaries, own=mine).wait()
+        else:
+            dist.all_gather(list(stacked.unbind()), mine, group=self._host)
+        return stacked.tolist()
