@@ -29,9 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def over_gloo(patch: pytest.MonkeyPatch) -> None:
     """The ranks find no memory to share."""
-    import shardline.comm
+    import shardline.comm.comm
 
-    patch.setattr(shardline.comm, "attach", lambda *args, **kwargs: None)
+    patch.setattr(shardline.comm.comm, "attach", lambda *args, **kwargs: None)
 
 
 def late_verdict(patch: pytest.MonkeyPatch) -> None:
