@@ -87,7 +87,7 @@ def in_background(path):
         built.save_checkpoint(path, tag="two", async_save=True)  # waits for the first
         after = Path(path, "one").exists()
         built.checkpoints.wait()
-        commit.write = full_disk if built.comm.rank == 1 else original
+        commit.write = full_disk if built.comm.data.rank == 1 else original
         built.save_checkpoint(path, tag="three", async_save=True)
         cases.train(built, 4)
         try:
@@ -188,13 +188,13 @@ def staged_badly(path):
         said.append(str(caught.value))
 
     def edit():
-        if built.comm.rank == 1:
+        if built.comm.data.rank == 1:
             for run in built.trainables.layout.runs:
                 built.optimizer.state[run.param]["exp_avg"].zero_()
         gate.set()
 
     with pytest.MonkeyPatch.context() as patch:  # while weights are copied
-        if built.comm.rank == 1:
+        if built.comm.data.rank == 1:
             patch.setattr(staging.Staging, "_place", refuse)
         save()
     with pytest.MonkeyPatch.context() as patch:  # an edit where nothing but a step may
@@ -264,7 +264,7 @@ def save(path):
     world = int(os.environ.get("WORLD_SIZE", 1))
     built = cases.engine(cases.config(0, world))
     cases.train(built, 1)
-    if built.comm.rank == world - 1:
+    if built.comm.data.rank == world - 1:
         commit.write = full_disk
     built.save_checkpoint(path, async_save=True)
 
@@ -350,7 +350,7 @@ def ended(config, who):
     """Rank ``who`` gets SIGTERM in the middle of step 3; the step where this rank ended, and how."""
     built = cases.engine(config)
     cases.train(built, 2)
-    if built.comm.rank == who:
+    if built.comm.data.rank == who:
         os.kill(os.getpid(), signal.SIGTERM)
     try:
         cases.train(built, 10)

@@ -264,9 +264,9 @@ class Engine(Wrapper, Getters, Saving):
         self._intake.check_weight(weight)
         if trainables.in_use:
             raise UsageError("step() was called inside a forward or inside gathered_parameters(). Call it after them.")
-        if not self._backwards.collect_unseen() and not window.backwards and self.comm.world_size > 1:
+        if not self._backwards.collect_unseen() and not window.backwards and self.comm.data.size > 1:
             self._backwards.join()
-        if ends and not window.backwards and self.comm.world_size == 1:
+        if ends and not window.backwards and self.comm.data.size == 1:
             raise no_backward()
         if ends and trainables.have_changed():
             raise UsageError(
@@ -366,7 +366,7 @@ class Engine(Wrapper, Getters, Saving):
         """
         self.trainables.check_open("full_state_dict()")
         self.trainables.check_contents()
-        wanted = not rank0_only or self.comm.rank == 0
+        wanted = not rank0_only or self.comm.data.rank == 0
         return full_state_dict(self.module, self.trainables.layout, self.comm, dtype, wanted=wanted)
 
     def gathered_parameters(

@@ -83,12 +83,12 @@ class Getters:
     @property
     def global_rank(self) -> int:
         """The number of this process among those that train this model: the job's, or those of ``mesh=``."""
-        return self.comm.rank
+        return self.comm.data.rank
 
     @property
     def world_size(self) -> int:
         """How many processes train this model; ``engine.topology`` has the numbers of the whole job."""
-        return self.comm.world_size
+        return self.comm.data.size
 
     @property
     def device(self) -> torch.device:

@@ -187,7 +187,7 @@ def _make_engine(
         return engine
 
     engine = everywhere.run(finish)
-    Console().attach(engine.events, settings, comm.rank)
+    Console().attach(engine.events, settings, comm.data.rank)
     for notice in _notices(engine, offloads=offload is not None, recomputes=bool(recomputed)):
         engine.events.emit(Notice(notice))
     return engine
@@ -201,7 +201,7 @@ def _touch(made: Sequence[weakref.ref[Engine]], unit: Unit) -> bool:
 
 def _agree(comm: Comm, settings: Config, training_data: Any) -> None:
     """See that ranks were given the same. Collective."""
-    comm.agree(
+    comm.messages.agree(
         {
             "the version of torch": torch.__version__,
             "the version of shardline": __version__,
@@ -227,17 +227,17 @@ class _Everywhere:
         try:
             result = work()
         except Exception as error:
-            self._comm.exchange(f"{type(error).__name__}: {text_of(error)}")
+            self._comm.messages.exchange(f"{type(error).__name__}: {text_of(error)}")
             self._told = error
             raise
-        for rank, said in enumerate(self._comm.exchange(None)):
+        for rank, said in enumerate(self._comm.messages.exchange(None)):
             if said is not None:
                 raise DisagreementError(f"initialize failed on rank {rank}, and not on this one: {said}")
         return result
 
     def has(self, error: BaseException) -> bool:
         alike = isinstance(error, ShardlineError) and not isinstance(error, LostRankError)
-        return alike or error is self._told or self._comm.world_size == 1
+        return alike or error is self._told or self._comm.data.size == 1
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ def _notices(engine: Engine, *, offloads: bool, recomputes: bool) -> Iterator[st
 
 def _advice(engine: Engine, topology: Topology) -> str | None:
     """What costs more than it must where gradients travel between hosts."""
-    if topology.world_size == topology.local_world_size or engine.comm.world_size == 1 or engine.optimizer is None:
+    if topology.world_size == topology.local_world_size or engine.comm.data.size == 1 or engine.optimizer is None:
         return None
     larger = any(
         bucket.shard.stage.states is Placement.REPLICATED and bucket.grads.dtype.itemsize > bucket.plan.dtype.itemsize
@@ -361,7 +361,7 @@ def _training(
     sample = given if named is None else sample_optimizer(named.type, named.params)
     if sample is None:
         return _Training(None, None, groups, {}, False)
-    return _Training(given, named, groups, membership, needs_whole(sample, stage, comm.world_size))
+    return _Training(given, named, groups, membership, needs_whole(sample, stage, comm.data.size))
 
 
 def _optimizer_and_groups(
@@ -430,8 +430,8 @@ def make_loader(data: Any, settings: Config, comm: Comm, collate_fn: Callable[[l
         global_batch=settings.train_batch_size,
         micro_batch=settings.train_micro_batch_size_per_gpu,
         accumulation=settings.gradient_accumulation_steps,
-        rank=comm.rank,
-        world_size=comm.world_size,
+        rank=comm.data.rank,
+        world_size=comm.data.size,
         seed=settings.seed if options.seed is None else options.seed,
         shuffle=options.shuffle,
         drop_last=options.drop_last,

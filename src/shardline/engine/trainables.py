@@ -78,7 +78,7 @@ class Trainables:
         self.params = [param for unit in units for bucket in unit.trainable for param in bucket.params]
         self.schedule = Schedule(
             units,
-            self._comm.ask,
+            self._comm.all_gather_ints,
             prefetch=zero.stage3_prefetch_bucket_size > 0,
             reshard_after_forward=zero.reshard_after_forward,
             max_kept=zero.stage3_max_live_parameters,
@@ -160,7 +160,7 @@ class Trainables:
         self.adopt_edits()
         self.schedule.release_all()
         self.hooks.remove()
-        whole = needs_whole(optimizer, resting_stage(self._config, self.layout.offload), self._comm.world_size)
+        whole = needs_whole(optimizer, resting_stage(self._config, self.layout.offload), self._comm.shard.size)
         self.layout = regroup(
             self.layout, self._config, self._precision, self._comm, optimizer, self.groups, self.frozen_states,
             self.touch, whole=whole, ages=ages,

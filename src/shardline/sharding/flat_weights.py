@@ -82,11 +82,11 @@ class FlatWeights:
 
     def gather(self, unit: int, part: Tensor, placement: Placement) -> Tensor:
         """``part``, a buffer in ``placement``, in full on every rank, where it is. Collective where it is sharded."""
-        if placement is Placement.REPLICATED or self.comm.world_size == 1:
+        if placement is Placement.REPLICATED or self.comm.shard.size == 1:
             return part
         full = torch.empty(self.shard.plan.size, dtype=part.dtype, device=self.comm.device)
         self.shard.own(full).copy_(part)
-        self.comm.gather(unit, full, self.shard.plan.boundaries).wait()
+        self.comm.gathers.gather(unit, full, self.shard.plan.boundaries).wait()
         return full.to(part.device)
 
     # -- values come in ---------------------------------------------------------------------------------------------
@@ -114,15 +114,13 @@ class FlatWeights:
         dtype = reduce(torch.promote_types, (param.dtype for param in params))
         in_place = dtype == self.dtype and self.resting.numel() == plan.size
         full = self.resting if in_place else self.pool.borrow(plan.size, dtype)
-        if self.comm.rank == source:
+        if self.comm.shard.rank == source:
             for start, stop in plan.gaps:
                 full[start:stop].zero_()
             for param, entry in zip(params, plan.entries, strict=True):
                 view(full, entry).copy_(param.detach())
-        sent = self.comm.start_broadcast(full, source)
 
         def finish() -> None:
-            sent.wait()
             if self.master is not None and not self.masters_are_weights:
                 low, high = self.shard.states
                 self.master.copy_(full[low:high])
@@ -131,7 +129,7 @@ class FlatWeights:
                 self.resting.copy_(full[low:high])
                 self.pool.give_back(full)
 
-        work = Work((), finish, arrived=sent.has_arrived)
+        work = self.comm.messages.start_broadcast(full, source).then(finish)
         if work.has_arrived():  # a single process: a buffer that is borrowed goes back at once
             work.wait()
         return work
@@ -142,7 +140,7 @@ class FlatWeights:
         Args:
             keep: whether masters come back if the weights do; see :meth:`update_masters`.
         """
-        self.comm.settle()
+        self.comm.wait_for_readers()
         if self.resting.data_ptr() != full.data_ptr():
             first = self.shard.weights[0]
             for start, stop in within(spans, self.shard.weights):
@@ -175,7 +173,7 @@ class FlatWeights:
         self.before_edit = None
         if self.master is None or self.masters_are_weights:
             return
-        self.comm.settle()
+        self.comm.wait_for_readers()
         low, _ = self.shard.weights
         first, last = self.shard.states
         target = self.resting[first - low : last - low]
@@ -190,13 +188,13 @@ class FlatWeights:
         """Start to bring all weights into a new ``full``."""
         plan = self.shard.plan
         self.full = self.pool.borrow(plan.size, self.dtype)
-        return self.comm.gather(unit, self.full, plan.boundaries, own=self.resting)
+        return self.comm.gathers.gather(unit, self.full, plan.boundaries, own=self.resting)
 
     def join_gather(self, unit: int) -> None:
         """Take part in a gather for other ranks, and drop what comes."""
         plan = self.shard.plan
         full = self.pool.borrow(plan.size, self.dtype)
-        self.comm.gather(unit, full, plan.boundaries, own=self.resting).wait()
+        self.comm.gathers.gather(unit, full, plan.boundaries, own=self.resting).wait()
         self.pool.give_back(full)
 
     def drop_full(self) -> None:
