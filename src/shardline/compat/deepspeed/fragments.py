@@ -23,8 +23,11 @@ def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
     if found is None:
         return None
     engine, name = found
-    whole = {entry.param.name: tensor for entry, tensor in whole_weights(_unit_of(engine, name))}
-    return whole[name].detach().float().clone()
+    copy = None
+    for entry, tensor in whole_weights(_unit_of(engine, name)):  # to its end: each bucket is a collective
+        if entry.param.name == name:
+            copy = tensor.detach().float().clone()  # the next one may be gathered into the same memory
+    return copy
 
 
 def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
