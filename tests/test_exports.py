@@ -28,6 +28,7 @@ PUBLIC = {
     "get_accelerator",
     "init_distributed",
     "initialize",
+    "shard",
 }
 HEAVY = {
     "matplotlib",

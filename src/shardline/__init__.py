@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from shardline.config import Config
     from shardline.config.arguments import add_config_arguments
     from shardline.engine import Engine
+    from shardline.engine.in_place import shard
     from shardline.engine.initialize import initialize
     from shardline.errors import (
         CheckpointError,
@@ -52,6 +53,7 @@ __all__ = [
     "get_accelerator",
     "init_distributed",
     "initialize",
+    "shard",
 ]
 
 _HOMES = {
@@ -73,6 +75,7 @@ _HOMES = {
     "get_accelerator": "runtime.accelerator",
     "init_distributed": "runtime.topology",
     "initialize": "engine.initialize",
+    "shard": "engine.in_place",
 }
 
 

@@ -79,7 +79,7 @@ class Backwards:
     def _begin(self, *, factor: float) -> None:
         reducing = self._reduces_now()
         self._window.begin_backward(self._intake.share(), reducing=reducing)
-        self._trainables.schedule.begin_backward(reducing=reducing, factor=factor)
+        self._trainables.schedule.begin_backward(reducing=reducing, factor=factor / self._window.divided)
 
     def _reduces_now(self) -> bool:
         return not self.no_sync and (self._every_time or self._window.at_boundary)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from shardline.engine.getters import Getters
 from shardline.engine.intake import Intake
 from shardline.engine.leftovers import Leftovers
 from shardline.engine.notices import Notices
+from shardline.engine.optimizer_state import OptimizerState
 from shardline.engine.outcome import Outcome
 from shardline.engine.report import Reporter
 from shardline.engine.saving import Saving
@@ -42,7 +43,7 @@ from shardline.runtime.topology import Topology
 from shardline.sharding.alike import Alike
 from shardline.sharding.boundary import Boundary, no_backward
 from shardline.sharding.build import Layout
-from shardline.sharding.fragments import StateFragment, local_fragments
+from shardline.sharding.fragments import ParamState, StateFragment, local_fragments
 from shardline.sharding.gradient import drop_grads
 from shardline.sharding.hooks import Hooks, watch_outputs
 from shardline.sharding.precision import LossScaler, Precision
@@ -82,6 +83,9 @@ class Engine(Wrapper, Getters, Saving):
         progress: how many steps and samples there were, and what the last step did.
     """
 
+    _window_kind: type[Window] = Window
+    _leftovers_kind: type[Leftovers] = Leftovers
+
     def __init__(
         self,
         model: nn.Module,
@@ -100,7 +104,7 @@ class Engine(Wrapper, Getters, Saving):
         self.config, self.topology = config, topology
         self.precision, self.comm = precision, comm
         self.events = Events()
-        self.scaler = LossScaler.from_config(config)
+        self.scaler = self._make_scaler(config)
         self.progress = Progress()
         self.client_state = {}
         self.window_start = WindowStart(model, comm.device)
@@ -108,9 +112,9 @@ class Engine(Wrapper, Getters, Saving):
         self._after_step: list[StepHook] = []
         self._compiled = False
         notices = Notices(self.events)
-        self._leftovers = Leftovers(notices)
+        self._leftovers = self._leftovers_kind(notices)
         self._reporter = Reporter(self.events, comm.device, phases=config.wall_clock_breakdown)
-        self._window = Window(config.gradient_accumulation_steps)
+        self._window = self._window_kind(config.gradient_accumulation_steps)
         self._intake = Intake(config, self._window, self.window_start, notices)
         self._calls = Calls(model, precision, comm.device, notices)
         intake = self._intake
@@ -139,7 +143,12 @@ class Engine(Wrapper, Getters, Saving):
             EngineState(self, self.trainables, self._window, self._intake, self._backwards, self._outcome)
         )
         self._on_destroy: list[Callable[[], None]] = []  # what was done to model and optimizer beside the hooks
-        self.on_destroy(self.trainables.guard_optimizer(self.zero_grad))
+        guarded = self.trainables.guard_optimizer(
+            zero_grad=self.zero_grad,
+            state_dict=self._optimizer_state_dict,
+            load_state_dict=self._load_optimizer_state_dict,
+        )
+        self.on_destroy(guarded)
 
     def attach_loader(self, loader: Loader) -> None:
         """Take ``loader`` as the engine's own: a batch counts for the samples in it, and checkpoints hold its position.
@@ -153,6 +162,9 @@ class Engine(Wrapper, Getters, Saving):
     def on_destroy(self, undo: Callable[[], None]) -> None:
         """Have :meth:`destroy` call ``undo``, the last one first."""
         self._on_destroy.append(undo)
+
+    def _make_scaler(self, config: Config) -> LossScaler:
+        return LossScaler.from_config(config)
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
@@ -171,9 +183,14 @@ class Engine(Wrapper, Getters, Saving):
             trainables.hooks.explain(error)
             self.precision.explain(error, self.module)
             raise
-        if torch.is_grad_enabled() and trainables.params:
-            watch_outputs(output, self._backwards.enter_foreign, self._backwards.end, trainables.params)
+        if torch.is_grad_enabled():
+            self._watch(output)
         return output
+
+    def _watch(self, output: Any) -> None:
+        """See a backward that enters ``output`` by plain ``loss.backward()``."""
+        if self.trainables.params:
+            watch_outputs(output, self._backwards.enter_foreign, self._backwards.end, self.trainables.params)
 
     @outside_modes
     def _begin_forward(self) -> Hooks:
@@ -368,6 +385,57 @@ class Engine(Wrapper, Getters, Saving):
         self.trainables.check_contents()
         wanted = not rank0_only or self.comm.data.rank == 0
         return full_state_dict(self.module, self.trainables.layout, self.comm, dtype, wanted=wanted)
+
+    @outside_modes
+    def full_optimizer_state_dict(self, rank0_only: bool = False) -> dict[str, Any]:
+        """The optimizer's ``state_dict()`` in torch's own form, on CPU, at any stage. Collective.
+
+        Tensors are whole and parameters are numbered in the order in which the optimizer was given them, so a plain
+        optimizer over the same parameters loads it.
+
+        Args:
+            rank0_only: other ranks take part and get an empty dict.
+
+        Raises:
+            OptimizerError: on every rank, for state whose shape is not its parameter's (Adafactor's), where divided.
+        """
+        self.trainables.check_trains("full_optimizer_state_dict()")
+        self._outcome.act()
+        return self._optimizer_state().full(wanted=not rank0_only or self.comm.data.rank == 0)
+
+    def _optimizer_state(self) -> OptimizerState:
+        if self.optimizer is None:
+            raise AssertionError("an engine without an optimizer has no state of one")
+        trained = self.trainables
+        return OptimizerState(trained.layout, self.optimizer, trained.groups, trained.frozen_states, self.comm)
+
+    @outside_modes
+    def _optimizer_state_dict(self) -> dict[str, Any]:
+        """``optimizer.state_dict()``, which a rank may call alone."""
+        self._outcome.read()
+        return self._optimizer_state().state_dict()
+
+    @outside_modes
+    def _load_optimizer_state_dict(self, plain: Mapping[str, Any]) -> None:
+        """``optimizer.load_state_dict(plain)``: torch's form with whole tensors. Collective."""
+        states, options = self._optimizer_state().read(plain)
+        self._load_optimizer_states(states, options)
+
+    def _load_optimizer_states(
+        self, states: dict[str, ParamState], options: list[dict[str, Any]] | None = None
+    ) -> None:
+        if self._window.backwards:
+            raise UsageError(
+                "the optimizer's state was loaded between a backward and its step. Load it after the step."
+            )
+        self.comm.messages.agree({f"the loaded state of {name!r}": state.steps for name, state in states.items()})
+        self._outcome.act()
+        if self.optimizer is not None and options is not None:
+            for group, loaded in zip(self.optimizer.param_groups, options, strict=True):
+                group.update(loaded)
+        if (ages := self._optimizer_state().ages(states)) is not None:
+            self.trainables.lay_out_by_age(ages)
+        self._optimizer_state().put(states)
 
     def gathered_parameters(
         self, params: Iterable[nn.Parameter | str] | nn.Module | None = None, write: bool = False

@@ -74,6 +74,7 @@ def initialize(
     config_params: ConfigLike | None = None,
     *,
     init_fn: Callable[[nn.Module], None] | None = None,
+    engine_class: type[Engine] = Engine,
 ) -> tuple[Engine, Optimizer | None, Loader | None, Any]:
     """Turn ``model`` into an engine over all ranks of the job. Collective: every rank calls it alike.
 
@@ -96,6 +97,7 @@ def initialize(
         config_params: another name of ``config``.
         init_fn: for a model on ``meta``: gets each module, in the order of ``nn.Module.apply``, after its own
             initialisers have run, and writes its parameters in place.
+        engine_class: a subclass of :class:`shardline.Engine` of which the engine shall be.
 
     Returns:
         ``(engine, optimizer, loader, lr_scheduler)``; what was not asked for is ``None``.
@@ -125,8 +127,8 @@ def initialize(
     with ExitStack() as undo:  # where it fails, the model is as it was and may be given again
         undo.callback(comm.close)
         engine = _make_engine(
-            model, optimizer, model_parameters, training_data, lr_scheduler, collate_fn, init_fn, settings, topology,
-            comm, undo,
+            model, optimizer, model_parameters, training_data, lr_scheduler, collate_fn, init_fn, engine_class,
+            settings, topology, comm, undo,
         )  # fmt: skip
         engine.checkpoints.resume()
         undo.pop_all()
@@ -141,6 +143,7 @@ def _make_engine(
     lr_scheduler: LRScheduler | Callable[[Optimizer], Any] | None,
     collate_fn: Callable[[list[Any]], Any] | None,
     init_fn: Callable[[nn.Module], None] | None,
+    engine_class: type[Engine],
     settings: Config,
     topology: Topology,
     comm: Comm,
@@ -176,7 +179,7 @@ def _make_engine(
 
     def finish() -> Engine:
         final = training.optimizer_of(layout)
-        engine = Engine(model, layout, final, training.membership, settings, precision, topology, comm)
+        engine = engine_class(model, layout, final, training.membership, settings, precision, topology, comm)
         made.append(weakref.ref(engine))
         engine.lr_scheduler = _scheduler(lr_scheduler, final, settings)
         if loader is not None:

@@ -17,6 +17,7 @@ from shardline.features.compiling import compiled_in
 from shardline.optim.guard import guard
 from shardline.sharding.admission import Contents
 from shardline.sharding.boundary import Boundary
+from shardline.sharding.bucket import Bucket
 from shardline.sharding.build import Layout, group_parameters, needs_whole, regroup, resting_stage
 from shardline.sharding.fragments import ParamState
 from shardline.sharding.hooks import Hooks
@@ -26,6 +27,8 @@ from shardline.sharding.step import Update
 from shardline.sharding.unit import Unit
 
 __all__ = ["Trainables"]
+
+DividedGradOf = Callable[[Bucket, int], Tensor | None]
 
 
 class Trainables:
@@ -61,6 +64,8 @@ class Trainables:
         on_call: Callable[[bool, Any], None] | None,
         make_boundary: Callable[[Update, Schedule], Boundary],
     ) -> None:
+        self._on_output: Callable[[Any], None] | None = None
+        self._divided_grad: DividedGradOf | None = None
         self.layout, self.groups = layout, groups
         self.frozen_states: dict[str, ParamState] = {}
         self.boundary: Boundary | None = None
@@ -85,16 +90,35 @@ class Trainables:
             on_host=self._comm.device.type == "cpu",
         )
         self._make_hooks()
+        self._show_divided_grads()
         if self._optimizer is not None:
             update = Update(units, self._comm, self._optimizer, self.layout.runs)
             self.boundary = self._make_boundary(update, self.schedule)
 
     def _make_hooks(self) -> None:
-        compiled = compiled_in(self._model)
-        self.hooks = Hooks(self._model, self.layout.units, self.schedule, self._on_forward, self._on_call, compiled)
+        self.hooks = Hooks(
+            self._model, self.layout.units, self.schedule, self._on_forward, self._on_call, compiled_in(self._model),
+            self._on_output,
+        )  # fmt: skip
+
+    def _show_divided_grads(self) -> None:
+        for unit in self.layout.units:
+            for bucket in unit.trainable:
+                bucket.divided_grad = self._divided_grad
+
+    def serve_loop(self, on_output: Callable[[Any], None], divided_grad: DividedGradOf) -> None:
+        """The loop calls the model, and uses gradients, itself.
+
+        Args:
+            on_output: see :class:`shardline.sharding.hooks.Hooks`.
+            divided_grad: see :class:`shardline.sharding.bucket.Bucket`.
+        """
+        self._on_call, self._on_output, self._divided_grad = None, on_output, divided_grad
+        self.renew_hooks()
+        self._show_divided_grads()
 
     def renew_hooks(self) -> None:
-        """Modules of the model were compiled: what is compiled has no hooks inside."""
+        """What the hooks are made from has changed: modules were compiled, or calls are watched otherwise."""
         self.hooks.remove()
         self._make_hooks()
 
@@ -192,7 +216,13 @@ class Trainables:
         """Whether a forward runs, or weights are gathered for the user."""
         return any(unit.holds for unit in self.layout.units)
 
-    def guard_optimizer(self, zero_grad: Callable[[], None]) -> Callable[[], None]:
+    def guard_optimizer(
+        self,
+        *,
+        zero_grad: Callable[[], None],
+        state_dict: Callable[[], dict[str, Any]],
+        load_state_dict: Callable[[Mapping[str, Any]], None],
+    ) -> Callable[[], None]:
         """Route the methods of the optimizer, if there is one, through the engine; return what undoes it."""
         if self._optimizer is None:
             return lambda: None
@@ -201,6 +231,8 @@ class Trainables:
             stepping=lambda: self.boundary is not None and self.boundary.update.applying,
             zero_grad=zero_grad,
             add_group=self._add_group,
+            state_dict=state_dict,
+            load_state_dict=load_state_dict,
         )
 
     def note_new_weights(self, notices: Notices) -> None:
@@ -235,4 +267,4 @@ class Trainables:
         # These refer back to the engine. Without them memory of the device is free with the last reference to the
         # engine, not when the garbage collector finds the cycle.
         del self.layout, self.schedule, self.hooks, self.params
-        del self._on_forward, self._on_call, self._make_boundary
+        del self._on_forward, self._on_call, self._on_output, self._divided_grad, self._make_boundary

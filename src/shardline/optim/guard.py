@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from types import MethodType
 from typing import Any
@@ -20,6 +20,8 @@ def guard(
     stepping: Callable[[], bool],
     zero_grad: Callable[[], None],
     add_group: Callable[[Callable[[dict[str, Any]], None], dict[str, Any]], None],
+    state_dict: Callable[[], dict[str, Any]],
+    load_state_dict: Callable[[Mapping[str, Any]], None],
 ) -> Callable[[], None]:
     """Route the methods of ``optimizer`` through the engine; return what undoes it.
 
@@ -28,6 +30,7 @@ def guard(
         stepping: whether the engine itself steps the optimizer now; at other times ``step`` raises `UsageError`.
         zero_grad: discards the gradients of the window.
         add_group: is given the original ``add_param_group`` and the group.
+        state_dict, load_state_dict: take the place of the optimizer's: its own know nothing of whole parameters.
     """
     original, add = optimizer.step, optimizer.add_param_group
 
@@ -43,7 +46,19 @@ def guard(
     def add_param_group(self: Optimizer, group: dict[str, Any]) -> None:
         add_group(add, group)
 
-    methods: dict[str, Callable[..., Any]] = {"step": step, "zero_grad": zero, "add_param_group": add_param_group}
+    def give_state(self: Optimizer) -> dict[str, Any]:
+        return state_dict()
+
+    def take_state(self: Optimizer, state_dict: Mapping[str, Any]) -> None:
+        load_state_dict(state_dict)
+
+    methods: dict[str, Callable[..., Any]] = {
+        "step": step,
+        "zero_grad": zero,
+        "add_param_group": add_param_group,
+        "state_dict": give_state,
+        "load_state_dict": take_state,
+    }
     before = {name: optimizer.__dict__[name] for name in methods if name in optimizer.__dict__}
     for name, method in methods.items():
         setattr(optimizer, name, MethodType(method, optimizer))

@@ -6,6 +6,8 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from shardline.comm import digest
 from shardline.config import Config
 from shardline.errors import DisagreementError, UsageError
@@ -73,6 +75,7 @@ class Boundary:
         self._check = config.bf16.check_grad_overflow or not config.bf16.enabled
         self.reads_at_once = update.device.type == "cpu" or scaler.dynamic
         self._first = True
+        self._was_late = False  # some rank had late gradients in this window, which :meth:`complete` has reduced
         self._last: JudgedStep | None = None  # not acted on yet
 
     def end(
@@ -105,12 +108,12 @@ class Boundary:
         self.progress.applied = False
         for unit in self.update.units:
             unit.adopt(keep=False)
-        if window.gradients is Gradients.LOCAL:
-            self.schedule.reduce_now(reversed(self.update.units))
+        self._reduce_rest(window)
         left, statement = self.schedule.end_step(), self.alike.state()
         hooked = before is not None or after is not None
         reads = at_once or self._first or self.reads_at_once or self.update.needs_host(hooked)
-        judged = self._judge(window, left, statement, leaving, reads=reads)
+        judged = self._judge(window, left, statement, leaving, reads=reads, late=self._was_late)
+        self._was_late = False
         if judged.host is not None and judged.host.late:
             self._reduce_late()
             judged = self._judge(window, left, statement, leaving, reads=reads, late=True)
@@ -125,6 +128,30 @@ class Boundary:
         self.progress.norm = verdict.norm if host is None else host.norm
         self.progress.applied = True
         return host
+
+    def _reduce_rest(self, window: Window) -> None:
+        """What no backward has reduced."""
+        if window.gradients is Gradients.LOCAL:
+            self.schedule.reduce_now(reversed(self.update.units))
+            window.note_reduced()
+
+    def complete(self, window: Window) -> None:
+        """Reduce everything that the window holds, before it ends. Collective.
+
+        Late gradients are looked for where that does not wait for a device, and in the first step of a layout.
+        Elsewhere :meth:`end` finds them, and the step is skipped.
+        """
+        self._reduce_rest(window)
+        self.schedule.finish_reductions()
+        units, comm = self.update.units, self.update.comm
+        for unit in units:
+            unit.wait_for_host()
+        if comm.shard.size > 1 and (self._first or self.reads_at_once):
+            late = torch.tensor([float(sum(unit.has_partial() for unit in units))], dtype=torch.float64)
+            if bool(comm.all_gather_row(late.to(self.update.device)).any()):
+                self._reduce_late()
+                self.schedule.finish_reductions()
+                self._was_late = True
 
     def _judge(
         self, window: Window, left: bool, statement: Statement, leaving: bool, *, reads: bool, late: bool = False

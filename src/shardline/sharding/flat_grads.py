@@ -204,6 +204,11 @@ class FlatGrads:
 
     # -- what users and the optimizer see ---------------------------------------------------------------------------
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether what was collected is the gradient, without a loss scale, to be seen and changed."""
+        return self.is_local and not self._loss_is_scaled
+
     def of_param(self, index: int) -> Tensor | None:
         """What ``.grad`` of a parameter is since its gradient was collected: None where nothing was.
 
@@ -221,7 +226,7 @@ class FlatGrads:
         """
         if self.reduced is None and self.partial is None:
             return None
-        if not self.is_local or self._loss_is_scaled:
+        if not self.is_whole:
             raise gradient_error(name, operation)
         return self.reduced
 

@@ -29,7 +29,7 @@ from shardline.sharding.saved_tensors import SavedTensors
 from shardline.sharding.schedule import Schedule
 from shardline.sharding.unit import Unit
 
-__all__ = ["Compiled", "Hooks", "watch_outputs"]
+__all__ = ["Compiled", "Hooks", "ModuleHook", "watch_outputs"]
 
 
 class _Graph(Enum):
@@ -46,7 +46,7 @@ def _graph_here() -> _Graph:
     return _Graph.OUTER if is_recorded() else _Graph.INNER
 
 
-class _Hook(partial[None]):
+class ModuleHook(partial[Any]):
     """A module hook that stays behind when the module is copied or pickled: the copy is no engine's."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
@@ -85,6 +85,7 @@ class Hooks:
         on_call: called before each module that no other one of the model's calls, outside of any backward: whether it
             is the model itself, and what it is given.
         compiled: which modules are.
+        on_output: given what such a module returns, where a graph may have been built.
     """
 
     def __init__(
@@ -95,8 +96,9 @@ class Hooks:
         on_forward: Callable[[], Hooks],
         on_call: Callable[[bool, Any], None] | None = None,
         compiled: Compiled = _NOT_COMPILED,
+        on_output: Callable[[Any], None] | None = None,
     ) -> None:
-        self.schedule, self._on_forward, self._on_call = schedule, on_forward, on_call
+        self.schedule, self._on_forward, self._on_call, self._on_output = schedule, on_forward, on_call, on_output
         self.saved = SavedTensors(units, schedule.pre_backward)
         # Those in progress: the units that they use, and whether they pack saved tensors.
         self._calls: list[tuple[list[Unit], bool]] = []
@@ -120,8 +122,10 @@ class Hooks:
             enter, leave = torch.compiler.disable(enter), torch.compiler.disable(leave)
         for path, its_units in used.items():
             module, is_model = modules[path], not path
-            before = module.register_forward_pre_hook(_Hook(enter, its_units, is_model), prepend=True, with_kwargs=True)
-            after = module.register_forward_hook(_Hook(leave, is_model), always_call=True)
+            before = module.register_forward_pre_hook(
+                ModuleHook(enter, its_units, is_model), prepend=True, with_kwargs=True
+            )
+            after = module.register_forward_hook(ModuleHook(leave, is_model), always_call=True)
             self._handles += [before, after]
 
     @outside_modes
@@ -187,8 +191,12 @@ class Hooks:
         if not self._calls:  # the hook before it did not get as far
             return
         self._leave(*self._calls.pop())
-        if is_model and not self._calls:  # a model may call itself
+        if self._calls:
+            return
+        if is_model:  # the outermost: a model may call itself
             self.schedule.end_forward()
+        if self._on_output is not None and not self.schedule.in_backward and torch.is_grad_enabled():
+            self._on_output(output)
 
     def _leave(self, held: list[Unit], pushed: bool) -> None:
         for unit in held:

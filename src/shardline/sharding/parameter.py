@@ -152,7 +152,9 @@ def _make_classes(original: type[nn.Parameter]) -> tuple[type[nn.Parameter], typ
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             if collected is None or left_grad(self) is not None:
                 set_grad(self, value)
-            elif value is None:
+                return
+        with torch.no_grad():  # what stands for a divided gradient has functions of its own
+            if value is None:
                 collected.zero_()
             elif value is not collected:
                 collected.copy_(value)

@@ -53,6 +53,7 @@ class Window:
         samples: samples of the micro-steps.
         backwards: how many were begun.
         loss: sum of the reported losses (0-dim).
+        divided: by what the gradients, which are sums, were divided already.
     """
 
     def __init__(self, unit: int) -> None:
@@ -66,6 +67,7 @@ class Window:
         self.gradients = Gradients.NONE
         self.steps, self.weight, self.samples, self.backwards = steps, 0.0, 0, 0
         self.loss: Tensor | None = None
+        self.divided = 1.0
         self._weighted = False  # the user gave a weight
         self._shares = 0.0  # of all backwards, in full batches
         self._batches = 0  # backwards that followed a forward
@@ -116,6 +118,10 @@ class Window:
         self.gradients = Gradients.REDUCED if reducing else Gradients.LOCAL
         if self.state is not State.ENDED:
             self._enter(State.ACCUMULATING)
+
+    def note_reduced(self) -> None:
+        """What waited for a reduction was reduced."""
+        self.gradients = Gradients.REDUCED
 
     def add_loss(self, loss: Tensor) -> None:
         self.loss = loss if self.loss is None else self.loss + loss
