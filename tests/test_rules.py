@@ -12,7 +12,7 @@ PACKAGE = ROOT / "src" / "shardline"
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
 PRIVATE = {
-    "checkpoint/engine/window.py": "which buffers of a module are persistent",
+    "checkpoint/engine/window.py": "foreach operations",
     "checkpoint/foreign/pickled.py": "storages are rebuilt without torch's unpickler",
     "engine/origin.py": "the registries of a module, which go back as they were",
     "engine/window_grads.py": "what a GradScaler and a plain loop call on gradients, without torch functions",
@@ -134,3 +134,23 @@ def test_users_get_errors_of_our_own_classes() -> None:
         if not file.startswith(tuple(BUILTIN))
     ]
     assert found == []
+
+
+def test_the_format_of_checkpoints_knows_no_ranks() -> None:
+    """The import contract holds for our own modules; torch's it cannot tell apart."""
+    found = [
+        file
+        for file, tree in TREES.items()
+        if file.startswith("checkpoint/format/") and any("distributed" in name for name in imported(tree))
+    ]
+    assert found == []
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of what is imported, and of what is reached as an attribute of torch."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    yield from (name for name in attributes(tree) if name.startswith("torch."))

@@ -1,17 +1,30 @@
-"""Names that users write, and the arguments beside them: the nearest known name, a call checked before it is made."""
+"""Names: dotted paths, the nearest known name to one that a user wrote, and arguments checked before a call."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from shardline.errors import ConfigError, text_of
 
-__all__ = ["call", "closest", "nearest"]
+__all__ = ["call", "closest", "join", "nearest", "outwards"]
 
 T = TypeVar("T")
+
+
+def join(path: str, name: str) -> str:
+    """The dotted path of ``name`` in ``path``; ``""`` is the root."""
+    return f"{path}.{name}" if path else name
+
+
+def outwards(path: str) -> Iterator[str]:
+    """``path`` and what it lies in: ``"a.b"``, ``"a"``, ``""``."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield ""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

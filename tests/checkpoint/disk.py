@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from shardline.checkpoint.format.commit import Content, commit
+from shardline.checkpoint.format.commit import commit
+from shardline.checkpoint.format.content import Body, Content, parameter_entry
 from shardline.checkpoint.format.directory import Directory, check_files
 from shardline.checkpoint.format.faults import armed
 from shardline.checkpoint.format.manifest import read_manifest
-from shardline.checkpoint.format.reader import Reader
+from shardline.checkpoint.format.reader import CheckpointReader
 
 SIZE = 64
 
@@ -100,16 +101,14 @@ def content(ring: Ring, step: int) -> Content:
     value = torch.full((SIZE,), float(step))
     start = ring.rank * SIZE
 
-    def manifest(reports: list[Any]) -> dict[str, Any]:
+    def body(reports: list[Any]) -> Body:
         pieces = [[file, low, low + SIZE] for file, low in enumerate(reports)]
-        row = {"aliases": [], "shape": [SIZE * ring.world_size], "stride": [1], "dtype": "float32", "trainable": True,
-               "group": 0, "weight": {"dtype": "float32", "pieces": pieces}, "state": {}, "scalars": {}}  # fmt: skip
+        entry = parameter_entry([SIZE * ring.world_size], "float32", group=0)
+        entry["weight"]["pieces"] = pieces
         counters = {"global_steps": step, "micro_steps": step, "global_samples": 0, "skipped_steps": 0}
-        return {"parameters": {"w": row}, "buffers": {}, "optimizer": None, "scheduler": None, "scaler": None,
-                "loader": None, "client_state": {}, "counters": counters, "random": [], "config": {}, "seed": 0,
-                "stage": 0, "world_size": ring.world_size, "created": "", "shardline": "", "torch": ""}  # fmt: skip
+        return Body(world_size=ring.world_size, counters=counters, parameters={"w": entry})
 
-    return Content({"weight/w": value}, start, manifest)
+    return Content({"weight/w": value}, start, body)
 
 
 def save(ring: Ring, path: Path, tag: str, step: int, fault: str | None = None, **options: Any) -> None:
@@ -142,8 +141,8 @@ def newest(path: Path) -> tuple[str, int] | None:
         assert where is not None, f"{tag} is nowhere"
         manifest = read_manifest(where)
         assert not check_files(where, manifest, range(len(manifest.files)))
-        reader = Reader(where, manifest)
-        values = reader.whole("w").unique().tolist()
+        reader = CheckpointReader(where, manifest)
+        values = reader.full("w").unique().tolist()
         reader.close()
         assert values == [manifest.counters.global_steps]
         return tag, int(values[0])

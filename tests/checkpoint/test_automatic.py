@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardline.checkpoint.engine import checkpointer, staging
+from shardline.checkpoint.engine import saver, staging
 from shardline.checkpoint.format import commit
 from shardline.checkpoint.format.faults import EVERY_RANK, OVERWRITE, POINTS
 from shardline.errors import CheckpointError
@@ -202,7 +202,7 @@ def staged_badly(path):
         save(meanwhile=edit)
     cases.train(built, 3)
     with torch.inference_mode():
-        built.checkpoints._staging.clear()
+        built.checkpoints._saver._staging.clear()
         built.save_checkpoint(path, tag="good", async_save=True)
     built.checkpoints.wait()
     built.destroy()
@@ -372,7 +372,7 @@ def ended_after_a_failure(config):
     built = cases.engine(config)
     write, commit.write = commit.write, full_disk
     cases.train(built, 1)
-    built.checkpoints._running._thread.join()
+    built.checkpoints._saver._running._thread.join()
     commit.write = write
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(SystemExit) as exit:
@@ -432,4 +432,4 @@ def test_jobs_killed_at_many_points_resume_bitwise(ranks, tmp_path, point, rank,
 
 def test_the_environment_names_a_point(monkeypatch):
     monkeypatch.setenv("SHARDLINE_FAULT", "rename:before@1")
-    assert checkpointer.fault() == "rename:before@1"
+    assert saver.fault() == "rename:before@1"

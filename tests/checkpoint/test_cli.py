@@ -46,7 +46,7 @@ def test_verify(saved, capsys):
     assert run(capsys, "verify", saved)[0] == 0
     flip(saved)
     code, said = run(capsys, "verify", saved, "--all")
-    assert code == 1 and "rank-00001.safetensors is damaged" in said.out and "one: whole" in said.out
+    assert code == 1 and "rank-00001.safetensors is damaged" in said.out and "one: intact" in said.out
     assert run(capsys, "verify", saved / "one")[0] == 0
     code, said = run(capsys, "export", saved, saved / "out")
     assert code == 1 and "damaged" in said.err

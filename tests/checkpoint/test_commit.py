@@ -1,4 +1,4 @@
-"""Wherever a process is killed, the next start finds the newest whole checkpoint; what fails, fails on every rank."""
+"""Wherever a process is killed, the next start finds the newest intact checkpoint; what fails, fails on every rank."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import threading
 import pytest
 
 from shardline.checkpoint.format import commit as commit_module
-from shardline.checkpoint.format.directory import Directory, Lock
+from shardline.checkpoint.format.directory import Directory
 from shardline.checkpoint.format.faults import EVERY_RANK, OVERWRITE, POINTS, RANK_ZERO
+from shardline.checkpoint.format.lock import Lock
 from shardline.errors import CheckpointError, UsageError
 from tests.checkpoint import disk
 

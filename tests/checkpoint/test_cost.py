@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import shardline
-from shardline.checkpoint.format.reader import Reader
+from shardline.checkpoint.format.reader import CheckpointReader
 
 WIDTH = 1024
 
@@ -37,18 +37,18 @@ def peak_of_load(path, settings):
     """How far memory rises above the engine's own state while it loads."""
     built = big(settings)
     built.load_checkpoint(path)  # the optimizer's state is there now, as is everything that a first load imports
-    before, peak, fill = anonymous(), [0], Reader.fill
+    before, peak, fill = anonymous(), [0], CheckpointReader.fill
 
     def watched(self, *args, **kwargs):
         result = fill(self, *args, **kwargs)
         peak[0] = max(peak[0], anonymous())
         return result
 
-    Reader.fill = watched
+    CheckpointReader.fill = watched
     try:
         built.load_checkpoint(path)
     finally:
-        Reader.fill = fill
+        CheckpointReader.fill = fill
     built.destroy()
     return peak[0] - before
 

@@ -1,4 +1,4 @@
-"""Damage is noticed and named; ``latest`` is only a hint; a load without a tag takes the newest whole checkpoint."""
+"""Damage is noticed and named; ``latest`` is only a hint; a load without a tag takes the newest intact checkpoint."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ DAMAGE = {
     foreign: "rank-00001.safetensors is of another checkpoint",
     swapped: "rank-00001.safetensors (is damaged|has)",
     missing: "rank-00001.safetensors is missing",
-    manifest_gone: "two is no whole checkpoint: its manifest cannot be read",
+    manifest_gone: "two is no intact checkpoint: its manifest cannot be read",
     manifest_flipped: "manifest.json is damaged: its SHA-256",
 }
 
@@ -107,7 +107,7 @@ def test_nothing_whole_is_an_error_and_nothing_at_all_is_none(ranks, tmp_path):
     for tag in ("one", "two"):
         (tmp_path / tag / "rank-00000.safetensors").write_bytes(b"")
     (_, error, _) = ranks(load, 1, str(tmp_path), settings)[0]
-    assert "is whole" in error and "one" in error and "two" in error
+    assert "is intact" in error and "one" in error and "two" in error
     (_, error, _) = ranks(load, 1, str(tmp_path), settings, "three")[0]
     assert "there is no" in error and "There are: two, one" in error
 

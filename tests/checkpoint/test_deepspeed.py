@@ -19,7 +19,7 @@ import torch
 
 from shardline.checkpoint.foreign.deepspeed import import_deepspeed
 from shardline.checkpoint.foreign.pickled import Opaque, load
-from shardline.checkpoint.format.reader import Reader
+from shardline.checkpoint.format.reader import CheckpointReader
 from shardline.cli import main
 from shardline.errors import CheckpointError
 from tests.harness import full
@@ -55,17 +55,17 @@ def save_by_deepspeed(out, stage, dtype, *options):
 def test_real_checkpoints(tmp_path, stage, dtype, options):
     save_by_deepspeed(tmp_path / "theirs", stage, dtype, *options)
     saved = torch.load(tmp_path / "theirs" / "expected.pt", weights_only=True)
-    reader = Reader(import_deepspeed(tmp_path / "theirs", tmp_path / "ours"))
+    reader = CheckpointReader(import_deepspeed(tmp_path / "theirs", tmp_path / "ours"))
     assert len(saved["expected"]) >= 8
     for key, value in saved["expected"].items():
         name, _, what = key.partition("/")
         if what == "rounded":
-            found = reader.buffer(name, 0) if name == "count" else reader.whole(reader.aliases[name])
+            found = reader.buffer(name, 0) if name == "count" else reader.full(reader.aliases[name])
         else:
-            found = reader.whole(name, what if what == "weight" else f"state.{what}")
+            found = reader.full(name, what if what == "weight" else f"state.{what}")
         assert torch.equal(found.to(value.dtype), value), key
     for name, value in saved["fixed"].items():
-        found = reader.whole(name)
+        found = reader.full(name)
         assert torch.equal(found, value.to(found.dtype)), name
     assert reader.aliases["head.weight"] == "embed.weight" and reader.buffer("count", 0).tolist() == [0, 1, 2]
     assert reader.manifest.counters.global_steps == 3 and reader.manifest.scheduler == {"last_epoch": 3}
@@ -73,8 +73,8 @@ def test_real_checkpoints(tmp_path, stage, dtype, options):
     assert reader.manifest.optimizer.kind == "AdamW"
     for name, row in reader.parameters.items():  # fp32 at stage 0: the moments have no other witness here
         for key in row["state"]:
-            assert reader.whole(name, f"state.{key}").shape == tuple(row["shape"])
-            assert row["trainable"] and reader.whole(name, f"state.{key}").abs().sum() > 0
+            assert reader.full(name, f"state.{key}").shape == tuple(row["shape"])
+            assert row["trainable"] and reader.full(name, f"state.{key}").abs().sum() > 0
     reader.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from shardline.checkpoint.format import files, manifest
 from shardline.checkpoint.format.commit import commit
 from shardline.checkpoint.format.directory import Directory, check_files
 from shardline.checkpoint.format.manifest import Manifest, read_manifest
-from shardline.checkpoint.format.reader import Reader
+from shardline.checkpoint.format.reader import CheckpointReader
 from shardline.checkpoint.format.tensorfile import CODES
 from shardline.checkpoint.format.values import name_of
 from shardline.cli import main
@@ -195,11 +196,11 @@ def test_any_field_with_any_value(two, tmp_path_factory, data):
     sign(path / "two", changed)
     Directory(path).checkpoints()
     with contextlib.suppress(ShardlineError):
-        reader = Reader(path / "two")
+        reader = CheckpointReader(path / "two")
         try:
             check_files(reader.path, reader.manifest, range(len(reader.manifest.files)))
             for name in reader.parameters:
-                reader.whole(name)
+                reader.full(name)
             reader.value(reader.manifest.client_state)
         finally:
             reader.close()
@@ -213,11 +214,11 @@ def test_a_manifest_is_no_larger_than_a_real_one_can_be(saved, monkeypatch):
     # One that is written is one that is read.
     monkeypatch.setattr(manifest, "_BASE_BYTES", 2_000)
     monkeypatch.setattr(manifest, "_BYTES_PER_FILE", 0)
-    whole = disk.content(ALONE, 3)
-    made = whole.manifest
-    whole.manifest = lambda reports: made(reports) | {"client_state": {"seen": list(range(1000))}}
+    large = disk.content(ALONE, 3)
+    body = large.body
+    large.body = lambda reports: dataclasses.replace(body(reports), client_state={"seen": list(range(1000))})
     with pytest.raises(CheckpointError, match=r"of them for 'client_state'.*Save long lists of numbers as tensors"):
-        commit(saved, "three", whole, ALONE, lambda point: None)
+        commit(saved, "three", large, ALONE, lambda point: None)
     assert not [name for name in os.listdir(saved) if name.startswith(".shardline-")]
 
 
@@ -275,8 +276,8 @@ def test_a_special_file_in_the_place_of_ours(saved, name, kind, capsys):
         for command in ("list", "inspect", "verify"):
             main(["checkpoint", command, str(saved)])
         refused = contextlib.nullcontext() if name == "latest" else pytest.raises(CheckpointError, match="no regular")
-        with refused, contextlib.closing(Reader(saved / "two")) as reader:
-            reader.whole("w")
+        with refused, contextlib.closing(CheckpointReader(saved / "two")) as reader:
+            reader.full("w")
     assert "no regular file" in "".join(capsys.readouterr())
     assert os.lstat(saved / name) == before
 
@@ -294,7 +295,7 @@ def test_files_in_general(tmp_path):
 
 @pytest.mark.parametrize("kind", ["link to a folder", "link inside"])
 def test_a_tag_that_is_a_link(saved, tmp_path, kind):
-    """Outside lies a whole checkpoint, and still nothing is taken from there."""
+    """Outside lies an intact checkpoint, and still nothing is taken from there."""
     shutil.copytree(saved / "two", tmp_path / "outside")
     shutil.rmtree(saved / "two")
     (saved / "two").symlink_to(tmp_path / "outside" if kind == "link to a folder" else "one")

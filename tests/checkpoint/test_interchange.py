@@ -12,8 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import shardline
-from shardline.checkpoint.foreign.interchange import Reader, Writer, state_of
 from shardline.checkpoint.format.directory import Directory
+from shardline.checkpoint.interchange import Reader, Writer, state_of
 from shardline.cli import main
 from shardline.errors import CheckpointError
 from tests.checkpoint import cases

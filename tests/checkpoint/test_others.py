@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from shardline.checkpoint.format import directory as names
-from shardline.checkpoint.format.directory import Directory, Lock
+from shardline.checkpoint.format.directory import Directory
+from shardline.checkpoint.format.lock import Lock
 from shardline.errors import CheckpointError, ShardlineError
 from tests.checkpoint import disk
 
@@ -181,7 +182,7 @@ def test_a_lock_that_is_no_lock(tmp_path, kind):
 
 
 def test_only_whole_ones_count(tmp_path):
-    """The newest lost its shard: it does not stand in for one that is whole."""
+    """The newest lost its shard: it does not stand in for one that is intact."""
     for step in range(1, 5):
         disk.save(ALONE, tmp_path, f"s{step}", step)
     (tmp_path / "s4" / "rank-00000.safetensors").unlink()
@@ -196,7 +197,7 @@ def test_an_export_writes_through_no_link(tmp_path):
     """Its unfinished files have names of our own; the old ones were those of any program."""
     import torch
 
-    from shardline.checkpoint.engine.export import TEMP, Exporter, Item
+    from shardline.checkpoint.foreign.huggingface import TEMP, Exporter, Item
 
     (tmp_path / "file").write_text("three years of work")
     out = tmp_path / "out"

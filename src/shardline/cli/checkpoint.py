@@ -109,7 +109,7 @@ def _candidates(args: argparse.Namespace) -> Iterator[tuple[str, Path, str | Non
 
 
 def _chosen(args: argparse.Namespace) -> tuple[str, Path]:
-    """The tag and the path of the checkpoint that the arguments name, or of the newest whole one."""
+    """The tag and the path of the checkpoint that the arguments name, or of the newest intact one."""
     problems: list[str] = []
     for tag, path, problem in _candidates(args):
         if problem is None:
@@ -117,11 +117,11 @@ def _chosen(args: argparse.Namespace) -> tuple[str, Path]:
                 _say(f"{path} is taken, and not a later one: {each}.", file=sys.stderr)
             return tag, path
         problems.append(problem)
-    raise CheckpointError(f"no checkpoint in {args.dir} is whole: {'; '.join(problems)}.")
+    raise CheckpointError(f"no checkpoint in {args.dir} is intact: {'; '.join(problems)}.")
 
 
 def _size(manifest: Manifest) -> str:
-    size = float(sum(row.bytes for row in manifest.files))
+    size = float(sum(entry.bytes for entry in manifest.files))
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
@@ -174,8 +174,8 @@ def _inspect(args: argparse.Namespace) -> int:
     tag, path = _chosen(args)
     manifest = read_manifest(path)
     parameters, buffers = manifest.parameters, manifest.buffers
-    trained = sum(row.numel for row in parameters.values() if row.trainable)
-    total = sum(row.numel for row in parameters.values())
+    trained = sum(entry.numel for entry in parameters.values() if entry.trainable)
+    total = sum(entry.numel for entry in parameters.values())
     optimizer = manifest.optimizer
     _say(f"{path} (tag {tag}, format {manifest.format} {manifest.version}, id {manifest.id})")
     _say(f"  saved      {manifest.created} by shardline {manifest.shardline}, torch {manifest.torch}")
@@ -184,7 +184,7 @@ def _inspect(args: argparse.Namespace) -> int:
     _say(f"  counters   {', '.join(f'{name} {value}' for name, value in manifest.counters)}")
     _say(f"  parameters {len(parameters)} with {total:,} elements, {trained:,} trained; {len(buffers)} buffers")
     if optimizer is not None:
-        keys = sorted({key for row in parameters.values() for key in (*row.state, *row.scalars)})
+        keys = sorted({key for entry in parameters.values() for key in (*entry.state, *entry.scalars)})
         _say(f"  optimizer  {optimizer.kind}, {len(optimizer.groups)} param groups; state: {', '.join(keys)}")
     if manifest.scheduler is not None:
         _say(f"  scheduler  {manifest.scheduler}")
@@ -196,10 +196,10 @@ def _inspect(args: argparse.Namespace) -> int:
         _say(f"  extra state of {', '.join(map(repr, manifest.extra_state))}")
     _say(f"  client_state has {', '.join(manifest.client_state) or 'nothing'}")
     if args.tensors:
-        for name, row in parameters.items():
-            kind = "trained" if row.trainable else "frozen"
-            stored = row.weight.dtype if row.weight is not None else "left out"
-            _say(f"    {name} {tuple(row.shape)} {kind}, stored as {stored}")
+        for name, entry in parameters.items():
+            kind = "trained" if entry.trainable else "frozen"
+            stored = entry.weight.dtype if entry.weight is not None else "left out"
+            _say(f"    {name} {tuple(entry.shape)} {kind}, stored as {stored}")
         for name, buffer in buffers.items():
             _say(f"    {name} {tuple(buffer.shape)} buffer, {buffer.dtype}, from ranks {buffer.files}")
     return 0
@@ -219,7 +219,7 @@ def _verify(args: argparse.Namespace) -> int:
             problems = check_files(path, manifest, range(len(manifest.files)))
         except CheckpointError as error:
             problems = [text_of(error)]
-        _say(f"{tag}: {'; '.join(problems) if problems else 'whole'}")
+        _say(f"{tag}: {'; '.join(problems) if problems else 'intact'}")
         wrong += bool(problems)
         if not problems and not args.all:
             break
@@ -227,13 +227,13 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from shardline.checkpoint.engine.export import export_checkpoint
+    from shardline.checkpoint.foreign.huggingface import export_checkpoint
     from shardline.checkpoint.format.directory import check_files
-    from shardline.checkpoint.format.reader import Reader
+    from shardline.checkpoint.format.reader import CheckpointReader
     from shardline.sharding.precision import DTYPES
 
     _, path = _chosen(args)
-    reader = Reader(path)
+    reader = CheckpointReader(path)
     problems = check_files(path, reader.manifest, range(len(reader.manifest.files)))
     if problems:
         raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}.")
@@ -254,7 +254,8 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _prune(args: argparse.Namespace) -> int:
-    from shardline.checkpoint.format.directory import Directory, Lock
+    from shardline.checkpoint.format.directory import Directory
+    from shardline.checkpoint.format.lock import Lock
 
     directory = Directory(args.dir)
     if not directory.checkpoints():
@@ -266,6 +267,6 @@ def _prune(args: argparse.Namespace) -> int:
     _say(f"kept {', '.join(each.tag for each in left if each.problem is None) or 'none'}")
     for each in left:
         if each.problem is not None:
-            _say(f"left {each.tag}, which is not whole: {each.problem}")
+            _say(f"left {each.tag}, which is not intact: {each.problem}")
     del lock
     return 0

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from shardline.config.deepspeed import ALIASES, AUTO_IS_A_VALUE, AUTO_NEEDS, NO_EFFECT, UNSUPPORTED
 from shardline.config.kinds import Section, adapter, section_of
 from shardline.config.params import OPTIMIZERS, SCHEDULERS
+from shardline.names import join
 
-__all__ = ["OPEN", "Key", "catalogue", "fields", "join", "split", "takes_auto", "typed"]
+__all__ = ["OPEN", "Key", "catalogue", "fields", "split", "takes_auto", "typed"]
 
 OPEN: dict[str, dict[str, type[Section]]] = {"optimizer.params": OPTIMIZERS, "scheduler.params": SCHEDULERS}
 """Objects whose keys depend on the ``type`` beside them."""
@@ -27,10 +28,6 @@ class Key:
     schema: dict[str, Any] | None = None
     default: Any = None
     required: bool = False
-
-
-def join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def split(path: str) -> tuple[str, str]:

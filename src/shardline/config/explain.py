@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from shardline.config.catalogue import join, split
+from shardline.config.catalogue import split
 from shardline.config.deepspeed import ALIASES, NO_EFFECT
 from shardline.config.schema import Config
+from shardline.names import join
 
 __all__ = ["explain", "ineffective"]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from shardline.config.catalogue import OPEN, Key, catalogue, fields, join, split, takes_auto
+from shardline.config.catalogue import OPEN, Key, catalogue, fields, split, takes_auto
 from shardline.config.deepspeed import ALIASES, NOT_NULL, UNSUPPORTED
 from shardline.config.kinds import Section
 from shardline.config.schema import Config
+from shardline.names import join
 
 __all__ = ["json_schema"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from shardline.config.catalogue import OPEN, catalogue, join, split, typed
+from shardline.config.catalogue import OPEN, catalogue, split, typed
 from shardline.config.deepspeed import (
     ALIASES,
     AUTO_IS_A_VALUE,
@@ -25,7 +25,7 @@ from shardline.config.deepspeed import (
 from shardline.config.kinds import Section, adapter, left_out, section_of
 from shardline.config.sentences import allowed, found
 from shardline.errors import ConfigError
-from shardline.names import closest
+from shardline.names import closest, join
 
 __all__ = ["Reading"]
 

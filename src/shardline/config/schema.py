@@ -153,7 +153,7 @@ class Checkpoint(Section):
     every_steps: OptionalInteger = key(None, "Save by itself every so many steps.", own=True, ge=1)
     keep: OptionalInteger = key(None, "Keep this many of the newest checkpoints; null keeps all.", own=True, ge=1)
     async_save: bool = key(False, 'Write in the background; "async" is the same key.', own=True)
-    resume: str | None = key(None, '"auto" resumes from the newest whole checkpoint, else a tag.', own=True)
+    resume: str | None = key(None, '"auto" resumes from the newest intact checkpoint, else a tag.', own=True)
     save_on_sigterm: bool = key(False, "At SIGTERM, save after the current step and exit with code 0.", own=True)
 
 

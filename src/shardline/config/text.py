@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from shardline.errors import ConfigError
+from shardline.names import join
 
 __all__ = ["parse"]
 
@@ -49,7 +50,7 @@ def _tree(value: Any, path: str, twice: list[str]) -> Any:
     if isinstance(value, _Pairs):
         tree: dict[str, Any] = {}
         for name, inner in value:
-            at = f"{path}.{name}" if path else name
+            at = join(path, name)
             if name in tree:
                 twice.append(at)
             tree[name] = _tree(inner, at, twice)

@@ -327,7 +327,7 @@ class Engine(Wrapper, Getters, Saving):
             self.trainables.hooks.unpin()  # its graphs are of weights that now change
             host = boundary.end(
                 self._window,
-                leaving=self.checkpoints.leaving.asked,
+                leaving=self.checkpoints.exit_requested,
                 at_once=scheduler is not None and not lr.can_undo(scheduler),
                 before=partial(self._call, self._before_step) if self._before_step else None,
                 after=partial(self._call, self._after_step) if self._after_step else None,

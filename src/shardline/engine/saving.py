@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from shardline.checkpoint.engine.checkpointer import Checkpointer
+from shardline.checkpoint.engine.checkpointer import Checkpointer, Scope
+from shardline.checkpoint.foreign.huggingface import export_model
 from shardline.config import Config
 from shardline.errors import UsageError
 from shardline.runtime.modes import outside_modes
@@ -63,7 +64,7 @@ class Saving:
             DisagreementError: if ranks gave different tags.
         """
         background = self.config.checkpoint.async_save if async_save is None else async_save
-        return self.checkpoints.save(
+        self.checkpoints.save(
             save_dir,
             tag,
             self.client_state if client_state is None else client_state,
@@ -71,6 +72,7 @@ class Saving:
             frozen=not exclude_frozen_parameters,
             background=background,
         )
+        return True
 
     @outside_modes
     def load_checkpoint(
@@ -89,7 +91,7 @@ class Saving:
 
         Args:
             load_dir: the directory given to :meth:`save_checkpoint`.
-            tag: which one; the newest whole one if left out, and a notice says why not a later one.
+            tag: which one; the newest intact one if left out, and a notice says why not a later one.
             load_module_strict: names of parameters and buffers must be the same. If false, each that only one side has
                 is named in a notice, and the rest is loaded.
             load_optimizer_states: and its param groups' options.
@@ -110,11 +112,13 @@ class Saving:
         path, state = self.checkpoints.load(
             load_dir,
             None if tag is None else str(tag),
-            strict=load_module_strict,
-            optimizer=load_optimizer_states,
-            scheduler=load_lr_scheduler_states,
-            position=load_data_position,
-            weights_only=load_module_only,
+            Scope(
+                strict=load_module_strict,
+                optimizer=load_optimizer_states and not load_module_only,
+                scheduler=load_lr_scheduler_states and not load_module_only,
+                position=load_data_position and not load_module_only,
+                counters=not load_module_only,
+            ),
         )
         self.client_state = self.client_state if state is None else state
         return path, state
@@ -143,9 +147,8 @@ class Saving:
         Raises:
             CheckpointError: on every rank, if rank 0 could not write.
         """
-        return self.checkpoints.export(
-            save_dir, dtype, frozen=not exclude_frozen_parameters, shard_bytes=max_shard_bytes
-        )
+        parts, frozen = self.checkpoints.parts(), not exclude_frozen_parameters
+        return [str(file) for file in export_model(parts, save_dir, dtype, frozen=frozen, shard_bytes=max_shard_bytes)]
 
     @outside_modes
     def save_16bit_model(
@@ -157,7 +160,8 @@ class Saving:
         """Write the whole model in its compute dtype, as :meth:`export` does: safetensors whatever the name says."""
         stem = os.path.splitext(save_filename)[0]
         stem = "model" if stem == "pytorch_model" else stem  # the name that goes with safetensors
-        self.checkpoints.export(save_dir, self.precision.compute, frozen=not exclude_frozen_parameters, stem=stem)
+        parts, frozen = self.checkpoints.parts(), not exclude_frozen_parameters
+        export_model(parts, save_dir, self.precision.compute, frozen=frozen, stem=stem)
         return True
 
     save_fp16_model = save_16bit_model

@@ -20,7 +20,7 @@ __all__ = ["EngineState"]
 
 
 class EngineState:
-    """The :class:`shardline.checkpoint.engine.checkpointer.Trainer` of an engine; attributes are the engine's."""
+    """The :class:`shardline.checkpoint.engine.trainer.Trainer` of an engine; attributes are the engine's."""
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from shardline.checkpoint.engine.extra import EXTRA_KEY, shared_extra
 from shardline.comm import Comm
 from shardline.errors import UsageError
+from shardline.plan.describe import persistent_buffers
 from shardline.runtime.modes import outside_modes
 from shardline.sharding.build import Layout
 from shardline.sharding.fragments import whole_weights
@@ -43,6 +44,7 @@ def full_state_dict(
                 kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
                 value = tensor.detach().to("cpu", kept, copy=True)
                 weights.update(dict.fromkeys(entry.param.aliases, value))
+    buffers = dict(persistent_buffers(model))
     extra = shared_extra(model, comm)
     found: dict[str, Any] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -50,8 +52,9 @@ def full_state_dict(
         for name, param in module._parameters.items():
             if param is not None and wanted:
                 found[prefix + name] = weights[prefix + name]
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
+        for name in module._buffers:
+            buffer = buffers.get(prefix + name)
+            if buffer is not None:
                 copy = buffer.detach().clone()  # statistics of a rank's own batches differ from the others'
                 comm.messages.broadcast([copy])
                 found[prefix + name] = copy.cpu()

@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardline.errors import ModelError, UsageError
+from shardline.names import join
 from shardline.sharding.parameter import Record, let_go, seal
 
 __all__ = ["empty_weights", "fill", "is_on_meta"]
@@ -205,7 +206,7 @@ class _Filling:
         for path, module in model.named_modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_meta:
-                    full = f"{path}.{name}" if path else name
+                    full = join(path, name)
                     self._buffers[module, name] = _Buffer(name=full, constructed=buffer._version, made=buffer)
                 elif buffer is not None:
                     self._real_buffers.append((module, name, buffer, buffer.clone()))
@@ -499,7 +500,7 @@ def _on_meta(model: nn.Module) -> Iterator[str]:
         for name, value in vars(module).items():
             for item in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(item, Tensor) and item.is_meta and item.grad_fn is None:
-                    yield f"{path}.{name}" if path else name
+                    yield join(path, name)
                     break
 
 

@@ -9,10 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from shardline.errors import ConfigError, ModelError
-from shardline.names import closest
+from shardline.names import closest, join, outwards
 from shardline.plan import ModuleSpec, ParamSpec
 
-__all__ = ["blocks", "chosen_units", "describe_modules", "describe_params", "first_names", "is_below"]
+__all__ = [
+    "blocks",
+    "chosen_units",
+    "describe_modules",
+    "describe_params",
+    "first_names",
+    "is_below",
+    "persistent_buffers",
+]
 
 
 class Dtypes(Protocol):
@@ -32,6 +40,14 @@ def first_names(model: nn.Module) -> dict[nn.Parameter, tuple[str, ...]]:
     for name, param in model.named_parameters(remove_duplicate=False):
         names[param] = (*names.get(param, ()), name)
     return names
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that belong to the state of ``model``, under every name it has for them."""
+    for path, owner in model.named_modules(remove_duplicate=False):
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and name not in owner._non_persistent_buffers_set:
+                yield join(path, name), buffer
 
 
 def describe_params(
@@ -101,7 +117,7 @@ def _chosen_dtypes(model: nn.Module, wanted: Mapping[str, torch.dtype]) -> dict[
     chosen: dict[nn.Parameter, torch.dtype] = {}
     used: set[str] = set()
     for param, aliases in names.items():
-        keys = [key for name in aliases for path in _outwards(name) for key in meant_by(path)]
+        keys = [key for name in aliases for path in outwards(name) for key in meant_by(path)]
         if keys and param.is_floating_point():
             used.update(keys)
             chosen[param] = wanted[keys[0]]
@@ -109,14 +125,6 @@ def _chosen_dtypes(model: nn.Module, wanted: Mapping[str, torch.dtype]) -> dict[
         if key not in used:
             raise _meaningless("data_types.module_dtypes", key, {*full, *kinds.values()})
     return chosen
-
-
-def _outwards(path: str) -> Iterator[str]:
-    """``"a.b"``, ``"a"``, ``""``."""
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
-    yield ""
 
 
 def _meaningless(where: str, name: str, known: Iterable[str]) -> ConfigError:
@@ -162,7 +170,7 @@ def chosen_units(
         ConfigError: for a name that means no module with parameters.
     """
     modules = list(modules)
-    full = {path for module in modules if module.params for path in _outwards(module.path)}
+    full = {path for module in modules if module.params for path in outwards(module.path)}
     kinds = {module.kind for module in modules if module.path in full}
     for where, wanted, known in (
         ("classes", classes, kinds),
@@ -198,7 +206,7 @@ def blocks(model: nn.Module) -> list[str]:
             found.append(path)
             return
         for name, child in module.named_children():
-            visit(f"{path}.{name}" if path else name, child, isinstance(module, (nn.ModuleList, nn.Sequential)))
+            visit(join(path, name), child, isinstance(module, (nn.ModuleList, nn.Sequential)))
 
     visit("", model, repeated=False)
     paths = {path for path, _ in model.named_modules()}  # a module that the model holds twice goes by its first path

@@ -24,6 +24,7 @@ from functools import cached_property
 
 import torch
 
+from shardline.names import outwards
 from shardline.plan.placement import Placement, Stage
 
 __all__ = [
@@ -361,13 +362,13 @@ def _candidates(
     repeats = {module.path for module in modules if module.repeats}
     below: dict[str, set[str]] = {module.path: set() for module in modules}
     for module in modules:
-        for path in _ancestors(module.path):
+        for path in outwards(module.path):
             below[path].update(module.params)
     found: dict[str, _Candidate] = {}
     taken: set[str] = set()
     for module in modules:
-        roots = [path for path in _ancestors(module.path) if path in found and found[path].block]
-        root = next((path for path in reversed(roots) if path in chosen), roots[0] if roots else None)
+        roots = [path for path in outwards(module.path) if path in found and found[path].block]
+        root = next((path for path in roots if path in chosen), roots[-1] if roots else None)
         if root is None or module.path in chosen:
             size = sum(params[name].numel for name in below[module.path])
             is_block = bool(module.path) and module.path.rpartition(".")[0] in repeats and size <= max_numel
@@ -382,14 +383,6 @@ def _candidates(
                 taken.add(name)
                 found[root].params.append(params[name])
     return [candidate for candidate in found.values() if candidate.params]
-
-
-def _ancestors(path: str) -> Iterator[str]:
-    """``"a.b.c"`` gives ``""``, ``"a"``, ``"a.b"``, ``"a.b.c"``: outermost first."""
-    yield ""
-    parts = path.split(".") if path else []
-    for count in range(1, len(parts) + 1):
-        yield ".".join(parts[:count])
 
 
 def _merge(candidates: list[_Candidate], min_numel: int, max_numel: int, chosen: set[str]) -> list[_Candidate]:

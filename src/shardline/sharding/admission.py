@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shardline.errors import ModelError
+from shardline.names import join
 from shardline.plan.describe import first_names
 from shardline.sharding.parameter import record_of
 
@@ -176,7 +177,7 @@ class Contents:
         if len(found) == len(self._slots) and all(map(is_, found, self._slots)):
             return
         swapped = {
-            f"{path}.{name}" if path else name
+            join(path, name)
             for path, module in self._model.named_modules(remove_duplicate=False)
             for name, param in module._parameters.items()
             if param is not None and not isinstance(param, nn.Parameter)

@@ -18,12 +18,6 @@ __all__ = ["DTYPES", "LossScaler", "Precision"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SHORT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LONG_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float": "fp32"}
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """``"bf16"`` or ``"bfloat16"`` as a dtype."""
-    return DTYPES[_LONG_NAMES.get(name, name)]
 
 
 @dataclass(frozen=True)
@@ -56,7 +50,7 @@ class Precision:
         compute = torch.bfloat16 if config.bf16.enabled else torch.float16 if config.fp16.enabled else torch.float32
 
         def optional(name: str | None) -> torch.dtype | None:
-            return None if name is None else dtype_of(name)
+            return None if name is None else DTYPES[name]
 
         types = config.data_types
         autocast = config.torch_autocast
@@ -65,10 +59,10 @@ class Precision:
             reduce=optional(config.communication_data_type),
             accumulate=optional(types.grad_accum_dtype) or torch.float32,
             windows=config.gradient_accumulation_steps > 1,
-            autocast=dtype_of(autocast.dtype) if autocast.enabled else None,
+            autocast=DTYPES[autocast.dtype] if autocast.enabled else None,
             cast_inputs=compute is not torch.float32 and (config.fp16.auto_cast or config.bf16.enabled),
             buffers=optional(types.buffer_dtype),
-            modules={name: dtype_of(dtype) for name, dtype in types.module_dtypes.items()},
+            modules={name: DTYPES[dtype] for name, dtype in types.module_dtypes.items()},
         )
 
     def param_dtype(self, module: nn.Module, param: Tensor, chosen: torch.dtype | None = None) -> torch.dtype:

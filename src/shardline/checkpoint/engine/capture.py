@@ -7,15 +7,15 @@ Every element is written by one rank: the one in whose shard it lies, also where
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from shardline.checkpoint.engine.parts import Parts, optimizer_name
 from shardline.checkpoint.format.checksum import crc32
+from shardline.checkpoint.format.content import Captured, add_reports, parameter_entry
 from shardline.checkpoint.format.manifest import key_of
-from shardline.checkpoint.format.tensorfile import CODES, _bytes
+from shardline.checkpoint.format.tensorfile import CODES, memory_of
 from shardline.checkpoint.format.values import encode, name_of
 from shardline.errors import CheckpointError
 from shardline.sharding.bucket import RunTensors
@@ -23,8 +23,6 @@ from shardline.sharding.buffer import flat
 from shardline.sharding.fragments import is_per_element
 
 __all__ = [
-    "Captured",
-    "add_reports",
     "capture_buffers",
     "capture_tensors",
     "checksums",
@@ -34,42 +32,6 @@ __all__ = [
 
 DEVICE_KEYS = ("fused", "foreach", "capturable")
 """Options that say how a device computes, not what: those of the reading job stay."""
-
-
-@dataclass
-class Captured:
-    """This rank's part: tensors for its file (views, nothing is copied), and what the others must know of them.
-
-    Attributes:
-        pieces: ``[role, name, start, stop, dtype]``: elements ``start`` to ``stop`` of a parameter, in storage order.
-        whole: ``[role, name, shape, dtype]``: tensors that belong to a parameter and cannot be cut.
-        scalars: state without dimensions, by parameter.
-    """
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    pieces: list[list[Any]] = field(default_factory=list)
-    whole: list[list[Any]] = field(default_factory=list)
-    scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def add_piece(self, role: str, name: str, start: int, stop: int, tensor: Tensor) -> None:
-        self.tensors[key_of(role, name)] = tensor
-        self.pieces.append([role, name, start, stop, name_of(tensor.dtype)])
-
-    def add_rest(self, name: str, values: Mapping[str, Any]) -> None:
-        """The state of a parameter that is not cut: scalars, and tensors of shapes of their own."""
-        row = self.scalars.setdefault(name, {})
-        for key, value in values.items():
-            if isinstance(value, Tensor) and value.dim() > 0:
-                role = f"state.{key}"
-                self.tensors[key_of(role, name)] = value.detach()
-                self.whole.append([role, name, list(value.shape), name_of(value.dtype)])
-            else:
-                row[key] = encode(value, f"the optimizer's state {key!r} of {name!r}", {})
-                if isinstance(value, Tensor) and value.device.type != "cpu":
-                    row[key]["on"] = "device"
-
-    def report(self) -> dict[str, Any]:
-        return {"pieces": self.pieces, "whole": self.whole, "scalars": self.scalars}
 
 
 def capture_tensors(found: Captured, parts: Parts, *, frozen: bool = True) -> None:
@@ -90,7 +52,7 @@ def capture_tensors(found: Captured, parts: Parts, *, frozen: bool = True) -> No
                             f"state.{key}", piece.name, piece.start, piece.stop, value[piece.start : piece.stop]
                         )
                     if piece.start == 0:
-                        found.add_rest(piece.name, state.scalars)
+                        found.add_uncut(piece.name, state.scalars)
     if parts.optimizer is not None:
         for run in parts.runs:
             _capture_state(found, run, parts.optimizer.state.get(run.param, {}))
@@ -116,12 +78,12 @@ def _capture_state(found: Captured, run: RunTensors, state: Mapping[str, Any]) -
             part = value[offset : offset + piece.stop - piece.start]
             found.add_piece(f"state.{key}", piece.name, piece.start, piece.stop, part)
         if piece.start == 0 and rest:
-            found.add_rest(piece.name, rest)
+            found.add_uncut(piece.name, rest)
 
 
 def checksums(buffers: Mapping[str, Tensor]) -> dict[str, int]:
     """Checksums by which ranks compare their buffers."""
-    return {name: crc32(_bytes(buffer.detach().cpu().contiguous())) for name, buffer in buffers.items()}
+    return {name: crc32(memory_of(buffer.detach().cpu().contiguous())) for name, buffer in buffers.items()}
 
 
 def capture_buffers(
@@ -164,34 +126,16 @@ def optimizer_record(parts: Parts, tensors: dict[str, Tensor]) -> dict[str, Any]
 
 def merge(parts: Parts, reports: list[dict[str, Any]], *, frozen: bool) -> dict[str, Any]:
     """The manifest's ``parameters``: for each its shape, and where its elements are: ``[file, start, stop]``."""
-    rows: dict[str, Any] = {}
-    for name, spec in parts.specs.items():
-        rows[name] = {
-            "aliases": [alias for alias in spec.aliases if alias != name],
-            "shape": list(spec.shape),
-            "stride": list(spec.stride),
-            "dtype": name_of(spec.dtype),
-            "trainable": spec.trainable,
-            "group": parts.groups.get(name),
-            "weight": {"dtype": name_of(spec.dtype), "pieces": []} if frozen or spec.trainable else None,
-            "state": {},
-            "scalars": {},
-        }
-    return add_reports(rows, reports)
-
-
-def add_reports(rows: dict[str, Any], reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """Add to the parameters' rows what each rank's :meth:`Captured.report` says is in its file; returns them."""
-    for file, report in enumerate(reports):
-        for role, name, start, stop, dtype in report["pieces"]:
-            if role == "weight":
-                record = rows[name]["weight"]
-                record["dtype"] = dtype
-            else:
-                record = rows[name]["state"].setdefault(role.removeprefix("state."), {"dtype": dtype, "pieces": []})
-            record["pieces"].append([file, start, stop])
-        for role, name, shape, dtype in report["whole"]:
-            rows[name]["state"][role.removeprefix("state.")] = {"dtype": dtype, "shape": shape, "file": file}
-        for name, scalars in report["scalars"].items():
-            rows[name]["scalars"] |= scalars
-    return rows
+    entries = {
+        name: parameter_entry(
+            spec.shape,
+            name_of(spec.dtype),
+            stride=spec.stride,
+            aliases=[alias for alias in spec.aliases if alias != name],
+            trainable=spec.trainable,
+            group=parts.groups.get(name),
+            saved=frozen or spec.trainable,
+        )
+        for name, spec in parts.specs.items()
+    }
+    return add_reports(entries, reports)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shardline.checkpoint.format.values import decode, dtype_named, encode, name_of
 from shardline.comm import Comm
 from shardline.errors import CheckpointError, text_of
+from shardline.names import join
 
 __all__ = ["EXTRA_KEY", "capture_extra", "load_extra", "shared_extra", "takers"]
 
@@ -91,7 +92,7 @@ def shared_extra(model: nn.Module, comm: Comm) -> dict[str, Any]:
             tensors[key] = copy.cpu()
     values = {path: decode(encoded[path], tensors.__getitem__) if path in encoded else own[path] for path in own}
     return {
-        f"{path}.{EXTRA_KEY}" if path else EXTRA_KEY: values[first]
+        join(path, EXTRA_KEY): values[first]
         for first, giver in _givers(model).items()
         for path, module in model.named_modules(remove_duplicate=False)
         if module is giver

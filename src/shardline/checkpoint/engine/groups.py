@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from shardline.checkpoint.engine.capture import DEVICE_KEYS
 from shardline.checkpoint.engine.parts import Parts
 from shardline.checkpoint.format.files import shown
-from shardline.checkpoint.format.reader import Reader
+from shardline.checkpoint.format.reader import CheckpointReader
 from shardline.errors import CheckpointError
 from shardline.optim import MuonAdamW
 
@@ -52,7 +52,7 @@ class Groups:
                 group.update(self.options[source])
 
 
-def match_groups(parts: Parts, reader: Reader) -> Groups:
+def match_groups(parts: Parts, reader: CheckpointReader) -> Groups:
     """Match the groups, before anything is changed.
 
     Raises:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shardline.checkpoint.format.files import shown
-from shardline.checkpoint.format.manifest import RandomRow
+from shardline.checkpoint.format.manifest import RandomEntry
 from shardline.data.seeds import derive, seed_all
 from shardline.errors import CheckpointError
 
@@ -68,21 +68,21 @@ class RandomState:
         return tensors, values
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], row: RandomRow) -> RandomState:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], entry: RandomEntry) -> RandomState:
         """The inverse of :meth:`to_tensors`. Generators that are given such a state go on from it: it was tried.
 
         Raises:
             CheckpointError: for tensors that are no states.
         """
         try:
-            version, gauss = row.python
+            version, gauss = entry.python
             words = _words(tensors, "python", 625)
             python = (version, tuple(words), None if gauss is None else float.fromhex(gauss))
             random.Random().setstate(python)
             state = None
             numpy = sys.modules.get("numpy")
-            if numpy and row.numpy is not None:
-                kind, position, has_gauss, cached = row.numpy
+            if numpy and entry.numpy is not None:
+                kind, position, has_gauss, cached = entry.numpy
                 keys = numpy.array(_words(tensors, "numpy", 624), dtype=numpy.uint32)
                 state = (kind, keys, position, has_gauss, float.fromhex(cached))
             cpu, device = tensors["random/cpu"], tensors.get("random/device")

@@ -12,18 +12,28 @@ from torch import Tensor
 from shardline.checkpoint.engine.extra import EXTRA_KEY, takers
 from shardline.checkpoint.engine.groups import Groups
 from shardline.checkpoint.engine.parts import Parts, optimizer_name
-from shardline.checkpoint.engine.window import persistent_buffers
 from shardline.checkpoint.format.files import shown
-from shardline.checkpoint.format.reader import Reader
+from shardline.checkpoint.format.reader import CheckpointReader
 from shardline.checkpoint.format.values import decode, dtype_named
 from shardline.errors import CheckpointError, UsageError
+from shardline.names import join
 from shardline.optim import prepare
 from shardline.plan import Fragment
+from shardline.plan.describe import persistent_buffers
 from shardline.sharding.bucket import RunTensors
 from shardline.sharding.buffer import flat
 from shardline.sharding.fragments import ParamState
 
-__all__ = ["Match", "ages", "check_states", "load_buffers", "load_optimizer", "load_weights", "match"]
+__all__ = [
+    "Match",
+    "ages",
+    "check_states",
+    "finish_load",
+    "load_buffers",
+    "load_optimizer",
+    "load_weights",
+    "match",
+]
 
 
 @dataclass
@@ -44,7 +54,7 @@ class Match:
     notes: list[str] = field(default_factory=list)
 
 
-def match(parts: Parts, reader: Reader, *, strict: bool) -> Match:
+def match(parts: Parts, reader: CheckpointReader, *, strict: bool) -> Match:
     """Compare names and shapes, before anything is changed.
 
     Raises:
@@ -52,7 +62,7 @@ def match(parts: Parts, reader: Reader, *, strict: bool) -> Match:
     """
     found = Match()
     wrong = []
-    excluded = {name for name, row in reader.parameters.items() if row.weight is None}
+    excluded = {name for name, entry in reader.parameters.items() if entry.weight is None}
     for name, spec in parts.specs.items():
         theirs = next((reader.aliases[alias] for alias in spec.aliases if alias in reader.aliases), None)
         if theirs is None:
@@ -66,7 +76,7 @@ def match(parts: Parts, reader: Reader, *, strict: bool) -> Match:
             found.notes.append(f"frozen parameter {name!r} was left out of the checkpoint and stays as it is")
     known = {alias for spec in parts.specs.values() for alias in spec.aliases}
     found.unexpected += [
-        name for name, row in reader.parameters.items() if not known.intersection((name, *row.aliases))
+        name for name, entry in reader.parameters.items() if not known.intersection((name, *entry.aliases))
     ]
     ours = dict(persistent_buffers(parts.module))
     theirs_buffers = reader.manifest.buffers
@@ -79,9 +89,9 @@ def match(parts: Parts, reader: Reader, *, strict: bool) -> Match:
         else:
             found.buffers.append(name)
     found.unexpected += [name for name in theirs_buffers if name not in ours]
-    found.missing += [_extra(path) for path in takers(parts.module) if path not in reader.manifest.extra_state]
+    found.missing += [join(path, EXTRA_KEY) for path in takers(parts.module) if path not in reader.manifest.extra_state]
     modules = dict(parts.module.named_modules())
-    found.unexpected += [_extra(path) for path in reader.manifest.extra_state if path not in modules]
+    found.unexpected += [join(path, EXTRA_KEY) for path in reader.manifest.extra_state if path not in modules]
     if wrong:
         raise CheckpointError(f"{reader.path} does not fit the model: {_some(wrong)}. Nothing was loaded.")
     if found.missing or found.unexpected:
@@ -100,16 +110,12 @@ def match(parts: Parts, reader: Reader, *, strict: bool) -> Match:
     return found
 
 
-def _extra(path: str) -> str:
-    return f"{path}.{EXTRA_KEY}" if path else EXTRA_KEY
-
-
 def _some(items: list[str], limit: int = 20) -> str:
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(shown(item, 300) for item in items[:limit]) + more
 
 
-def load_weights(parts: Parts, reader: Reader, found: Match) -> None:
+def load_weights(parts: Parts, reader: CheckpointReader, found: Match) -> None:
     """Read masters and weights, and bring them where they rest. Collective where stages gather.
 
     Raises:
@@ -134,8 +140,8 @@ def load_weights(parts: Parts, reader: Reader, found: Match) -> None:
                     reader.fill(out, name, "weight", piece.start, piece.stop, strides[piece.name])
 
 
-def settle_weights(parts: Parts) -> None:
-    """Bring masters into the weights of all ranks, and let nobody take that for edits. Collective."""
+def finish_load(parts: Parts) -> None:
+    """Update the weights of all ranks from the masters, without counting that as an edit. Collective."""
     works = []
     for unit in parts.units:
         works += unit.refresh()
@@ -148,7 +154,7 @@ def settle_weights(parts: Parts) -> None:
         unit.note_versions()
 
 
-def load_buffers(parts: Parts, reader: Reader, found: Match) -> None:
+def load_buffers(parts: Parts, reader: CheckpointReader, found: Match) -> None:
     """Each rank's own at the same world size, rank 0's elsewhere."""
     same = reader.manifest.world_size == parts.comm.data.size
     known = set(found.buffers)
@@ -161,17 +167,17 @@ def load_buffers(parts: Parts, reader: Reader, found: Match) -> None:
 # -- the optimizer ----------------------------------------------------------------------------------------------------
 
 
-def check_states(reader: Reader) -> None:
+def check_states(reader: CheckpointReader) -> None:
     """Parameters whose optimizer state has the same tensors have the same numbers beside them.
 
     Raises:
         CheckpointError: if not; names the parameter.
     """
     forms: dict[tuple[str, ...], dict[str, str]] = {}
-    for name, row in reader.parameters.items():
-        if row.state:
-            form = {key: _form(key, value) for key, value in row.scalars.items()}
-            if forms.setdefault(tuple(sorted(row.state)), form) != form:
+    for name, entry in reader.parameters.items():
+        if entry.state:
+            form = {key: _form(key, value) for key, value in entry.scalars.items()}
+            if forms.setdefault(tuple(sorted(entry.state)), form) != form:
                 raise CheckpointError(
                     f"{reader.path} holds other optimizer state of {shown(repr(name))} than of the other "
                     f"parameters: it is of no optimizer. Nothing was loaded."
@@ -184,7 +190,7 @@ def _form(key: str, value: Any) -> str:
     return "number" if number and key != "step" else type(value).__name__
 
 
-def ages(parts: Parts, reader: Reader, found: Match) -> dict[str, int] | None:
+def ages(parts: Parts, reader: CheckpointReader, found: Match) -> dict[str, int] | None:
     """Steps that each trained parameter's state has seen, if parameters of one run differ in that, else ``None``.
 
     They cannot share a run then, and the model has to be laid out anew.
@@ -200,7 +206,7 @@ def ages(parts: Parts, reader: Reader, found: Match) -> dict[str, int] | None:
     return None
 
 
-def _steps(reader: Reader, name: str | None) -> int:
+def _steps(reader: CheckpointReader, name: str | None) -> int:
     scalars = reader.parameters[name].scalars if name is not None else {}
     value = decode(scalars.get("step", 0), _no_tensor)
     try:
@@ -213,7 +219,7 @@ def _no_tensor(key: str) -> Tensor:
     raise CheckpointError(f"the manifest refers to a tensor {key!r} where only numbers can be.")
 
 
-def load_optimizer(parts: Parts, reader: Reader, found: Match, groups: Groups) -> str | None:
+def load_optimizer(parts: Parts, reader: CheckpointReader, found: Match, groups: Groups) -> str | None:
     """Read this rank's part of the optimizer's state and the options of its param groups.
 
     Returns:
@@ -250,25 +256,25 @@ def _group_of(optimizer: Any, param: Tensor) -> Mapping[str, Any]:
     return {}
 
 
-def _has_state(reader: Reader, name: str) -> bool:
-    row = reader.parameters[name]
-    return bool(row.state or row.scalars)
+def _has_state(reader: CheckpointReader, name: str) -> bool:
+    entry = reader.parameters[name]
+    return bool(entry.state or entry.scalars)
 
 
 def _run_state(
     run: RunTensors,
-    reader: Reader,
+    reader: CheckpointReader,
     names: Mapping[str, str],
     strides: Mapping[str, tuple[int, ...]],
     group: Mapping[str, Any],
 ) -> dict[str, Any]:
     pieces = [piece for piece in run.fragments if piece.name in names and _has_state(reader, names[piece.name])]
     state: dict[str, Any] = {}
-    keys = {key: row for piece in pieces for key, row in reader.parameters[names[piece.name]].state.items()}
+    keys = {key: entry for piece in pieces for key, entry in reader.parameters[names[piece.name]].state.items()}
     for key, stored in keys.items():
         role = f"state.{key}"
         if stored.file is not None:
-            state[key] = reader.whole(names[pieces[0].name], role).to(run.param.device)
+            state[key] = reader.full(names[pieces[0].name], role).to(run.param.device)
             continue
         written = reader.parameters[names[pieces[0].name]].weight
         as_weight = written is not None and stored.dtype == written.dtype
@@ -285,7 +291,13 @@ def _run_state(
 
 
 def _fill(
-    out: Tensor, piece: Fragment, run: RunTensors, reader: Reader, name: str, role: str, stride: tuple[int, ...]
+    out: Tensor,
+    piece: Fragment,
+    run: RunTensors,
+    reader: CheckpointReader,
+    name: str,
+    role: str,
+    stride: tuple[int, ...],
 ) -> None:
     low = piece.offset - run.run.start
     reader.fill(out[low : low + piece.stop - piece.start], name, role, piece.start, piece.stop, stride)
@@ -300,13 +312,13 @@ def _scalar(key: str, value: Any, param: Tensor, group: Mapping[str, Any]) -> An
     return decoded.to(param.device) if isinstance(value, dict) and value.get("on") == "device" else decoded
 
 
-def _parked(reader: Reader, name: str, stride: tuple[int, ...], device: torch.device) -> ParamState:
-    row = reader.parameters[name]
-    state = ParamState(scalars={key: decode(value, _no_tensor) for key, value in row.scalars.items()})
-    for key, stored in row.state.items():
+def _parked(reader: CheckpointReader, name: str, stride: tuple[int, ...], device: torch.device) -> ParamState:
+    entry = reader.parameters[name]
+    state = ParamState(scalars={key: decode(value, _no_tensor) for key, value in entry.scalars.items()})
+    for key, stored in entry.state.items():
         if stored.file is not None:
-            state.scalars[key] = reader.whole(name, f"state.{key}").to(device)
+            state.scalars[key] = reader.full(name, f"state.{key}").to(device)
         else:
-            state.tensors[key] = torch.empty(row.numel, dtype=dtype_named(stored.dtype), device=device)
-            reader.fill(state.tensors[key], name, f"state.{key}", 0, row.numel, stride)
+            state.tensors[key] = torch.empty(entry.numel, dtype=dtype_named(stored.dtype), device=device)
+            reader.fill(state.tensors[key], name, f"state.{key}", 0, entry.numel, stride)
     return state

@@ -6,23 +6,14 @@ buffers. A resume replays the window, so it must begin with those of its start.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
 from shardline.checkpoint.engine.randomness import RandomState
 from shardline.data.split import Position
+from shardline.plan.describe import persistent_buffers
 
-__all__ = ["WindowStart", "persistent_buffers"]
-
-
-def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers that belong to the state, under every name they have."""
-    for path, owner in module.named_modules(remove_duplicate=False):
-        for name, buffer in owner._buffers.items():
-            if buffer is not None and name not in owner._non_persistent_buffers_set:
-                yield f"{path}.{name}" if path else name, buffer
+__all__ = ["WindowStart"]
 
 
 class WindowStart:
@@ -44,18 +35,17 @@ class WindowStart:
         self.random = RandomState.now(self._device)
         seen: dict[int, tuple[Tensor, int, Tensor]] = {}
         stale_copies, stale = [], []
-        for module in self._module.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is None or name in module._non_persistent_buffers_set:
-                    continue
-                known = self._copies.get(id(buffer))
-                if known is None or known[0] is not buffer or known[2].shape != buffer.shape:
-                    seen[id(buffer)] = (buffer, buffer._version, buffer.detach().clone())
-                    continue
-                if known[1] != buffer._version:
-                    stale_copies.append(known[2])
-                    stale.append(buffer.detach())
-                seen[id(buffer)] = (buffer, buffer._version, known[2])
+        for _, buffer in persistent_buffers(self._module):
+            if id(buffer) in seen:
+                continue
+            known = self._copies.get(id(buffer))
+            if known is None or known[0] is not buffer or known[2].shape != buffer.shape:
+                seen[id(buffer)] = (buffer, buffer._version, buffer.detach().clone())
+                continue
+            if known[1] != buffer._version:
+                stale_copies.append(known[2])
+                stale.append(buffer.detach())
+            seen[id(buffer)] = (buffer, buffer._version, known[2])
         if stale:
             torch._foreach_copy_(stale_copies, stale)
         self._copies = seen

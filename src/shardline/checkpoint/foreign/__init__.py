@@ -1,1 +1,1 @@
-"""Formats of others: DeepSpeed's checkpoints, torch.distributed.checkpoint."""
+"""Formats of others: DeepSpeed's checkpoints, torch.distributed.checkpoint, Hugging Face's safetensors."""

@@ -11,20 +11,25 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardline._version import __version__
-from shardline.checkpoint.engine.capture import Captured
 from shardline.checkpoint.engine.extra import EXTRA_KEY
 from shardline.checkpoint.foreign.pickled import Opaque, load
-from shardline.checkpoint.format.commit import Alone, Content, commit
+from shardline.checkpoint.format.commit import Alone, commit
+from shardline.checkpoint.format.content import (
+    Body,
+    Captured,
+    Content,
+    add_reports,
+    buffer_entry,
+    parameter_entry,
+)
 from shardline.checkpoint.format.files import read_limited
-from shardline.checkpoint.format.manifest import check_tag
+from shardline.checkpoint.format.manifest import check_tag, key_of
 from shardline.checkpoint.format.values import encode, name_of
 from shardline.errors import CheckpointError
 
@@ -269,73 +274,65 @@ def _write(
     ranks: int,
 ) -> Path:
     found = Captured()
-    rows: dict[str, Any] = {}
-    aliases = _aliases(first, {**trained, **frozen})
-    for name, values in _parameters(trained, frozen):
-        weight = values["weight"].contiguous()
-        rows[name] = {
-            "aliases": sorted(alias for alias, owner in aliases.items() if owner == name),
-            "shape": list(weight.shape),
-            "stride": list(weight.stride()),
-            "dtype": name_of(weight.dtype),
-            "trainable": name in trained,
-            "group": int(values["group"]) if "group" in values else None,
-            "state": {},
-            "scalars": {"step": encode(values["step"], "step", {})} if "step" in values else {},
-        }
-        for key in ("weight", *_MOMENTS):
-            if key in values:
-                tensor = values[key].contiguous().view(-1)
-                role = "weight" if key == "weight" else f"state.{key}"
-                record = {"dtype": name_of(tensor.dtype), "pieces": [[0, 0, tensor.numel()]]}
-                found.add_piece(role, name, 0, tensor.numel(), tensor)
-                if key == "weight":
-                    rows[name]["weight"] = record
-                else:
-                    rows[name]["state"][key] = record
+    parameters = _capture(found, trained, frozen, _aliases(first, {**trained, **frozen}))
     buffers = {name: first["module"][name] for name in first["buffer_names"] if name in first["module"]}
-    found.tensors.update({f"buffer/{name}": buffer for name, buffer in buffers.items()})
+    found.tensors.update({key_of("buffer", name): buffer for name, buffer in buffers.items()})
     client = {key: value for key, value in first.items() if key not in _OWN_KEYS and not isinstance(value, Opaque)}
     config = first.get("ds_config") or {}
     schedule = first.get("lr_scheduler") or {}
-    accumulation = config.get("gradient_accumulation_steps") if isinstance(config, dict) else None
-    steps = int(first["global_steps"])
-    common: dict[str, Any] = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "shardline": __version__,
-        "torch": torch.__version__,
-        "imported_from": {"deepspeed": first.get("ds_version"), "stage": stage, "world_size": ranks},
-        "world_size": 1,
-        "stage": 0,
-        "seed": 0,
-        "config": {},
-        "counters": {
-            "global_steps": steps,
-            "micro_steps": steps * (accumulation if isinstance(accumulation, int) else 1),
-            "global_samples": int(first.get("global_samples", 0)),
-            "skipped_steps": int(first.get("skipped_steps", 0)),
-        },
-        "optimizer": {"class": _class(config, groups), "groups": [_options(group) for group in groups]}
-        if groups
-        else None,
-        "scheduler": (
+    optimizer = {"class": _class(config, groups), "groups": [_options(group) for group in groups]} if groups else None
+    body = Body(
+        imported_from={"deepspeed": first.get("ds_version"), "stage": stage, "world_size": ranks},
+        world_size=1,
+        counters=_counters(first, config),
+        optimizer=optimizer,
+        scheduler=(
             {"last_epoch": int(schedule["last_batch_iteration"]) + 1} if "last_batch_iteration" in schedule else None
         ),
-        "scaler": None,
-        "loader": None,
-        "client_state": encode(client, "client_state", found.tensors),
-        "extra_state": {
+        client_state=encode(client, "client_state", found.tensors),
+        extra_state={
             name.removesuffix(EXTRA_KEY).removesuffix("."): encode(value, f"extra_state[{name!r}]", found.tensors)
             for name, value in extra.items()
         },
-        "parameters": rows,
-        "buffers": {
-            name: {"shape": list(buffer.shape), "dtype": name_of(buffer.dtype), "files": [0]}
-            for name, buffer in buffers.items()
-        },
-        "random": [],
+        parameters=add_reports(parameters, [found.report()]),
+        buffers={name: buffer_entry(buffer.shape, name_of(buffer.dtype)) for name, buffer in buffers.items()},
+    )
+    return commit(out, tag, Content(found.tensors, None, lambda reports: body), Alone(), lambda point: None)
+
+
+def _capture(
+    found: Captured, trained: Trained, frozen: Mapping[str, Tensor], aliases: Mapping[str, str]
+) -> dict[str, Any]:
+    """Add all tensors to ``found``; returns the parameters' entries of the manifest."""
+    entries = {}
+    for name, values in _parameters(trained, frozen):
+        weight = values["weight"].contiguous()
+        entries[name] = parameter_entry(
+            weight.shape,
+            name_of(weight.dtype),
+            aliases=sorted(alias for alias, owner in aliases.items() if owner == name),
+            trainable=name in trained,
+            group=int(values["group"]) if "group" in values else None,
+        )
+        found.add_piece("weight", name, 0, weight.numel(), weight.view(-1))
+        for key in _MOMENTS:
+            if key in values:
+                moment = values[key].contiguous().view(-1)
+                found.add_piece(f"state.{key}", name, 0, moment.numel(), moment)
+        if "step" in values:
+            found.add_uncut(name, {"step": values["step"]})
+    return entries
+
+
+def _counters(first: Mapping[str, Any], config: Any) -> dict[str, int]:
+    steps = int(first["global_steps"])
+    accumulation = config.get("gradient_accumulation_steps") if isinstance(config, dict) else None
+    return {
+        "global_steps": steps,
+        "micro_steps": steps * (accumulation if isinstance(accumulation, int) else 1),
+        "global_samples": int(first.get("global_samples", 0)),
+        "skipped_steps": int(first.get("skipped_steps", 0)),
     }
-    return commit(out, tag, Content(found.tensors, None, lambda reports: common), Alone(), lambda point: None)
 
 
 def _parameters(trained: Trained, frozen: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:

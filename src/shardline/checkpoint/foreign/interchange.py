@@ -15,7 +15,6 @@ import logging
 import math
 import os
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +33,22 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 from torch.optim import Optimizer
 
-from shardline._version import __version__
-from shardline.checkpoint.engine.capture import Captured, add_reports
-from shardline.checkpoint.engine.window import persistent_buffers
-from shardline.checkpoint.format.commit import Alone, Content, commit, together
+from shardline.checkpoint.format.commit import Alone, commit, together
+from shardline.checkpoint.format.content import (
+    Body,
+    Captured,
+    Content,
+    add_reports,
+    buffer_entry,
+    parameter_entry,
+)
 from shardline.checkpoint.format.directory import Directory, check_files
 from shardline.checkpoint.format.manifest import key_of
-from shardline.checkpoint.format.reader import Reader as Opened
+from shardline.checkpoint.format.reader import CheckpointReader
 from shardline.checkpoint.format.values import dtype_named, name_of
 from shardline.comm import Exchange
 from shardline.errors import CheckpointError, UsageError, text_of
+from shardline.plan.describe import persistent_buffers
 from shardline.runtime.modes import outside_modes
 
 __all__ = ["Reader", "Writer", "state_of"]
@@ -67,7 +72,7 @@ class Reader(StorageReader):
     """Reads the checkpoint at ``path`` for ``torch.distributed.checkpoint.load``; its files are verified first.
 
     Args:
-        path: one checkpoint, or a directory of them: then the newest whole one.
+        path: one checkpoint, or a directory of them: then the newest intact one.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -94,27 +99,27 @@ class Reader(StorageReader):
             for reason in passed_over:
                 logger.warning("%s is read and not a later checkpoint: %s", path, reason)
             return
-        raise CheckpointError(f"there is no whole checkpoint: {'; '.join(passed_over) or directory.lack()}.")
+        raise CheckpointError(f"there is no intact checkpoint: {'; '.join(passed_over) or directory.lack()}.")
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return Path(checkpoint_id).is_dir()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        rows: dict[str, Any] = {}
-        for name, row in self._opened.parameters.items():
-            for alias in (name, *row.aliases):
-                if row.weight is not None:
-                    rows[f"weight/{alias}"] = _whole(row.shape, row.weight.dtype)
-                for key, stored in row.state.items():
-                    shape = row.shape if stored.shape is None else stored.shape
-                    rows[f"state.{key}/{alias}"] = _whole(shape, stored.dtype)
-                for key, value in row.scalars.items():
+        entries: dict[str, Any] = {}
+        for name, entry in self._opened.parameters.items():
+            for alias in (name, *entry.aliases):
+                if entry.weight is not None:
+                    entries[f"weight/{alias}"] = _whole(entry.shape, entry.weight.dtype)
+                for key, stored in entry.state.items():
+                    shape = entry.shape if stored.shape is None else stored.shape
+                    entries[f"state.{key}/{alias}"] = _whole(shape, stored.dtype)
+                for key, value in entry.scalars.items():
                     if isinstance(value, dict) and "$scalar" in value:
-                        rows[f"state.{key}/{alias}"] = _whole([], value["dtype"])
+                        entries[f"state.{key}/{alias}"] = _whole([], value["dtype"])
         for name, buffer in self._opened.manifest.buffers.items():
-            rows[f"buffer/{name}"] = _whole(buffer.shape, buffer.dtype)
-        return Metadata(state_dict_metadata=rows, storage_meta=StorageMeta(checkpoint_id=str(self._opened.path)))
+            entries[f"buffer/{name}"] = _whole(buffer.shape, buffer.dtype)
+        return Metadata(state_dict_metadata=entries, storage_meta=StorageMeta(checkpoint_id=str(self._opened.path)))
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass
@@ -148,11 +153,11 @@ class Reader(StorageReader):
         scalars = self._opened.parameters[name].scalars
         if key != role and key in scalars:
             return torch.as_tensor(self._opened.value(scalars[key]))
-        return self._opened.whole(name, role)
+        return self._opened.full(name, role)
 
 
-def _verified(path: Path) -> Opened:
-    opened = Opened(path)
+def _verified(path: Path) -> CheckpointReader:
+    opened = CheckpointReader(path)
     problems = check_files(path, opened.manifest, range(len(opened.manifest.files)))
     if problems:
         raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}.")
@@ -233,7 +238,7 @@ class Writer(StorageWriter):
         found = Captured()
         try:
             together(channel, "collecting the checkpoint", lambda: _collect(plan, planner, found))
-            content = Content(found.tensors, _report(plan, found), self._manifest)
+            content = Content(found.tensors, _report(plan, found), self._body)
             commit(str(self._path), self._tag, content, channel, lambda point: None)
         finally:
             channel.close()
@@ -244,41 +249,30 @@ class Writer(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Nothing is left to do."""
 
-    def _manifest(self, reports: list[dict[str, Any]]) -> dict[str, Any]:
+    def _body(self, reports: list[dict[str, Any]]) -> Body:
         shapes: dict[str, list[int]] = {key: shape for report in reports for key, shape in report["shapes"].items()}
-        rows = {key.removeprefix("weight/"): _row(shape) for key, shape in shapes.items() if key.startswith("weight/")}
-        parameters = add_reports(rows, reports)
-        for name, row in parameters.items():
-            row["dtype"] = row["weight"]["dtype"]
-            for record in (row["weight"], *row["state"].values()):
-                _check_cover(name, math.prod(row["shape"]), record.get("pieces"))
-        return {
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "shardline": __version__,
-            "torch": torch.__version__,
-            "world_size": len(reports),
-            "stage": 0,
-            "seed": 0,
-            "config": {},
-            "counters": {
+        weights = {key.removeprefix("weight/"): shape for key, shape in shapes.items() if key.startswith("weight/")}
+        parameters = add_reports({name: parameter_entry(shape) for name, shape in weights.items()}, reports)
+        for name, entry in parameters.items():
+            entry["dtype"] = entry["weight"]["dtype"]
+            for stored in (entry["weight"], *entry["state"].values()):
+                _check_cover(name, math.prod(entry["shape"]), stored.get("pieces"))
+        return Body(
+            world_size=len(reports),
+            counters={
                 "global_steps": self._step,
                 "micro_steps": self._step,
                 "global_samples": 0,
                 "skipped_steps": 0,
             },
-            "optimizer": None if self._optimizer is None else {"class": self._optimizer, "groups": []},
-            "scheduler": None,
-            "scaler": None,
-            "loader": None,
-            "client_state": {},
-            "parameters": parameters,
-            "buffers": {
-                key.removeprefix("buffer/"): {"shape": shape, "dtype": reports[0]["buffers"][key], "files": [0]}
+            optimizer=None if self._optimizer is None else {"class": self._optimizer, "groups": []},
+            parameters=parameters,
+            buffers={
+                key.removeprefix("buffer/"): buffer_entry(shape, reports[0]["buffers"][key])
                 for key, shape in shapes.items()
                 if key.startswith("buffer/")
             },
-            "random": [],
-        }
+        )
 
 
 def _collect(plan: SavePlan, planner: SavePlanner, found: Captured) -> None:
@@ -295,7 +289,7 @@ def _collect(plan: SavePlan, planner: SavePlanner, found: Captured) -> None:
         if role == "buffer":
             found.tensors[key] = tensor
         elif role != "weight" and (not _shape(item) or key in plan.storage_data["apart"]):
-            found.add_rest(name, {role.removeprefix("state."): tensor})
+            found.add_uncut(name, {role.removeprefix("state."): tensor})
         elif start < stop or not math.prod(_shape(item)):
             found.add_piece(role, name, start, stop, tensor.reshape(-1))
 
@@ -339,21 +333,6 @@ def _range(item: WriteItem) -> tuple[int, int]:
         raise CheckpointError(f"{key!r} is sharded; buffers are saved whole.")
     start = sum(offset * math.prod(shape[d + 1 :]) for d, offset in enumerate(chunk.offsets))
     return start, start + math.prod(chunk.sizes)
-
-
-def _row(shape: list[int]) -> dict[str, Any]:
-    """A parameter's row in the manifest, before the ranks reported what they hold of it."""
-    return {
-        "aliases": [],
-        "shape": shape,
-        "stride": [math.prod(shape[d + 1 :]) for d in range(len(shape))],
-        "dtype": "",
-        "trainable": True,
-        "group": None,
-        "weight": {"dtype": "", "pieces": []},
-        "state": {},
-        "scalars": {},
-    }
 
 
 def _check_cover(name: str, numel: int, pieces: list[list[int]] | None) -> None:

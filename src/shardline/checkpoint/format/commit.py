@@ -9,7 +9,7 @@
     all           exchange: done, or the error
 
 Whatever fails, the temporary directory is removed, the checkpoints that were there are untouched, and the job can go
-on. Whenever a process dies, a reader finds the old checkpoints and perhaps the new one, each whole.
+on. Whenever a process dies, a reader finds the old checkpoints and perhaps the new one, each intact.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
-from torch import Tensor
-
 from shardline.checkpoint.format import directory as names
-from shardline.checkpoint.format.directory import Directory, Lock, dissolve, has_mark, set_mark, sync
+from shardline.checkpoint.format.content import Content
+from shardline.checkpoint.format.directory import Directory, dissolve, has_mark, set_mark, sync
 from shardline.checkpoint.format.faults import Reach
+from shardline.checkpoint.format.lock import Lock
 from shardline.checkpoint.format.manifest import (
     FORMAT,
     LATEST,
@@ -45,7 +44,7 @@ from shardline.checkpoint.format.manifest import (
 from shardline.checkpoint.format.tensorfile import write
 from shardline.errors import CheckpointError, text_of
 
-__all__ = ["Alone", "Channel", "Content", "commit", "together"]
+__all__ = ["Alone", "Channel", "commit", "together"]
 
 T = TypeVar("T")
 _MARK_SECONDS = 2.0  # a network file system may show a new directory a moment late
@@ -71,23 +70,6 @@ class Alone:
 
     def close(self) -> None:
         pass
-
-
-@dataclass
-class Content:
-    """What this rank saves.
-
-    Attributes:
-        tensors: for its file.
-        report: a JSON value for rank 0, about the tensors.
-        manifest: on rank 0: makes the rest of the manifest from everybody's reports.
-        ready: returns when the tensors have their values.
-    """
-
-    tensors: Mapping[str, Tensor]
-    report: Any
-    manifest: Callable[[list[Any]], dict[str, Any]]
-    ready: Callable[[], None] = lambda: None
 
 
 def together(channel: Channel, what: str, action: Callable[[], T]) -> list[Any]:
@@ -215,7 +197,7 @@ def commit(
                     "latest": latest,
                     "files": files,
                 }
-                _write_manifest(temp, head | content.manifest([report for _, _, report in reports]), reach)
+                _write_manifest(temp, head | content.body([report for _, _, report in reports]).to_json(), reach)
                 directory.check_free(tag, locks[0], latest=latest)  # it took a while to write
                 _put_in_place(directory, temp, final, plan["id"], reach, ours, locks[0] if latest else None)
                 if keep is not None:

@@ -1,4 +1,4 @@
-"""A directory of checkpoints: which are there, which are whole, which is the newest, and who may write. Without torch.
+"""A directory of checkpoints: which are there, which are intact, which is the newest, and who may write. Without torch.
 
     DIR/latest                            the tag of the newest checkpoint, as text
     DIR/<tag>/.shardline                  the mark: this folder was made by a save
@@ -10,7 +10,7 @@
     DIR/.shardline-gone-<id>-<tag>        a checkpoint that is being deleted
     DIR/.shardline-latest-<id>            what ``latest`` becomes once the checkpoint ``id`` is in its place
 
-A checkpoint directory gets its name by one rename when all of it is on disk, so one that is there is whole, unless
+A checkpoint directory gets its name by one rename when all of it is on disk, so one that is there is intact, unless
 something damaged it afterwards: that its checksums tell.
 
 Other programs may write here too. A folder is one of ours if it holds the mark or a manifest of the format, and then
@@ -22,14 +22,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import secrets
-import socket
-import stat
-import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +32,13 @@ from typing import BinaryIO
 
 from shardline.checkpoint.format.checksum import crc32
 from shardline.checkpoint.format.files import is_folder, is_regular, kind_of, open_regular, read_limited, shown
+from shardline.checkpoint.format.lock import LOCK, Lock
 from shardline.checkpoint.format.manifest import (
     FILE_NAME,
     LATEST,
     MANIFEST,
     MANIFEST_SUM,
-    FileRow,
+    FileEntry,
     Manifest,
     check_tag,
     is_tag,
@@ -50,15 +46,13 @@ from shardline.checkpoint.format.manifest import (
 )
 from shardline.errors import CheckpointError, text_of
 
-__all__ = ["Directory", "Found", "Lock", "check_files", "dissolve", "has_mark", "set_mark", "sync"]
+__all__ = ["Directory", "Found", "check_files", "dissolve", "has_mark", "set_mark", "sync"]
 
-MARK, LOCK = ".shardline", ".shardline.lock"
+MARK = ".shardline"
 TEMP, OLD, GONE, INTENT = (f"{MARK}-{kind}-" for kind in ("tmp", "old", "gone", "latest"))
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _MARK_TEXT = "a checkpoint of Shardline: "
-_OWNER = "process "
-_LINE = 300  # bytes of a line of the lock file, which is written in place
 
 
 def check_files(path: Path, manifest: Manifest, numbers: Iterable[int]) -> list[str]:
@@ -68,25 +62,25 @@ def check_files(path: Path, manifest: Manifest, numbers: Iterable[int]) -> list[
 
 def check_sizes(path: Path, manifest: Manifest) -> list[str]:
     """The same for all files, without reading them."""
-    return _problems(path, manifest, range(len(manifest.files)), lambda opened, row, identity: None)
+    return _problems(path, manifest, range(len(manifest.files)), lambda opened, entry, identity: None)
 
 
 def _problems(
-    path: Path, manifest: Manifest, numbers: Iterable[int], look: Callable[[BinaryIO, FileRow, str], str | None]
+    path: Path, manifest: Manifest, numbers: Iterable[int], look: Callable[[BinaryIO, FileEntry, str], str | None]
 ) -> list[str]:
     problems = []
     for number in numbers:
-        row = manifest.files[number]
-        file = path / row.name
+        entry = manifest.files[number]
+        file = path / entry.name
         try:
             with open_regular(file) as opened:
                 size = os.fstat(opened.fileno()).st_size
-                if size != row.bytes:
+                if size != entry.bytes:
                     problem: str | None = (
-                        f"has {size} bytes, the manifest says {row.bytes}: it is truncated, or from elsewhere"
+                        f"has {size} bytes, the manifest says {entry.bytes}: it is truncated, or from elsewhere"
                     )
                 else:
-                    problem = look(opened, row, manifest.id)
+                    problem = look(opened, entry, manifest.id)
         except FileNotFoundError:
             problem = "is missing"
         except OSError as error:
@@ -96,11 +90,11 @@ def _problems(
     return problems
 
 
-def _check_contents(opened: BinaryIO, row: FileRow, identity: str) -> str | None:
+def _check_contents(opened: BinaryIO, entry: FileEntry, identity: str) -> str | None:
     crc, chunk = 0, bytearray(1 << 20)
     while count := opened.readinto(chunk):  # type: ignore[attr-defined]
         crc = crc32(memoryview(chunk)[:count], crc)
-    if crc == row.crc32:
+    if crc == entry.crc32:
         return None
     opened.seek(0)
     head = opened.read(1 << 16)
@@ -184,7 +178,7 @@ class Found:
     Attributes:
         sequence: the number of the save: later ones have higher numbers, whatever their steps; -1 if not known.
         latest: whether a load without a tag may take it.
-        problem: why it is not whole.
+        problem: why it is not intact.
     """
 
     tag: str
@@ -385,15 +379,15 @@ class Directory:
         dissolve(doomed, self.path / tag)
 
     def prune(self, keep: int) -> list[str]:
-        """Delete all whole checkpoints but the ``keep`` newest; the one that ``latest`` names stays in any case.
+        """Delete all intact checkpoints but the ``keep`` newest; the one that ``latest`` names stays in any case.
 
-        One that is not whole does not count, and stays: it may hold what can be put together again.
+        One that is not intact does not count, and stays: it may hold what can be put together again.
         """
         latest = None
         with contextlib.suppress(CheckpointError):
             latest = self.latest()
-        whole = [each.tag for each in self.checkpoints() if each.problem is None]
-        doomed = [tag for tag in whole[max(1, keep) :] if tag != latest]
+        intact = [each.tag for each in self.checkpoints() if each.problem is None]
+        doomed = [tag for tag in intact[max(1, keep) :] if tag != latest]
         for tag in doomed:
             self.remove(tag)
         return doomed
@@ -425,79 +419,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class Lock:
-    """The right to write to a directory. The system takes it back when the process ends, however it ends."""
-
-    _held: weakref.WeakValueDictionary[str, Lock] = weakref.WeakValueDictionary()
-
-    def __init__(self, path: Path) -> None:
-        self.busy = threading.Lock()  # one save at a time, also of several engines in one process
-        self._file = -1
-        self._file = _open_lock(path / LOCK)
-        try:
-            # Not flock: that one lives on in forked loader workers when their parent was killed.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            owner = self._line(0) or "another process"
-            self._close()
-            raise CheckpointError(
-                f"another job writes checkpoints to {shown(path)} ({shown(owner)}). Two jobs would overwrite each "
-                f"other's: end the other one, or save to a directory of this job's own."
-            ) from None
-        if self._line(0) and not self._line(0).startswith(_OWNER):
-            self._close()
-            raise CheckpointError(
-                f"{shown(path / LOCK)} holds something else than a save writes there. Move it away, or save to another "
-                f"directory."
-            )
-        self._write(0, f"{_OWNER}{os.getpid()} on {socket.gethostname()}")
-
-    @classmethod
-    def of(cls, path: Path) -> Lock:
-        """The lock of ``path``, shared by everything in this process that keeps a reference to it."""
-        name = os.path.realpath(path)
-        lock = cls._held.get(name)
-        if lock is None:
-            lock = cls._held[name] = cls(path)
-        return lock
-
-    def note(self, tag: str) -> None:
-        """Write down what ``latest`` is about to name."""
-        self._write(1, tag)
-
-    def noted(self) -> str:
-        """What was written down last."""
-        return self._line(1)
-
-    def _line(self, number: int) -> str:
-        return os.pread(self._file, _LINE, number * _LINE).decode(errors="replace").strip(" \n\0")
-
-    def _write(self, number: int, text: str) -> None:
-        os.pwrite(self._file, text.encode()[: _LINE - 1].ljust(_LINE - 1) + b"\n", number * _LINE)
-
-    def _close(self) -> None:
-        file, self._file = self._file, -1  # once: another file may have its number afterwards
-        if file >= 0:
-            os.close(file)
-
-    def __del__(self) -> None:
-        self._close()
-
-
-def _open_lock(file: Path) -> int:
-    """Made if it is not there, never truncated, and through no link."""
-    mode = file.lstat().st_mode if os.path.lexists(file) else stat.S_IFREG
-    kind = kind_of(mode)
-    if kind is None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        descriptor = os.open(file, flags, 0o666)
-        kind = kind_of(os.fstat(descriptor).st_mode)
-        if kind is None:
-            return descriptor
-        os.close(descriptor)
-    raise CheckpointError(
-        f"{shown(file)} is {kind} and no regular file; whoever saves here locks a file of this name. Move it away, or "
-        f"save to another directory."
-    )

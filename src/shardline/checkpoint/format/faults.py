@@ -1,7 +1,7 @@
 """The moments of a save at which tests kill the process: each has a name, and one environment variable chooses one.
 
 ``SHARDLINE_FAULT="rename:before@0"`` makes rank 0 end itself with SIGKILL right before the rename. The promise that is
-tested: wherever a process dies, the next start finds a whole checkpoint, the newest one that was committed.
+tested: wherever a process dies, the next start finds an intact checkpoint, the newest one that was committed.
 """
 
 from __future__ import annotations

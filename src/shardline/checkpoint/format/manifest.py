@@ -32,8 +32,8 @@ from shardline.checkpoint.format.files import read_limited, shown
 from shardline.errors import CheckpointError, UsageError, text_of
 
 __all__ = [
-    "FILE_NAME", "FORMAT", "ITEM_BYTES", "LATEST", "MANIFEST", "MANIFEST_SUM", "VERSION", "BufferRow", "Counters",
-    "FileRow", "Manifest", "Parameter", "Stored", "check_tag", "file_name", "is_state", "is_tag", "key_of",
+    "FILE_NAME", "FORMAT", "ITEM_BYTES", "LATEST", "MANIFEST", "MANIFEST_SUM", "VERSION", "BufferEntry", "Counters",
+    "FileEntry", "Manifest", "ParameterEntry", "Stored", "check_tag", "file_name", "is_state", "is_tag", "key_of",
     "largest_manifest", "read_manifest",
 ]  # fmt: skip
 
@@ -151,7 +151,7 @@ class _Value(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", arbitrary_types_allowed=False)
 
 
-class FileRow(_Value):
+class FileEntry(_Value):
     """A tensor file: its size and CRC-32."""
 
     name: Annotated[str, Field(pattern=f"^{FILE_NAME.pattern}$")]
@@ -178,7 +178,7 @@ class Stored(_Value):
         return self
 
 
-class Parameter(_Value):
+class ParameterEntry(_Value):
     """One parameter: its elements are counted in the order in which a tensor of strides ``stride`` stores them."""
 
     aliases: Annotated[list[str], Field(max_length=1000)]
@@ -203,7 +203,7 @@ class Parameter(_Value):
         return found
 
     @model_validator(mode="after")
-    def _dense(self) -> Parameter:
+    def _dense(self) -> ParameterEntry:
         if len(self.shape) != len(self.stride):
             raise ValueError("shape and stride have different lengths")
         expected = 1
@@ -217,7 +217,7 @@ class Parameter(_Value):
         return self
 
 
-class BufferRow(_Value):
+class BufferEntry(_Value):
     """One buffer; ranks that are not in ``files`` had the values of file 0."""
 
     shape: Sizes
@@ -242,7 +242,7 @@ class Scaler(_Value):
     good_steps: Count
 
 
-class OptimizerRow(_Value):
+class OptimizerEntry(_Value):
     """Class and param groups' options of the optimizer; the options are values of ``values.py``."""
 
     kind: Annotated[str, Field(alias="class", max_length=200)]
@@ -253,7 +253,7 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if type(value) is list else value
 
 
-class RandomRow(_Value):
+class RandomEntry(_Value):
     """What of a rank's random states is no tensor.
 
     Attributes:
@@ -277,7 +277,7 @@ class RandomRow(_Value):
 
 
 class Manifest(_Value):
-    """A whole checkpoint. ``scheduler``, ``client_state`` and ``extra_state`` are values of ``values.py``.
+    """A checkpoint. ``scheduler``, ``client_state`` and ``extra_state`` are values of ``values.py``.
 
     Attributes:
         id: random name of this save.
@@ -293,17 +293,17 @@ class Manifest(_Value):
     sequence: Count
     tag: Annotated[str, AfterValidator(_tag)]
     latest: bool
-    files: Annotated[list[FileRow], Field(min_length=1)]
-    parameters: dict[str, Parameter]
-    buffers: dict[str, BufferRow]
-    optimizer: OptimizerRow | None
+    files: Annotated[list[FileEntry], Field(min_length=1)]
+    parameters: dict[str, ParameterEntry]
+    buffers: dict[str, BufferEntry]
+    optimizer: OptimizerEntry | None
     scheduler: dict[str, Any] | None
     scaler: Scaler | None
     loader: dict[str, Any] | None
     client_state: dict[str, Any]
     extra_state: dict[str, Any] = {}
     counters: Counters
-    random: list[RandomRow]
+    random: list[RandomEntry]
     config: dict[str, Any]
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)]
     stage: Annotated[int, Field(ge=0, le=3)]
@@ -316,21 +316,21 @@ class Manifest(_Value):
     def _fits(self) -> Manifest:
         if len(self.files) != self.world_size:
             raise ValueError(f"{len(self.files)} files of {self.world_size} ranks")
-        if len({row.name for row in self.files}) != len(self.files):
+        if len({entry.name for entry in self.files}) != len(self.files):
             raise ValueError("two files have one name")
         if len(self.random) not in (0, self.world_size):
             raise ValueError(f"random states of {len(self.random)} of {self.world_size} ranks")
         groups = 0 if self.optimizer is None else len(self.optimizer.groups)
-        room = _Room(self.files)
-        for name, row in self.parameters.items():
-            if row.group is not None and groups and row.group >= groups:
-                raise ValueError(f"{shown(repr(name))} is in param group {row.group} of {groups}")
-            for stored in (row.weight, *row.state.values()):
+        space = _Space(self.files)
+        for name, entry in self.parameters.items():
+            if entry.group is not None and groups and entry.group >= groups:
+                raise ValueError(f"{shown(repr(name))} is in param group {entry.group} of {groups}")
+            for stored in (entry.weight, *entry.state.values()):
                 if stored is not None:
-                    room.take(name, stored, row.numel)
+                    space.take(name, stored, entry.numel)
         for name, buffer in self.buffers.items():
             for file in buffer.files:
-                room.take(name, Stored(dtype=buffer.dtype, shape=buffer.shape, file=file), 0)
+                space.take(name, Stored(dtype=buffer.dtype, shape=buffer.shape, file=file), 0)
         groups_of_options = [] if self.optimizer is None else self.optimizer.groups
         _check_tensors([self.scheduler, self.client_state, self.extra_state, groups_of_options])
         return self
@@ -358,26 +358,26 @@ class Manifest(_Value):
             )
         known = {field.alias or name for name, field in cls.model_fields.items()}
         raw = {key: value for key, value in raw.items() if key in known}
-        for key, row_type in _ROWS.items():
-            rows = raw.get(key)
-            if isinstance(rows, dict):
-                raw[key] = {name: _one(row_type, row, f"{key}.{name}") for name, row in rows.items()}
-            elif isinstance(rows, list):
-                raw[key] = [_one(row_type, row, f"{key}[{number}]") for number, row in enumerate(rows)]
+        for key, kind in _ENTRIES.items():
+            entries = raw.get(key)
+            if isinstance(entries, dict):
+                raw[key] = {name: _one(kind, entry, f"{key}.{name}") for name, entry in entries.items()}
+            elif isinstance(entries, list):
+                raw[key] = [_one(kind, entry, f"{key}[{number}]") for number, entry in enumerate(entries)]
         return _one(cls, raw, "")
 
 
-_ROWS: Mapping[str, type[BaseModel]] = {
-    "parameters": Parameter, "buffers": BufferRow, "files": FileRow, "random": RandomRow,
+_ENTRIES: Mapping[str, type[BaseModel]] = {
+    "parameters": ParameterEntry, "buffers": BufferEntry, "files": FileEntry, "random": RandomEntry,
 }  # fmt: skip
 """What there may be many of; each is checked by itself, so that the first mistake is the last."""
 
 
-class _Room:
+class _Space:
     """What is left of the files for tensors: no manifest can ask for more memory than there are bytes."""
 
-    def __init__(self, files: list[FileRow]) -> None:
-        self._left = [row.bytes for row in files]
+    def __init__(self, files: list[FileEntry]) -> None:
+        self._left = [entry.bytes for entry in files]
 
     def take(self, name: str, stored: Stored, numel: int) -> None:
         size = ITEM_BYTES[stored.dtype]
@@ -451,7 +451,7 @@ def read_manifest(path: Path) -> Manifest:
             ) from None
         reason = error.strerror if isinstance(error, OSError) else "no text"
         raise CheckpointError(
-            f"{shown(path)} is no whole checkpoint: its manifest cannot be read ({reason})."
+            f"{shown(path)} is no intact checkpoint: its manifest cannot be read ({reason})."
         ) from None
     if [hashlib.sha256(data).hexdigest()] != expected:
         raise CheckpointError(f"{shown(file)} is damaged: its SHA-256 is not the one in {MANIFEST_SUM}.")

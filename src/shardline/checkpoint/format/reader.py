@@ -9,28 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardline.checkpoint.format.manifest import Manifest, Parameter, key_of, read_manifest
+from shardline.checkpoint.format.manifest import Manifest, ParameterEntry, key_of, read_manifest
 from shardline.checkpoint.format.tensorfile import TensorFile
 from shardline.checkpoint.format.values import decode, dtype_named
 from shardline.errors import CheckpointError
-from shardline.sharding.buffer import flat
 
-__all__ = ["Reader"]
+__all__ = ["CheckpointReader"]
 
 
-class Reader:
+class CheckpointReader:
     """An opened checkpoint. Files are opened when they are first needed.
 
     Attributes:
         manifest: the parsed ``manifest.json``.
-        parameters: its rows by name.
+        parameters: its entries by name.
     """
 
     def __init__(self, path: Path, manifest: Manifest | None = None) -> None:
         self.path = path
         self.manifest = read_manifest(path) if manifest is None else manifest
-        self.parameters: dict[str, Parameter] = self.manifest.parameters
-        self.aliases = {alias: name for name, row in self.parameters.items() for alias in (name, *row.aliases)}
+        self.parameters: dict[str, ParameterEntry] = self.manifest.parameters
+        self.aliases = {alias: name for name, entry in self.parameters.items() for alias in (name, *entry.aliases)}
         self._files: dict[int, TensorFile] = {}
 
     def close(self) -> None:
@@ -50,17 +49,17 @@ class Reader:
 
         They are counted in the order in which a tensor of strides ``stride`` stores them; ``None``: the writer's.
         Only the parts of files that hold them are read, unless the writer stored the elements in another order: then
-        the parameter is whole in memory for a moment.
+        the full parameter is in memory for a moment.
         """
-        row = self.parameters[name]
-        if stride is not None and list(stride) != row.stride and len(row.shape) > 1:
-            whole = torch.empty_strided(row.shape, row.stride, dtype=dtype_named(row.stored(role).dtype))
-            self.fill(flat(whole), name, role, 0, whole.numel())
-            turned = torch.empty_strided(row.shape, tuple(stride), dtype=whole.dtype).copy_(whole)
-            out.copy_(flat(turned)[start:stop])
+        entry = self.parameters[name]
+        if stride is not None and list(stride) != entry.stride and len(entry.shape) > 1:
+            theirs = self.full(name, role)
+            ours = torch.empty(entry.numel, dtype=theirs.dtype)
+            ours.as_strided(entry.shape, stride).copy_(theirs)
+            out.copy_(ours[start:stop])
             return
         done = start
-        for number, low, high in sorted(row.stored(role).pieces or (), key=lambda piece: piece[1]):
+        for number, low, high in sorted(entry.stored(role).pieces or (), key=lambda piece: piece[1]):
             first, last = max(done, low), min(stop, high)
             if first < last and low <= done:
                 self.file(number).fill(out[first - start : last - start], key_of(role, name), first - low)
@@ -68,15 +67,15 @@ class Reader:
         if done < stop:
             raise CheckpointError(f"{self.path} holds no elements {done} to {stop} of {role} of {name!r}.")
 
-    def whole(self, name: str, role: str = "weight") -> Tensor:
-        """A parameter or its state whole, on CPU, in its own shape and dtype."""
-        row = self.parameters[name]
-        stored = row.stored(role)
+    def full(self, name: str, role: str = "weight") -> Tensor:
+        """All of a parameter or of its state, on CPU, in its own shape and dtype."""
+        entry = self.parameters[name]
+        stored = entry.stored(role)
         if stored.file is not None:
             return self.file(stored.file).tensor(key_of(role, name))
-        out = torch.empty_strided(row.shape, row.stride, dtype=dtype_named(stored.dtype))
-        self.fill(flat(out), name, role, 0, row.numel)
-        return out
+        out = torch.empty(entry.numel, dtype=dtype_named(stored.dtype))
+        self.fill(out, name, role, 0, entry.numel)
+        return out.as_strided(entry.shape, entry.stride)
 
     def buffer(self, name: str, rank: int) -> Tensor:
         """A buffer as ``rank`` had it, on CPU."""

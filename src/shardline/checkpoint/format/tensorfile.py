@@ -27,7 +27,7 @@ from shardline.checkpoint.format.checksum import crc32
 from shardline.checkpoint.format.files import open_regular, shown
 from shardline.errors import CheckpointError
 
-__all__ = ["CODES", "TensorFile", "Written", "header_of", "write"]
+__all__ = ["CODES", "TensorFile", "Written", "header_of", "memory_of", "write"]
 
 CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -58,14 +58,14 @@ class Written:
 def header_of(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """The length and header of a file with these tensors; elements follow in the order of ``shapes``."""
     offset = 0
-    rows: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for key, (dtype, shape) in shapes.items():
         size = dtype.itemsize
         for length in shape:
             size *= length
-        rows[key] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        entries[key] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
-    text = json.dumps(rows, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
@@ -86,7 +86,7 @@ def write(
         if number == len(ordered) // 2:
             middle()
         host = tensor.detach().cpu().contiguous()
-        data = _bytes(host)
+        data = memory_of(host)
         for low in range(0, len(data), _CHUNK):
             out.put(data[low : low + _CHUNK])
     return Written(out.size, out.crc)
@@ -126,7 +126,7 @@ class _Out:
         self._told = self.size
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def memory_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, which the caller keeps alive."""
     size = tensor.numel() * tensor.element_size()
     if not size:
@@ -158,14 +158,14 @@ class TensorFile:
         length = int.from_bytes(self._file.read(8), "little")
         if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
             raise ValueError(f"a header of {length} bytes in a file of {size}")
-        rows = json.loads(self._file.read(length))
-        self.metadata: dict[str, str] = rows.pop("__metadata__", {})
+        entries = json.loads(self._file.read(length))
+        self.metadata: dict[str, str] = entries.pop("__metadata__", {})
         self._start = 8 + length
         self._rows: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}
         places = []
-        for key, row in rows.items():
-            dtype, shape = _DTYPES[row["dtype"]], tuple(row["shape"])
-            low, high = row["data_offsets"]
+        for key, entry in entries.items():
+            dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+            low, high = entry["data_offsets"]
             if any(type(each) is not int or each < 0 for each in (*shape, low, high)):
                 raise ValueError(f"{key!r} has a shape or a place that is none")
             numel = 1
@@ -225,7 +225,7 @@ class TensorFile:
             out[first : first + piece.numel()].copy_(piece)
 
     def _read(self, out: Tensor, offset: int) -> None:
-        data, position = _bytes(out), self._start + offset
+        data, position = memory_of(out), self._start + offset
         while data:
             try:
                 count = os.preadv(self._file.fileno(), [data], position)

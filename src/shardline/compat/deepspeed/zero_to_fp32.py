@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardline.checkpoint.engine.export import export_checkpoint
+from shardline.checkpoint.foreign.huggingface import export_checkpoint
 from shardline.checkpoint.format.directory import Directory
-from shardline.checkpoint.format.reader import Reader
+from shardline.checkpoint.format.reader import CheckpointReader
 from shardline.errors import CheckpointError
 
 __all__ = [
@@ -32,15 +32,15 @@ def get_fp32_state_dict_from_zero_checkpoint(
     """The weights (from the fp32 masters) and buffers of a checkpoint, on CPU; tied ones are one tensor.
 
     Raises:
-        CheckpointError: there is no whole checkpoint.
+        CheckpointError: there is no intact checkpoint.
     """
-    reader = Reader(_locate(checkpoint_dir, tag))
+    reader = CheckpointReader(_locate(checkpoint_dir, tag))
     try:
         found = {}
         for name, row in reader.parameters.items():
             if row.weight is None or (exclude_frozen_parameters and not row.trainable):
                 continue
-            weight = _fp32(reader.whole(name))
+            weight = _fp32(reader.full(name))
             found.update(dict.fromkeys((name, *row.aliases), weight))
         found.update({name: reader.buffer(name, 0) for name in reader.manifest.buffers})
         return found
@@ -58,7 +58,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 ) -> None:
     """Write them: as safetensors of at most ``max_shard_size``, or by ``torch.save`` to ``pytorch_model.bin``."""
     if safe_serialization and not exclude_frozen_parameters:
-        reader = Reader(_locate(checkpoint_dir, tag))
+        reader = CheckpointReader(_locate(checkpoint_dir, tag))
         try:
             export_checkpoint(reader, output_dir, torch.float32, _bytes(max_shard_size))
         finally:
@@ -90,7 +90,7 @@ def _locate(checkpoint_dir: PathLike, tag: str | None) -> Path:
     for each in tags:
         if each in whole:
             return whole[each]
-    wanted = f"no checkpoint {tag!r}" if tag is not None else "no whole checkpoint"
+    wanted = f"no checkpoint {tag!r}" if tag is not None else "no intact checkpoint"
     raise CheckpointError(f"There is {wanted} in {checkpoint_dir}. There are: {', '.join(whole) or 'none'}.")
 
 

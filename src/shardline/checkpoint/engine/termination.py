@@ -1,4 +1,4 @@
-"""A request to end: SIGTERM becomes a flag, which the ranks agree on at their next step, save, and exit."""
+"""A request to end the job: SIGTERM becomes a flag. At their next step the ranks agree on it, save and exit."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import threading
 from types import FrameType
 from typing import Any
 
-__all__ = ["Leaving"]
+__all__ = ["TerminationSignal"]
 
 
-class Leaving:
-    """Listens to SIGTERM, however often it comes: a batch system asks every process of a job, and so does a launcher
-    that it asked. Nobody can tell a second request from the same one that came while a long call kept Python from
-    looking, so a stuck process is ended by SIGKILL.
+class TerminationSignal:
+    """Listens to SIGTERM, however often it comes: a batch system sends it to every process of a job, and so does a
+    launcher that has received it. A second signal cannot be told from a repeated first one, so only SIGKILL ends a
+    process that is stuck.
+
+    Attributes:
+        received: whether one came.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.received = False
         self._before: Any = None
         self._installed = False
 
@@ -28,11 +31,11 @@ class Leaving:
             self._installed = True
 
     def stop(self) -> None:
-        """Put back what was there before."""
+        """Put the earlier handler back."""
         if self._installed:
             self._installed = False
             if signal.getsignal(signal.SIGTERM) == self._receive:
                 signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.received = True

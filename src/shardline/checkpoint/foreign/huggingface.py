@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from shardline.checkpoint.engine.parts import Parts
-from shardline.checkpoint.engine.window import persistent_buffers
 from shardline.checkpoint.format.commit import together
 from shardline.checkpoint.format.directory import sync
-from shardline.checkpoint.format.reader import Reader
-from shardline.checkpoint.format.tensorfile import _bytes, header_of
+from shardline.checkpoint.format.reader import CheckpointReader
+from shardline.checkpoint.format.tensorfile import header_of, memory_of
 from shardline.checkpoint.format.values import dtype_named
+from shardline.plan.describe import persistent_buffers
 from shardline.sharding.fragments import whole_weights
 
 __all__ = ["Exporter", "Item", "export_checkpoint", "export_model"]
@@ -97,7 +97,7 @@ class Exporter:
         """Write one tensor (its own shape; any device, dtype and strides)."""
         file = self._of[name]
         host = tensor.detach().to("cpu", file.names[name].dtype).contiguous()
-        _write(file.descriptor, _bytes(host), file.starts[name])
+        _write(file.descriptor, memory_of(host), file.starts[name])
 
     def finish(self) -> list[Path]:
         """Bring everything to the disk and to its names; returns the files."""
@@ -153,7 +153,10 @@ def exported_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtyp
 
 
 def export_checkpoint(
-    reader: Reader, out: str | os.PathLike[str], dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+    reader: CheckpointReader,
+    out: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> list[Path]:
     """Write the model of a checkpoint: no process group, no model, one tensor at a time. Returns the files.
 
@@ -161,16 +164,16 @@ def export_checkpoint(
     """
     items: dict[str, Item] = {}
     aliases: dict[str, str] = {}
-    for name, row in reader.parameters.items():
-        if row.weight is not None:
-            items[name] = Item(exported_dtype(dtype_named(row.weight.dtype), dtype), tuple(row.shape))
-            aliases.update(dict.fromkeys(row.aliases, name))
+    for name, entry in reader.parameters.items():
+        if entry.weight is not None:
+            items[name] = Item(exported_dtype(dtype_named(entry.weight.dtype), dtype), tuple(entry.shape))
+            aliases.update(dict.fromkeys(entry.aliases, name))
     for name, buffer in reader.manifest.buffers.items():
         items[name] = Item(dtype_named(buffer.dtype), tuple(buffer.shape))
     exporter = Exporter(out, items, aliases, shard_bytes=shard_bytes)
     try:
         for name in items:
-            exporter.add(name, reader.buffer(name, 0) if name in reader.manifest.buffers else reader.whole(name))
+            exporter.add(name, reader.buffer(name, 0) if name in reader.manifest.buffers else reader.full(name))
         return exporter.finish()
     finally:
         exporter.abandon()
