@@ -70,7 +70,7 @@ def loaders(dataset: Any, world_size: int, accumulation: int, **settings: Any) -
 
 def run(ranks: list[Loader], windows: int | None = None) -> list[list[Any]]:
     """Real samples of each global batch to the end of the epoch, or for some windows, from all ranks in lockstep."""
-    accumulation = ranks[0]._split.accumulation
+    accumulation = ranks[0]._state.split.accumulation
     steps = zip(*ranks, strict=True)  # strict: all ranks end together
     batches: list[list[Any]] = []
     for step, parts in enumerate(islice(steps, windows and windows * accumulation)):

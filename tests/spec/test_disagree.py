@@ -297,7 +297,7 @@ def another_epoch(engine, loader, step):
 
 def another_order(engine, loader, step):
     if step == 0 and dist.get_rank() == 1:
-        loader._order.seed += 1
+        loader._state.order.seed += 1
 
 
 def train_on(config, data, trick):

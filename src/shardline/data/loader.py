@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, default_collate
+from torch.utils.data import IterableDataset, default_collate
 
-from shardline.data.draw import Drawn, Ended, Indexed, Request, Streamed, introduce
+from shardline.data.checks import check_dataset, check_end, check_fits, check_numbers, check_sharded
+from shardline.data.draw import Drawn, Ended, Indexed, Streamed
+from shardline.data.fetch import Fetcher
 from shardline.data.order import Order
-from shardline.data.seeds import derive
 from shardline.data.split import Position, Split
+from shardline.data.state import LoaderState
 from shardline.errors import DataError, UsageError
 
 __all__ = ["Loader", "length"]
 
 logger = logging.getLogger(__name__)
-
-_VERSION = 1
-_REMEDIES = {
-    "version": "Use the version of Shardline that wrote it",
-    "seed": "Set the same seed",
-    "global_batch": "Set the same global batch (train_batch_size)",
-    "length": "Use the same dataset",
-    "world_size": "A dataset that is split by rank already needs the same number of ranks",
-    "order": "Use the same shuffle, sampler and torch",
-}
 
 
 class Loader:
@@ -117,68 +107,64 @@ class Loader:
         self.weight = 1.0
         self.on_batch: Callable[[Position], None] | None = None
         self.on_error: Callable[[DataError | None], None] | None = None
-        self._failed = False
+        self._failed = self._told = False
+        self._rank = rank
 
         iterable = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
-        self._sharded = iterable and bool(getattr(dataset, "sharded", False))
-        self._rank, self._world_size = rank, world_size
-        _check_numbers(global_batch, micro_batch, accumulation, rank, world_size)
-        _check_dataset(dataset, sampler, iterable)
-        self._split = Split(global_batch, accumulation, world_size, rank)
-        if self._sharded:  # what this rank reads is a small world of its own
-            _check_sharded(dataset, global_batch, world_size)
-            self._split = Split(global_batch // world_size, accumulation, world_size=1, rank=0)
-        if self._split.largest > micro_batch:
-            raise DataError(
-                f"A micro-batch would hold up to {self._split.largest} samples, more than a full one of {micro_batch}: "
-                f"global batch {global_batch} over {accumulation} micro-steps on {world_size} ranks. "
-                f"Set the micro-batch to {self._split.largest}, take more micro-steps or a smaller global batch."
-            )
+        sharded = iterable and bool(getattr(dataset, "sharded", False))
+        check_numbers(global_batch, micro_batch, accumulation, rank, world_size)
+        check_dataset(dataset, sampler, iterable)
+        split = Split(global_batch, accumulation, world_size, rank)
+        if sharded:  # this rank reads its own part, as a single process would
+            check_sharded(dataset, global_batch, world_size)
+            split = Split(global_batch // world_size, accumulation, world_size=1, rank=0)
+        check_fits(split, micro_batch, world_size, global_batch)
 
-        self._order = None if iterable else Order(dataset, sampler, seed, shuffle)
-        self._requests = _Requests(self._order, self._split, drop_last)
-        self._source = (
-            Streamed(dataset, self.collate_fn, seed, self._split, drop_last)
+        order = None if iterable else Order(dataset, sampler, seed, shuffle)
+        source = (
+            Streamed(dataset, self.collate_fn, seed, split, drop_last)
             if iterable
             else Indexed(dataset, self.collate_fn, seed)
         )
-        self._settings: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "num_workers": num_workers,
             "pin_memory": pin_memory,
             "prefetch_factor": prefetch_factor,
             "persistent_workers": persistent_workers,
         }
-        self._torch_loader = self._build()
-        self._running: Iterator[Drawn | Ended] | None = None  # torch's iterator: has the workers and what they prefetch
-
-        self._position = Position(epoch=0)
-        self._handed: Position | None = None  # the micro-batch handed out last since the position was set
-        self._size: int | None = None  # of its global batch
-        self._iteration = 0  # the number of the only iteration that may go on
-        self._told = False
-        if self._batches(epoch=0) == 0:
+        self._fetcher = Fetcher(source, order, split, drop_last, settings)
+        self._state = LoaderState(
+            dataset,
+            order,
+            split,
+            seed=seed,
+            global_batch=global_batch,
+            drop_last=drop_last,
+            sharded=sharded,
+            world_size=world_size,
+        )
+        if self._state.batches(epoch=0) == 0:
             raise DataError(
-                f"There is no global batch in an epoch: the dataset has {self._length(epoch=0)} samples, the global "
-                f"batch is {global_batch}, drop_last {drop_last}. Add data, lower the global batch or keep the last."
+                f"There is no global batch in an epoch: the dataset has {self._state.length(epoch=0)} samples, the "
+                f"global batch is {global_batch}, drop_last {drop_last}. Add data, lower the global batch or keep the "
+                f"last."
             )
 
     @property
     def epoch(self) -> int:
         """The epoch of the current iteration, or of the next one where there is none."""
-        return self._position.epoch
+        return self._state.at.epoch
 
     @property
     def position(self) -> Position:
         """The micro-batch that will be handed out next."""
-        return self._normal(self._position)
+        return self._state.position
 
     def place(self) -> tuple[int | None, ...]:
         """What must be the same on all ranks at a step: the epoch, global batch and micro-step that come next, then the
         size of the global batch that was handed out last and a digest of the order of its epoch, where there are any.
         """
-        here, handed = self.position, self._handed
-        crc = self._order.crc(handed.epoch) if self._order is not None and handed is not None else None
-        return here.epoch, here.batch, here.micro, self._size, crc
+        return self._state.place()
 
     def __len__(self) -> int:
         """Micro-batches in the whole current epoch on this rank, wherever in it the position is.
@@ -186,10 +172,10 @@ class Loader:
         Raises:
             TypeError: an iterable dataset without ``len()``.
         """
-        batches = self._batches(self.epoch)
+        batches = self._state.batches(self.epoch)
         if batches is None:
             raise TypeError(f"The length of an epoch is not known: {type(self.dataset).__name__} has no len().")
-        return batches * self._split.accumulation
+        return batches * self._state.split.accumulation
 
     def __iter__(self) -> Iterator[Any]:
         """The micro-batches of this rank from the position to the end of the epoch, as ``collate_fn`` returns them.
@@ -198,33 +184,33 @@ class Loader:
             DataError: a stream that ends before the position or, if sharded, not at its ``len()``.
             UsageError: this iterator is used after a newer one, a jump to another position or ``close()``.
         """
-        self._leave()
-        mine = self._iteration
-        self._position = start = self.position
-        if self._handed is not None and start != Position(start.epoch):
+        fetcher, state = self._fetcher, self._state
+        fetcher.leave()
+        mine = fetcher.iteration
+        state.at = start = self.position
+        if state.handed is not None and start != Position(start.epoch):
             self._tell_once(start)
-        self._requests.start = start
-        self._running = iter(self._torch_loader)
-        over = Ended(self._length(start.epoch) or 0)
+        running = fetcher.start(start)
+        over = Ended(state.length(start.epoch) or 0)
         try:
-            while not isinstance(item := next(self._running, over), Ended):
+            while not isinstance(item := next(running, over), Ended):
                 self._hand_out(item)
                 yield item.batch
-                if self._iteration != mine:
+                if fetcher.iteration != mine:
                     raise UsageError(
                         "This iteration over the loader is over: since then the loader was iterated again, closed, or "
                         "set to another position. Go on with a new iter(loader)."
                     )
-            self._check_end(start, item.total)
+            check_end(state, start, item.total, self._rank)
         except DataError as error:
-            self._tell(error)
+            self._report(error)
             raise
         finally:
-            if self._iteration == mine:
-                self._leave()
-        nothing_left = self._position == start
-        self._position = Position(start.epoch + 1)
-        if nothing_left and self._handed is not None:  # an iteration was left exactly at the end of its stream
+            if fetcher.iteration == mine:
+                fetcher.leave()
+        nothing_left = state.at == start
+        state.at = Position(start.epoch + 1)
+        if nothing_left and state.handed is not None:  # an iteration was left exactly at the end of its stream
             yield from self
 
     def set_epoch(self, epoch: int) -> None:
@@ -233,7 +219,7 @@ class Loader:
             return
         left = self.position
         if left != Position(left.epoch) and self._rank == 0:
-            of = self._batches(left.epoch)
+            of = self._state.batches(left.epoch)
             logger.warning(
                 "set_epoch(%d) leaves epoch %d after %d%s global batches; its other samples are not used.",
                 epoch, left.epoch, left.batch, f" of {of}" if of else "",
@@ -252,8 +238,9 @@ class Loader:
             at: an earlier `position` whose state is asked for.
         """
         if at is not None:
-            return self._state(at)
-        return self._state(self.position if stepped or self._handed is None else self._handed)
+            return self._state.to_dict(at)
+        handed = self._state.handed
+        return self._state.to_dict(self.position if stepped or handed is None else handed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved position, also at another world size, accumulation or number of workers.
@@ -262,136 +249,37 @@ class Loader:
             DataError: the state was saved with another seed, global batch, order or length of the dataset: samples
                 would be lost or repeated. Nothing is changed then. ``set_epoch`` can begin an epoch all the same.
         """
-        try:
-            position = Position(operator.index(state["epoch"]), operator.index(state["batch"]))
-        except (KeyError, TypeError) as error:
-            raise DataError(f"This is not the position of a loader ({error!r}): {dict(state)}.") from error
-        here = self._state(position)
-        for name, remedy in _REMEDIES.items():
-            if state.get(name) != here[name]:
-                raise DataError(
-                    f"The saved position does not fit this loader: its {name} is {state.get(name)!r}, here it is "
-                    f"{here[name]!r}. Going on from it would lose samples and repeat others. {remedy}, or begin "
-                    f"an epoch with loader.set_epoch(n)."
-                )
-        batches = self._batches(position.epoch)
-        if position.epoch < 0 or position.batch < 0 or (self._order and batches and position.batch > batches):
-            raise DataError(
-                f"The saved position is global batch {position.batch} of epoch {position.epoch}, but an epoch has "
-                f"{batches} global batches. Use the same drop_last, or begin an epoch with loader.set_epoch(n)."
-            )
-        self._jump(self._normal(position))
+        self._jump(self._state.parse(state))
 
     def close(self) -> None:
         """End the worker processes and drop what they prefetched. The position stays; iterating starts them anew."""
-        self._leave()
-        self._stop()
-        self._source.close()
-        self._torch_loader = self._build()
-
-    def _build(self) -> DataLoader[Drawn | Ended]:
-        return DataLoader(
-            self._source,
-            batch_size=None,  # one request is one micro-batch
-            sampler=self._requests,
-            collate_fn=_unchanged,
-            worker_init_fn=introduce,
-            generator=torch.Generator().manual_seed(derive(self.seed)),  # else each iter() draws from the outer state
-            **self._settings,
-        )
-
-    def _leave(self) -> None:
-        self._iteration += 1
-        if not self._settings["persistent_workers"]:
-            self._stop()
-
-    def _stop(self) -> None:
-        """End the workers now, even where a traceback of theirs still refers to torch's iterator."""
-        running: Any = self._running
-        if hasattr(running, "_shutdown_workers"):
-            running._shutdown_workers()
-        self._running = None
+        self._fetcher.close()
 
     def _jump(self, position: Position) -> None:
-        self._leave()
-        self._position = position
-        self._handed = self._size = None
+        self._fetcher.leave()
+        self._state.jump(position)
         self.samples, self.weight = 0, 1.0
 
     def _hand_out(self, item: Drawn) -> None:
-        here = self._position
-        if self._sharded and here.batch >= (self._batches(here.epoch) or 0):
+        state, here = self._state, self._state.at
+        if state.sharded and here.batch >= (state.batches(here.epoch) or 0):
             raise DataError(
                 f"The dataset {type(self.dataset).__name__} yields more than the {len(self.dataset)} samples of its "
                 f"len() in epoch {here.epoch} on rank {self._rank}, so this rank would wait for the others for ever. "
                 "A dataset that is split by rank must yield len() samples on each."
             )
         if self._failed:
-            self._tell(None)
-        self._position = here.following(self._split.accumulation)
-        self._handed, self._size = here, item.size
+            self._report(None)
+        state.advance(item.size)
         self.samples = item.samples
         self.weight = item.samples / self.batch_size
         if self.on_batch is not None:
             self.on_batch(here)
 
-    def _tell(self, error: DataError | None) -> None:
+    def _report(self, error: DataError | None) -> None:
         self._failed = error is not None
         if self.on_error is not None:
             self.on_error(error)
-
-    def _check_end(self, start: Position, total: int) -> None:
-        """Look at the number of samples of a whole epoch when it ended."""
-        name = type(self.dataset).__name__
-        if self._sharded and total != len(self.dataset):
-            raise DataError(
-                f"The dataset {name} ended after {total} samples in epoch {start.epoch} on rank {self._rank}, but its "
-                f"len() is {len(self.dataset)}, so the other ranks would wait for this one for ever. "
-                "A dataset that is split by rank must yield len() samples on each."
-            )
-        before = max(start.batch, 1)  # so many global batches must have been there
-        size = self._split.global_batch
-        least = before * size if self.drop_last else (before - 1) * size + 1
-        if total < least:
-            raise DataError(
-                f"The stream of {name} ended after {total} samples in epoch {start.epoch}; at least {least} were "
-                f"expected (global batch {size}, position {start.batch}, drop_last {self.drop_last}). It must yield "
-                "its samples each time it is iterated; a generator, for one, can be used up only once."
-            )
-        if self._order is None and hasattr(self.dataset, "__len__") and total != len(self.dataset) and self._rank == 0:
-            logger.warning(
-                "The stream of %s ended after %d samples in epoch %d, but its len() is %d. If it should have gone on: "
-                "a next() without a default in its __next__ ends it, too.",
-                name, total, start.epoch, len(self.dataset),
-            )  # fmt: skip
-
-    def _length(self, epoch: int) -> int | None:
-        """Samples in an epoch, as far as known; those of this rank in a sharded dataset."""
-        if self._order is not None:
-            return self._order.length(epoch)
-        return len(self.dataset) if hasattr(self.dataset, "__len__") else None
-
-    def _batches(self, epoch: int) -> int | None:
-        length = self._length(epoch)
-        return None if length is None else self._split.batches(length, self.drop_last)
-
-    def _normal(self, position: Position) -> Position:
-        """The end of an epoch is the start of the next. Where a stream ends only reading it tells."""
-        if self._order is not None and position.batch >= (self._batches(position.epoch) or 0):
-            return Position(position.epoch + 1)
-        return position
-
-    def _state(self, position: Position) -> dict[str, Any]:
-        return {
-            "version": _VERSION,
-            "epoch": position.epoch,
-            "batch": position.batch,
-            "seed": self.seed,
-            "global_batch": self.global_batch,
-            "length": self._length(position.epoch) if self._order or self._sharded else None,
-            "world_size": self._world_size if self._sharded else None,
-            "order": self._order.digest(position.epoch) if self._order else None,
-        }
 
     def _tell_once(self, start: Position) -> None:
         if not self._told and self._rank == 0:
@@ -413,77 +301,3 @@ def length(dataset: Any) -> int | str:
         return len(dataset)
     except Exception as error:  # the loader meets it again, on every rank if it is the same on all
         return f"{type(error).__name__}: {error}"
-
-
-class _Requests:
-    """The sampler of torch's loader: the micro-batches of this rank from ``start`` to the end of the epoch."""
-
-    def __init__(self, order: Order | None, split: Split, drop_last: bool) -> None:
-        self.order = order
-        self.split = split
-        self.drop_last = drop_last
-        self.start = Position(epoch=0)
-
-    def __iter__(self) -> Iterator[Request]:
-        return self._streamed(self.start) if self.order is None else self._indexed(self.start, self.order)
-
-    def _streamed(self, position: Position) -> Iterator[Request]:
-        while True:
-            yield Request(position)
-            position = position.following(self.split.accumulation)
-
-    def _indexed(self, position: Position, order: Order) -> Iterator[Request]:
-        indices, size = order.indices(position.epoch), self.split.global_batch
-        while position.batch < self.split.batches(len(indices), self.drop_last):
-            batch = indices[position.batch * size : (position.batch + 1) * size]
-            piece = self.split.piece(len(batch), position.micro)
-            mine = batch[piece.places.start : piece.places.stop].tolist()
-            yield Request(position, mine, piece.samples, piece.places.start, len(batch))
-            position = position.following(self.split.accumulation)
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-def _check_numbers(global_batch: int, micro_batch: int, accumulation: int, rank: int, world_size: int) -> None:
-    counts = {
-        "global_batch": global_batch,
-        "micro_batch": micro_batch,
-        "accumulation": accumulation,
-        "world_size": world_size,
-    }
-    for name, count in counts.items():
-        if count < 1:
-            raise DataError(f"The loader's {name} is {count}; it must be at least 1.")
-    if not 0 <= rank < world_size:
-        raise DataError(f"The loader's rank is {rank}; with a world size of {world_size} it is 0 to {world_size - 1}.")
-
-
-def _check_dataset(dataset: Any, sampler: Iterable[int] | None, iterable: bool) -> None:
-    name = type(dataset).__name__
-    if iterable and not hasattr(dataset, "__iter__"):
-        raise DataError(f"The dataset {name} has neither __getitem__ nor __iter__. Give it one of them.")
-    if iterable and sampler is not None:
-        raise DataError(f"The dataset {name} is iterable: a sampler cannot choose from it. Leave the sampler out.")
-    if not iterable and sampler is None and not hasattr(dataset, "__len__"):
-        raise DataError(f"The dataset {name} has no __len__, so an epoch has no end. Add one, or give a sampler.")
-    if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
-        raise DataError(
-            f"A {type(sampler).__name__} over {sampler.num_replicas} ranks was given, but the loader itself splits the "
-            "order over ranks. Give a sampler of the whole dataset, or none."
-        )
-
-
-def _check_sharded(dataset: Any, global_batch: int, world_size: int) -> None:
-    name = type(dataset).__name__
-    if not hasattr(dataset, "__len__"):
-        raise DataError(
-            f"The dataset {name} is split by rank already (sharded = True) but has no __len__. Give it one, the number "
-            "of samples on each rank, the same on all: else a rank cannot know that others have ended."
-        )
-    if global_batch % world_size:
-        raise DataError(
-            f"The dataset {name} is split by rank already (sharded = True), so the global batch must be a multiple of "
-            f"the world size; they are {global_batch} and {world_size}."
-        )
