@@ -281,7 +281,7 @@ def test_a_broken_off_iteration_is_taken_up_and_said(workers: int, caplog: pytes
         seen += [index for part in loader for index in part.tolist()]
     assert seen == permutation(101, 5, 0).tolist()
     assert [record.getMessage().split(";")[0] for record in caplog.records] == [
-        "An iteration over the loader was broken off"
+        "An iteration over the loader was interrupted"
     ]
 
 

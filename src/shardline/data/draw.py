@@ -70,7 +70,7 @@ class _Source(Dataset[Drawn | Ended]):
         raise NotImplementedError
 
     def close(self) -> None:
-        """Let go of what is kept between micro-batches."""
+        """Release what is kept between micro-batches."""
         self.epoch = None
 
     def begin(self, epoch: int) -> None:
@@ -150,9 +150,9 @@ class Streamed(_Source):
                 self.held.append(next(self.stream))
                 self.total += 1
             except StopIteration:
-                self.stream = None  # it is not asked again: some iterators would start anew
+                self.stream = None  # it is not asked again: some iterators would start again
             except Exception as error:
-                self.epoch = None  # a generator that raised would now seem to have ended: read anew if asked again
+                self.epoch = None  # a generator that raised would now seem to have ended: read again if asked again
                 error.add_note(f"Raised while drawing sample {self.total} of the stream in epoch {epoch}.")
                 raise
 

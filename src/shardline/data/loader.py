@@ -32,7 +32,7 @@ class Loader:
     the smaller last global batch of each epoch) and nothing is repeated.
 
     **Iterating** gives the rest of the current epoch from the current position and then moves on to the next epoch. An
-    iteration that was broken off is taken up by the next one where it stopped, not begun anew. To look at a batch and
+    interrupted iteration is continued by the next one from where it stopped. To look at a batch and
     train on it all the same, load the state of before. ``set_epoch(n)`` leaves an epoch early.
 
     **Randomness**: ``dataset[i]`` is called with the generators of Python, NumPy (if imported) and torch's CPU seeded
@@ -41,7 +41,7 @@ class Loader:
 
     **Iterable datasets** keep their own order. Each rank, and each of its workers, reads the whole stream and keeps its
     pieces, so all ranks know where it ends; hence the stream must be the same on all ranks, a global batch must fit
-    into memory, and costly work belongs into ``collate_fn``, which gets this rank's samples only. A dataset that splits
+    into memory, and costly work belongs in ``collate_fn``, which gets this rank's samples only. A dataset that splits
     itself by ``get_worker_info()`` is told that it has the only worker. One that splits itself by *rank* must say so
     with an attribute ``sharded = True``; it needs a ``len()``, the number of samples on this rank, which must be the
     same on all ranks, and the world size cannot change in a resume. Resuming reads the stream again up to the position.
@@ -252,7 +252,7 @@ class Loader:
         self._jump(self._state.parse(state))
 
     def close(self) -> None:
-        """End the worker processes and drop what they prefetched. The position stays; iterating starts them anew."""
+        """End the worker processes and drop what they prefetched. The position stays; iterating starts new ones."""
         self._fetcher.close()
 
     def _jump(self, position: Position) -> None:
@@ -285,7 +285,7 @@ class Loader:
         if not self._told and self._rank == 0:
             self._told = True
             logger.warning(
-                "An iteration over the loader was broken off; the next one goes on from micro-step %d of global batch "
+                "An iteration over the loader was interrupted; the next one goes on from micro-step %d of global batch "
                 "%d of epoch %d. To go elsewhere: set_epoch(n) or load_state_dict(state) before it. (Said once.)",
                 start.micro, start.batch, start.epoch,
             )  # fmt: skip

@@ -15,12 +15,14 @@ __all__ = ["BackgroundSave", "finish"]
 
 logger = logging.getLogger("shardline")
 
-_UNTOLD: dict[int, BackgroundSave] = {}
-"""Saves that run, and those that failed and nobody was told of; also of engines that are gone."""
+_UNREPORTED: dict[int, BackgroundSave] = {}
+"""Saves that run, and failed ones whose error was not raised yet; also those of destroyed engines."""
 
 
 class BackgroundSave:
-    """A thread that runs ``write`` and keeps its error until somebody hears of it. The end of the process waits for it.
+    """A thread that runs ``write`` and keeps its error until a caller asks for the result.
+
+    The end of the process waits for it.
 
     Args:
         write: writes and commits the checkpoint.
@@ -33,7 +35,7 @@ class BackgroundSave:
         def run() -> None:
             try:
                 write()
-                _UNTOLD.pop(id(self), None)
+                _UNREPORTED.pop(id(self), None)
             except BaseException as error:
                 self._error = error
                 logger.error("a checkpoint could not be written in the background: %s", error)
@@ -41,11 +43,11 @@ class BackgroundSave:
                 over()
 
         self._thread = threading.Thread(target=run, name="shardline-checkpoint")
-        _UNTOLD[id(self)] = self
+        _UNREPORTED[id(self)] = self
         try:
             self._thread.start()
         except BaseException:
-            _UNTOLD.pop(id(self))
+            _UNREPORTED.pop(id(self))
             over()
             raise
 
@@ -56,7 +58,7 @@ class BackgroundSave:
             CheckpointError: if it failed.
         """
         self._thread.join()
-        _UNTOLD.pop(id(self), None)
+        _UNREPORTED.pop(id(self), None)
         if self._error is not None:
             said = f"the last checkpoint was not written in the background: {self._error}"
             raise CheckpointError(said) from self._error
@@ -66,14 +68,14 @@ def finish() -> None:
     """Wait for every save that still runs, of any engine.
 
     Raises:
-        CheckpointError: for the first that failed without anybody being told.
+        CheckpointError: for the first one whose error was not raised yet.
     """
-    for save in tuple(_UNTOLD.values()):
+    for save in tuple(_UNREPORTED.values()):
         save.result()
 
 
 def _at_the_end() -> None:
-    """The process ends, and nobody may have asked for the last save: its failure must not look like a good end."""
+    """Report a failed save that no call has raised: the process must not end with code 0."""
     try:
         finish()
     except CheckpointError as error:

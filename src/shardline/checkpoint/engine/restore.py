@@ -193,7 +193,7 @@ def _form(key: str, value: Any) -> str:
 def ages(parts: Parts, reader: CheckpointReader, found: Match) -> dict[str, int] | None:
     """Steps that each trained parameter's state has seen, if parameters of one run differ in that, else ``None``.
 
-    They cannot share a run then, and the model has to be laid out anew.
+    They cannot share a run then, and the model must be laid out again.
     """
     steps = {name: _steps(reader, found.params.get(name)) for name, spec in parts.specs.items() if spec.trainable}
     for unit in parts.units:

@@ -102,7 +102,7 @@ class Staging:
             torch.accelerator.current_stream(device).wait_event(event)
 
     def clear(self) -> None:
-        """Let go of the memory."""
+        """Release the memory."""
         self._arrive()
         self._kept, self._layout = {}, {}
 

@@ -1,7 +1,7 @@
-"""How things stood when the current accumulation window began: what a save in the middle of it holds.
+"""Snapshot of random states, buffers and loader position at the start of the accumulation window.
 
-Weights and optimizer state do not change inside a window, but random numbers are drawn and modules update their
-buffers. A resume replays the window, so it must begin with those of its start.
+A save inside the window holds them: weights and optimizer state do not change there, but random numbers are drawn and
+modules update their buffers. A resume replays the window, so it must begin with those of its start.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["WindowStart"]
 
 
 class WindowStart:
-    """Random states and buffers at the start of a window. Buffers that nobody changes are copied once only."""
+    """Random states and buffers at the start of a window. Unchanged buffers are not copied again."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._module, self._device = module, device

@@ -365,7 +365,7 @@ class Directory:
                 dissolve(temp)
 
     def remove(self, tag: str) -> None:
-        """Delete a checkpoint; nobody ever sees half of it. What a save did not write stays under its name.
+        """Delete a checkpoint; no reader ever sees half of it. What a save did not write stays under its name.
 
         Raises:
             CheckpointError: if there is none.

@@ -1,6 +1,6 @@
 """What a checkpoint says of itself: ``manifest.json`` as a typed value, read and checked in this one place. No torch.
 
-Whoever can write to a directory can sign a manifest anew, so a checksum that is right means nothing for what is in it.
+Anyone who can write to a directory can also write a matching checksum, so a right one does not vouch for the content.
 Here everything has a type and a range, the pieces of each tensor cover it, and what they hold fits into the files. Keys
 that are not known are ignored: a change of what known ones mean raises the version. Checks stop at the first mistake,
 so that their memory does not grow with the number of them.

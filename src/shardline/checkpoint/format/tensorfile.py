@@ -39,7 +39,7 @@ CODES = {
 
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 _CHUNK = 1 << 20  # bytes that are summed and then written while they are still in the cache
-_BATCH = 1 << 22  # bytes that the disk is told to begin with
+_BATCH = 1 << 22  # bytes after which the disk is asked to begin
 _PIECE = 1 << 22  # bytes that are on their way to another dtype or device at a time
 _LARGEST_HEADER = 100_000_000  # safetensors' own limit
 
