@@ -128,11 +128,12 @@ dist: .venv-dist/.installed  ## sdist and wheel in dist/, installed into an empt
 	@.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build
 	@touch $@
 
-check: .venv  ## formatting, lint, types, import levels
+check: .venv  ## formatting, lint, types, import levels, sizes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tools/budgets.py
 
 format: .venv  ## format and sort imports in place
 	$(BIN)/ruff check --fix --select I .
