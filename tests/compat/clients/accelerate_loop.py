@@ -93,7 +93,7 @@ def sharded(out: Path, stage: int, resume_at: int | None = None) -> dict[str, An
     assert type(unwrapped) is nn.Sequential
     state = accelerator.get_state_dict(model)
     found = {"losses": losses, "norms": seen, "weights": {} if state is None else norms(state)}
-    accelerator.end_training()
+    accelerator.free_memory()
     return found
 
 
