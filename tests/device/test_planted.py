@@ -44,8 +44,8 @@ def gather_not_awaited(patch: pytest.MonkeyPatch) -> None:
     """The stream that computes does not wait for an all-gather."""
     gather = transport.NcclTransport.gather
 
-    def lost(self: transport.NcclTransport, *args: Any) -> transport.Work:
-        KEPT.append(gather(self, *args))
+    def lost(self: transport.NcclTransport, *args: Any, **own: Any) -> transport.Work:
+        KEPT.append(gather(self, *args, **own))
         return transport.Work(())
 
     patch.setattr(transport.NcclTransport, "gather", lost)
@@ -55,10 +55,10 @@ def sum_before_arrival(patch: pytest.MonkeyPatch) -> None:
     """The sum is read before the reduce-scatter is over."""
 
     def reduce(
-        self: transport.NcclTransport, buffer: Any, boundaries: Any, out: Any, *, add: bool, scratch: Any
+        self: transport.NcclTransport, unit: int, buffer: Any, boundaries: Any, out: Any, *, add: bool, scratch: Any
     ) -> transport.Work:
         target = scratch.borrow(out.numel(), buffer.dtype)
-        handle = transport._reduce_scatter(target, buffer, self.group)
+        handle = transport._reduce_scatter(target, buffer, group=self.group, async_op=True)
         transport.add_in_order([target], out, add=add)
         return transport.Work([handle], hold=(buffer, target))
 

@@ -126,10 +126,12 @@ def test_groups_of_every_backend_on_a_device_each() -> None:
 
 def backend_here() -> tuple[str, str]:
     """Of a group that would be made here; twice, as by a job that destroys its group and makes another."""
-    store = dist.distributed_c10d._get_default_store()
+    store, world = dist.distributed_c10d._get_default_store(), dist.get_world_size()
     device = topology.discover().device
-    first = topology._backend_for_all(store, dist.get_world_size(), device)
-    return first, topology._backend_for_all(store, dist.get_world_size(), device)
+    first, second = (
+        topology._backend_for_all(topology._store_of_its_own(store, world), world, device) for _ in range(2)
+    )
+    return first, second
 
 
 def test_a_group_made_here_is_of_gloo_where_a_device_is_shared(one_device: Ranks, ranks: Ranks) -> None:

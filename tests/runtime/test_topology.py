@@ -411,3 +411,15 @@ def test_after_an_uncaught_error_a_backend_that_can_abort_has_a_limited_time_for
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (1, "aborted\n")
     assert done.stderr.rstrip().endswith("ValueError: mine")
+
+
+def test_each_group_has_its_own_part_of_a_store_that_outlives_it() -> None:
+    """Else the second group of one name may read the addresses that its peers had in the first."""
+    store = dist.HashStore()
+    places = []
+    for turn in range(3):
+        parts = [topology._store_of_its_own(store, 2) for _ in range(2)]
+        parts[0].set("address", str(turn))
+        places.append(parts[1].get("address"))
+    assert places == [b"0", b"1", b"2"]
+    assert not topology._store_of_its_own(store, 2).check(["address"])

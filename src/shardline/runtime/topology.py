@@ -305,11 +305,23 @@ def init_distributed(
 
     here = _locate(_read_environment(os.environ), rank, world_size).device
     make_current(here)
+    if world_size > 1:
+        store = _store_of_its_own(store, world_size)
     backend = dist_backend or _backend_for_all(store, world_size, here)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     if verbose and rank == 0:
         how = place.launcher or "no launcher"
         logger.debug("process group of %d (%s, %s)", world_size, backend, how)
+
+
+def _store_of_its_own(store: Any, world_size: int) -> Any:
+    """The part of ``store`` for the group that is about to be made. Collective.
+
+    A store may outlive a group whose processes make another one. Groups of one name would then read addresses that
+    their peers had in the group before.
+    """
+    turn = (store.add("shardline/groups", 1) - 1) // world_size
+    return dist.PrefixStore(f"group_{turn}", store)  # type: ignore[attr-defined]
 
 
 def _backend_for_all(store: Any, world_size: int, device: torch.device) -> str:
@@ -320,15 +332,14 @@ def _backend_for_all(store: Any, world_size: int, device: torch.device) -> str:
     if world_size == 1:
         return own_backend(device.type)
     words = dist.PrefixStore("shardline/devices", store)  # type: ignore[attr-defined]
-    turn = (words.add("come", 1) - 1) // world_size  # a store may outlive a group, whose processes make another one
     place = Place.of(device)
-    words.add(f"{turn}/{place.kind}", 1)
-    if place.kind != "cpu" and words.add(f"{turn}/{place.identity}", 1) > 1:
-        words.set(f"{turn}/shared", "yes")
-    if words.add(f"{turn}/said", 1) == world_size:
-        fits = words.add(f"{turn}/{place.kind}", 0) == world_size and not words.check([f"{turn}/shared"])
-        words.set(f"{turn}/backend", own_backend(place.kind) if fits else "gloo")
-    return str(words.get(f"{turn}/backend").decode())
+    words.add(place.kind, 1)
+    if place.kind != "cpu" and words.add(place.identity, 1) > 1:
+        words.set("shared", "yes")
+    if words.add("said", 1) == world_size:
+        fits = words.add(place.kind, 0) == world_size and not words.check(["shared"])
+        words.set("backend", own_backend(place.kind) if fits else "gloo")
+    return str(words.get("backend").decode())
 
 
 def make_current(device: torch.device) -> None:
