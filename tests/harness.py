@@ -271,17 +271,18 @@ def live_bytes() -> int:
     Independent of what the engine says of itself. Tensors that only autograd's graph holds are not seen.
     """
     gc.collect()
-    storages: dict[int, int] = {}
+    found: list[Any] = []
     with torch._C.DisableTorchFunctionSubclass():  # sealed parameters guard themselves
         for x in gc.get_objects():
             if issubclass(type(x), torch.UntypedStorage):
-                storages[x._cdata] = x.nbytes()
+                found.append(x)
             for tensor in (
                 (x, torch._C.TensorBase.grad.__get__(x) if x.is_leaf else None) if issubclass(type(x), Tensor) else ()
             ):
                 if tensor is not None and tensor.device.type != "meta" and tensor.layout == torch.strided:
-                    storage = tensor.untyped_storage()
-                    storages[storage._cdata] = storage.nbytes()
+                    found.append(tensor.untyped_storage())
+    # What the compiler keeps of its traces is on meta too, whatever device it claims, and its size may be a symbol.
+    storages = {storage._cdata: storage.nbytes() for storage in found if storage.device.type != "meta"}
     return sum(storages.values())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from argparse import Namespace
 
 import pytest
@@ -85,7 +84,6 @@ def test_windows_are_sums(ranks, stage):
 
 
 def surface() -> None:
-    logging.getLogger("shardline").setLevel(logging.ERROR)
     world, rank = dist.get_world_size(), dist.get_rank()
     parser = argparse.ArgumentParser()
     parser.add_argument("--local_rank", type=int, default=-1)
