@@ -1,4 +1,4 @@
-"""Storage reader and writer for ``torch.distributed.checkpoint``: the public names of ``foreign/interchange.py``."""
+"""The public names of ``checkpoint/foreign/interchange.py``, for ``torch.distributed.checkpoint``."""
 
 from shardline.checkpoint.foreign.interchange import Reader, Writer, state_of
 

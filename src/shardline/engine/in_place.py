@@ -26,6 +26,7 @@ from shardline.engine.optimizer_state import states_by_name
 from shardline.engine.window_grads import WindowGrads
 from shardline.errors import ConfigError, OptimizerError, UsageError
 from shardline.events import Notice
+from shardline.optim.closure import evaluate
 from shardline.plan.describe import first_names
 from shardline.runtime.modes import outside_modes
 from shardline.sharding.hooks import ModuleHook
@@ -261,10 +262,7 @@ class _LoopOptimizer:
         @wraps(getattr(original, "__func__", original))
         def step(optimizer: Any, closure: Callable[[], Any] | None = None) -> Any:
             optimizer._opt_called = True  # what a scheduler that was attached before asks for
-            loss = None
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
+            loss = evaluate(closure)
             for hook in list(optimizer._optimizer_step_pre_hooks.values()):
                 hook(optimizer, (), {})
             engine.step()

@@ -18,11 +18,11 @@ from torch import Tensor
 from shardline.comm import Comm
 from shardline.engine.trainables import Trainables
 from shardline.errors import UsageError
-from shardline.optim.clip import square_sum
 from shardline.sharding.bucket import Bucket
 from shardline.sharding.containers import tensors_in
 from shardline.sharding.parameter import HARMLESS
 from shardline.sharding.precision import LossScaler
+from shardline.sharding.step import Update
 from shardline.sharding.window import Window
 
 __all__ = ["DividedGrad", "WindowGrads"]
@@ -131,14 +131,8 @@ class WindowGrads:
     def norm(self) -> Tensor:
         """The global L2 norm of the averages: a 0-dim float64 tensor. Collective."""
         self._complete()
-        own = [
-            bucket.shard.own(bucket.grads.reduced)
-            for unit in self._trainables.layout.units
-            for bucket in unit.trainable
-            if bucket.grads.reduced is not None
-        ]
-        total = self._comm.all_gather_row(square_sum(own, self._device).view(1)).sum().sqrt()
-        return total / self._average()
+        squares = self._comm.all_gather_row(self._update.squares().view(1)).sum()
+        return squares.sqrt() / self._average()
 
     def norm_of(self, name: str, order: float) -> Tensor:
         """The norm of one parameter's averages (0-dim fp32). Collective the first time, for all of them at once."""
@@ -154,7 +148,7 @@ class WindowGrads:
             for bucket in unit.trainable
             for entry in bucket.plan.entries
         ]
-        own = torch.zeros(len(names), dtype=torch.float64, device=self._device)
+        own = torch.zeros(len(names), dtype=torch.float64, device=self._update.device)
         places = {name: place for place, name in enumerate(names)}
         found = [(places[name], piece) for name, piece in self._pieces()]
         if found:
@@ -197,11 +191,9 @@ class WindowGrads:
 
     def zero(self, name: str) -> None:
         """Forget what the window has gathered for one parameter."""
-        for unit in self._trainables.layout.units:
-            for bucket in unit.trainable:
-                for entry in bucket.plan.entries:
-                    if entry.param.name == name and bucket.grads.partial is not None:
-                        bucket.grads.partial[entry.offset : entry.stop].zero_()
+        _, bucket, entry = self._trainables.layout.where(name)
+        if bucket.grads.partial is not None:
+            bucket.grads.partial[entry.offset : entry.stop].zero_()
         for piece in self._pieces_of(name):
             piece.zero_()
         self._norms.clear()
@@ -226,9 +218,8 @@ class WindowGrads:
     # -- where they are -----------------------------------------------------------------------------------------------
 
     @property
-    def _device(self) -> torch.device:
-        units = self._trainables.layout.units
-        return units[0].state_device if units else self._comm.device
+    def _update(self) -> Update:
+        return self._trainables.check_trains("using gradients").update
 
     def _average(self) -> float:
         """What the gradients are still to be divided by to be averages without a loss scale."""
@@ -247,12 +238,10 @@ class WindowGrads:
             for bucket in unit.trainable:
                 if bucket.grads.reduced is None:
                     continue
-                low, high = bucket.shard.start, bucket.shard.stop
-                own = bucket.shard.own(bucket.grads.reduced)
-                for entry in bucket.plan.entries:
-                    start, stop = max(entry.offset, low), min(entry.stop, high)
-                    if start < stop:
-                        yield entry.param.name, own[start - low : stop - low]
+                own, low = bucket.shard.own(bucket.grads.reduced), bucket.shard.start
+                for piece in bucket.plan.fragments(low, bucket.shard.stop):
+                    start = piece.offset - low
+                    yield piece.name, own[start : start + piece.stop - piece.start]
 
     def _pieces_of(self, name: str) -> list[Tensor]:
         return [piece for each, piece in self._pieces() if each == name]

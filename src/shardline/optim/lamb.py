@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from shardline.errors import ConfigError
 from shardline.optim.amp import ScaledOptimizer, kept
+from shardline.optim.closure import evaluate
 from shardline.optim.lion import check
 
 __all__ = ["Lamb"]
@@ -70,10 +71,7 @@ class Lamb(ScaledOptimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient; see the module `amp` for ``grad_scale``, ``found_inf``."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:

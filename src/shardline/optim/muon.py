@@ -16,6 +16,7 @@ from torch.optim import Adam, Muon, Optimizer
 from torch.optim.optimizer import ParamsT
 
 from shardline.errors import ConfigError
+from shardline.optim.closure import evaluate
 from shardline.plan.describe import blocks, first_names, is_below
 
 __all__ = ["MuonAdamW", "split_groups"]
@@ -114,7 +115,7 @@ class MuonAdamW(Optimizer):
             )
 
     def drop_foreign_state(self) -> None:
-        """Forget the state of parameters that were in the other half when it was made: it begins anew."""
+        """Forget the state of parameters that were in the other half when it was made: it starts empty."""
         for group in self.param_groups:
             for param in group["params"]:
                 if self.state.get(param) and ("momentum_buffer" in self.state[param]) != group["use_muon"]:
@@ -127,11 +128,8 @@ class MuonAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for use_muon, half in self._halves:  # anew each time: groups and state are exchanged from outside
+        loss = evaluate(closure)
+        for use_muon, half in self._halves:  # each time: groups and state are replaced from outside
             half.state = self.state
             half.param_groups = [group for group in self.param_groups if group["use_muon"] == use_muon]
             half.step()
