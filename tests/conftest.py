@@ -153,7 +153,7 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def _state() -> tuple[set[Any], set[Any], set[Any]]:
-    threads = {t for t in threading.enumerate() if type(t).__name__ != "TMonitor"}  # tqdm keeps one for ever
+    threads = {t for t in threading.enumerate() if type(t).__name__ != "TMonitor"}  # tqdm never ends its own
     # set by pytest, by torch where it imports inductor, and by init_distributed
     passing = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}
     environment = {item for item in os.environ.items() if item[0] not in passing}

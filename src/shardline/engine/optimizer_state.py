@@ -53,7 +53,7 @@ class OptimizerState:
     # -- out ----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a plain optimizer's holds; copies. Talks to nobody.
+        """What a plain optimizer's holds; copies. No communication.
 
         Raises:
             OptimizerError: where states are divided over ranks.

@@ -366,7 +366,7 @@ class OneCycle(ClosedForm):
 
 
 class LRRangeTest(ClosedForm):
-    """A rate that rises for ever, to find the largest one that trains (Smith, arXiv 1803.09820).
+    """A rate that rises without limit, to find the largest one that trains (Smith, arXiv 1803.09820).
 
     ``lr(t) = min * (1 + rate * d)`` with d = (t + 1) / step_size, its floor in a staircase.
     """

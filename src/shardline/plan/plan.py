@@ -393,7 +393,7 @@ def _merge(candidates: list[_Candidate], min_numel: int, max_numel: int, chosen:
         return (
             first.block == second.block
             and first.numel + second.numel <= max_numel
-            # The model itself is in use from the first to the last moment: what it holds keeps nobody company.
+            # Parameters of the root module are in use during the whole forward, so they are not merged with others.
             and "" not in roots
             and not chosen.intersection(roots)
         )

@@ -244,7 +244,7 @@ def init_distributed(
 ) -> None:
     """Make the default process group, unless there is one; works under any launcher and without one.
 
-    Without launcher and arguments this process is a world of one, whose group needs no network. Where all ranks are on
+    Without launcher and arguments this is a single process, whose group needs no network. Where all ranks are on
     one host, gloo and NCCL listen on the loopback interface, unless GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME are set.
     On a machine with accelerators this process's device becomes the current one.
 

@@ -30,7 +30,7 @@ _WRAPPERS = {
 
 
 def check_model(model: nn.Module) -> None:
-    """See that nobody else manages ``model``, and that each of its tensors has memory of its own.
+    """Check that nothing else manages ``model``, and that each of its tensors has memory of its own.
 
     Raises:
         ModelError: naming the module or tensor.
@@ -136,7 +136,7 @@ def _tensors(model: nn.Module) -> Iterator[_Held]:
             yield from held("buffer", prefix + name, buffer)
         for name, value in vars(module).items():
             if f"{name}_orig" in module._parameters:
-                continue  # of spectral_norm and pruning, which write it anew in each forward
+                continue  # of spectral_norm and pruning, which write it again in each forward
             several = isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor)
             for each in value if several else (value,):
                 yield from held("attribute", prefix + name, each)

@@ -89,7 +89,7 @@ class Pool:
         """A buffer of ``numel`` elements with arbitrary contents.
 
         With ``lasting`` it gets a piece of its own size: others of its kind will live beside it, so that what it left
-        unused would serve nobody.
+        unused would be wasted.
         """
         size = numel * dtype.itemsize
         slack = _CLOSE if lasting else _SLACK

@@ -4,7 +4,7 @@ They speak in rounds. In each, every rank says which unit it wants gathered, or 
 it is done with the pass; then all gather what anybody wants, one unit after the other. A rank that does not need a unit
 takes part all the same, and lets it go. A pass is over when all are done with it in the same round.
 
-Nobody waits for ever: a rank that computes will speak again; gathers are those that all have just heard of, in one
+No rank waits without end: a rank that computes will speak again; gathers are those that all have just heard of, in one
 order; and a reduction is waited for only when every rank has issued it. Of the ranks that still wait for that, the one
 which has issued the fewest reductions has all of its own issued everywhere, so it goes on.
 """
@@ -87,6 +87,6 @@ class Negotiation:
                     self._units[index].join_unshard()
             self.repeated |= {answer[0] - count for answer in answers if answer[0] >= count}
         except BaseException:
-            self._broken = True  # the others do not hear of it, so there is nobody to settle with
+            self._broken = True  # the others do not hear of it, so none of them would answer
             raise
         return answers

@@ -184,7 +184,7 @@ def _make_classes(original: type[nn.Parameter]) -> tuple[type[nn.Parameter], typ
 
 @contextmanager
 def _plain(param: Any) -> Iterator[None]:
-    """Within it a shown parameter looks as if nobody managed it: what is made from it then refers to no engine."""
+    """Within it a shown parameter looks as if no engine managed it: what is made from it then refers to no engine."""
     kind, record = param.__class__, param.__dict__.pop("_shardline")
     param.__class__ = kind._unmanaged
     try:

@@ -234,7 +234,7 @@ class Unit:
                 bucket.weights.before_edit = None
 
     def note_versions(self) -> None:
-        """The weights as they are now are nobody's edits."""
+        """Take the weights as they are now for unedited."""
         for bucket in self.buckets:
             bucket.edits.note_versions()
 
