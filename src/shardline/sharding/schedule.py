@@ -67,7 +67,7 @@ class Schedule:
 
     Args:
         units: all of the engine's.
-        ask: one message of integers to every rank and their answers; see :meth:`Comm.ask`.
+        ask: one message of integers to every rank and their answers; see :meth:`Comm.all_gather_ints`.
         prefetch: whether gathers begin one use ahead.
         reshard_after_forward: whether weights are released between forward and backward.
         max_kept: elements of weights to keep that were gathered for other ranks.
