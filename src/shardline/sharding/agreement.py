@@ -17,7 +17,7 @@ from shardline.sharding.negotiation import Negotiation
 from shardline.sharding.orders import Order, fill_in
 from shardline.sharding.unit import Unit
 
-__all__ = ["Agreement", "Kind", "Record"]
+__all__ = ["Agreement", "Kind", "Record", "Signature"]
 
 _END_OF_FORWARD, _BEGIN_OF_BACKWARD, _END_OF_BACKWARD = range(3)
 
@@ -39,30 +39,50 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True)
+class Signature:
+    """By what a pass is known before it runs, on all ranks alike: those of one signature may follow one order.
+
+    A backward needs other weights than the one before it where it comes of other forwards, or where it goes on into
+    what the model was given: then the first layer's, too.
+
+    Attributes:
+        kind: of the pass.
+        forwards: how many the model has run since the last backward, for a backward.
+        into_inputs: whether any was given what requires a gradient.
+    """
+
+    kind: Kind
+    forwards: int = 0
+    into_inputs: bool = False
+
+
+@dataclass(frozen=True)
 class Record:
     """What this rank did in a negotiated pass.
 
     Attributes:
-        kind, place: of the pass: its number among those of its kind in the step.
+        signature, place: of the pass: its number among those of its signature in the step.
         events: as :class:`Order` has them.
         kept: units that were not released before the end of the pass.
         uses: units that the forwards since the last backward used, in order.
+        needless: those of them that no backward needs: it ends in them, since nothing they were given has a gradient.
         last: the unit that the last forward used last.
         reductions: how many were started.
     """
 
-    kind: Kind
+    signature: Signature
     place: int
     events: tuple[int, ...]
     kept: frozenset[int]
     uses: tuple[int, ...]
+    needless: frozenset[int]
     last: int | None
     reductions: int
 
     @cached_property
     def digest(self) -> int:
         """What ranks compare."""
-        return digest(self.events, self.uses, [-1 if self.last is None else self.last])
+        return digest(self.events, self.uses, sorted(self.needless), [-1 if self.last is None else self.last])
 
 
 class Agreement:
@@ -77,8 +97,8 @@ class Agreement:
     def __init__(self, units: Sequence[Unit], negotiation: Negotiation, *, prefetch: bool) -> None:
         self._units, self._negotiation, self._prefetch = units, negotiation, prefetch
         self._sharded = [unit.index for unit in units if unit.sharded]
-        self._orders: dict[Kind, list[Order | None]] = {kind: [] for kind in Kind}  # by the pass's place in its step
-        self._passes: Counter[Kind] = Counter()  # of this step
+        self._orders: dict[Signature, list[Order | None]] = {}  # by the pass's place among its like in the step
+        self._passes: Counter[Signature] = Counter()  # of this step
         self._doubt = 0  # steps that are negotiated whole
         self._disagreements = 0
         self._differed = False  # ranks did, in this step
@@ -88,22 +108,22 @@ class Agreement:
 
     # -- a pass -----------------------------------------------------------------------------------------------------
 
-    def order(self, kind: Kind) -> Order | None:
-        """The order for the next pass of ``kind``: that of its place in the step; for a forward else the last before.
+    def order(self, signature: Signature) -> Order | None:
+        """The order for the next such pass: that of its place in the step; for a forward else the last before.
 
         The order of a backward leaves out what it did not need, which another one may: as the second of one graph.
         """
-        known, place = self._orders[kind], self._passes[kind]
+        known, place = self._orders.get(signature), self._passes[signature]
         if self._doubt or self._differed or not known:
             return None
-        if place >= len(known) and not kind.is_forward:
+        if place >= len(known) and not signature.kind.is_forward:
             return None
         return known[min(place, len(known) - 1)]
 
-    def begin(self, kind: Kind) -> int:
-        """A pass of ``kind`` begins. Returns its place in the step."""
-        self._passes[kind] += 1
-        return self._passes[kind] - 1
+    def begin(self, signature: Signature) -> int:
+        """Such a pass begins. Returns its place in the step."""
+        self._passes[signature] += 1
+        return self._passes[signature] - 1
 
     def follow_forward(self, uses: Sequence[int]) -> None:
         """Before a negotiated backward: units get ready in the reverse of the forward, if all ranks made the same."""
@@ -114,10 +134,10 @@ class Agreement:
 
     def conclude(self, record: Record) -> None:
         """Compare what ranks did in a negotiated pass, and remember it where they did the same. Collective."""
-        kind, place = record.kind, record.place
+        kind, place = record.signature.kind, record.place
         point = _END_OF_FORWARD if kind.is_forward else _END_OF_BACKWARD
         alike = self._negotiation.settle(point, record.reductions, record.digest)
-        known = self._orders[kind]
+        known = self._orders.setdefault(record.signature, [])
         known += [None] * (place + 1 - len(known))
         if not alike and not self._sharded:  # all that ranks could differ in is when they are ready
             known[place] = Order(tuple(~index for index in self.reduce_order))
@@ -132,11 +152,10 @@ class Agreement:
     def _order_of(self, record: Record) -> Order | None:
         """The order of a pass that all ranks saw alike. One that did not use all units is not followed in evaluations:
         to gather the others as well would cost more than to negotiate."""
-        kind, events = record.kind, record.events
-        # Only what a backward could have needed: it leaves out what its forward used, such as an embedding.
-        idle = [
-            index for index in self._sharded if index not in events and (kind.is_forward or index not in record.uses)
-        ]
+        kind, events = record.signature.kind, record.events
+        # Only what a backward could have needed, with another loss: it leaves out what none does, as an embedding.
+        left_out = () if kind.is_forward else record.needless
+        idle = [index for index in self._sharded if index not in events and index not in left_out]
         if kind is Kind.EVALUATION and idle:
             return None
         # Of what was kept in this pass it is not known whether it was used again.

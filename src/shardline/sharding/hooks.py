@@ -155,7 +155,10 @@ class Hooks:
                 units = hooks._root
             schedule, with_grad = hooks.schedule, torch.is_grad_enabled()
             in_backward = schedule.in_backward
-            pushed = with_grad and not in_backward and unwatched is None and not hooks._calls and hooks.saved.push()
+            outermost = with_grad and not in_backward and not hooks._calls
+            pushed = outermost and unwatched is None and hooks.saved.push()
+            if outermost and hooks.saved.needed and _differentiable((args, kwargs)):
+                schedule.expect_into_inputs()
             fresh = [unit for unit in units if not unit.holds]
             held: list[Unit] = []
             hooks._calls.append((held, pushed))  # before anything can fail: what is done here is undone in any case
@@ -205,7 +208,7 @@ class Hooks:
             self.saved.pop()
 
     def _expect_backward(self, unit: Unit, given: Any) -> None:
-        inputs = [tensor for tensor in tensors_in(given) if tensor.requires_grad]
+        inputs = _differentiable(given)
         for tensor in inputs:
             handle = tensor.register_hook(partial(self._post_backward, unit, tensor.is_leaf))
             if tensor.is_leaf:  # it outlives the graph, and would gather hooks
@@ -301,6 +304,10 @@ class Hooks:
                 self._pin(unit, kind)
         for unit, _ in pinned:
             unit.reshard()
+
+
+def _differentiable(given: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors_in(given) if tensor.requires_grad]
 
 
 def watch_outputs(

@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 
-from shardline.sharding.agreement import Agreement, Kind, Record
+from shardline.sharding.agreement import Agreement, Kind, Record, Signature
 from shardline.sharding.negotiation import Negotiation
 from shardline.sharding.passes import Issue, Negotiated, Pass, Replayed
 from shardline.sharding.readiness import Readiness
@@ -45,13 +45,22 @@ class _Uses:
 
     Attributes:
         in_order: each once, by its first use with gradients.
+        differentiable: those that were given what requires a gradient.
+        forwards: how many there were, with gradients.
+        into_inputs: whether the model, or a module that was called past it, was given what requires a gradient.
         last: what was used last in the forward that runs, or ran last.
     """
 
     def __init__(self) -> None:
-        self.in_order: dict[int, None] = {}
         self.last: int | None = None
         self._with_grad = True
+        self.forget()
+
+    def forget(self) -> None:
+        """A backward is over."""
+        self.in_order: dict[int, None] = {}
+        self.differentiable: set[int] = set()
+        self.forwards, self.into_inputs = 0, False
 
     def begin_forward(self, *, with_grad: bool) -> None:
         self.last, self._with_grad = None, with_grad
@@ -60,6 +69,10 @@ class _Uses:
         self.last = unit.index
         if self._with_grad:
             self.in_order[unit.index] = None
+
+    def signature(self, kind: Kind) -> Signature:
+        """That of a backward which begins now."""
+        return Signature(kind, self.forwards, self.into_inputs)
 
 
 class Schedule:
@@ -103,7 +116,7 @@ class Schedule:
         self._sharded = [unit.index for unit in units if unit.sharded]
         self._forward: Pass | None = None
         self._backward = Pass()
-        self._running: tuple[Kind, int] = (Kind.FORWARD, 0)  # the pass, and its place in the step
+        self._running = Signature(Kind.FORWARD), 0  # the pass, and its place in the step
         self._resident: set[int] = set()  # what is here between two passes, on every rank
         self._uses = _Uses()
         self._calls = 0  # of modules, now: not uses by gathered_parameters(), in which ranks may differ
@@ -125,7 +138,8 @@ class Schedule:
         if all(self.units[index].holds for index in self._sharded):
             self._forward = Pass(kept)
         else:
-            self._forward = self._start(Kind.FORWARD if with_grad else Kind.EVALUATION, kept)
+            self._forward = self._start(Signature(Kind.FORWARD if with_grad else Kind.EVALUATION), kept)
+            self._uses.forwards += with_grad
         self._uses.begin_forward(with_grad=with_grad)
 
     def end_forward(self) -> None:
@@ -229,11 +243,11 @@ class Schedule:
 
     # -- passes -----------------------------------------------------------------------------------------------------
 
-    def _start(self, kind: Kind, kept: Collection[int] = ()) -> Pass:
-        """A pass of ``kind``, by its order if there is one."""
-        order = self._agreement.order(kind)
-        self._running = kind, self._agreement.begin(kind)
-        queue = self._queue if kind is Kind.BACKWARD else None
+    def _start(self, signature: Signature, kept: Collection[int] = ()) -> Pass:
+        """A pass, by its order if there is one."""
+        order = self._agreement.order(signature)
+        self._running = signature, self._agreement.begin(signature)
+        queue = self._queue if signature.kind is Kind.BACKWARD else None
         if order is None:
             ready, reduce_order = self._readiness.is_ready, self._agreement.reduce_order
             return Negotiated(self._negotiation, self.units, kept, queue, reduce_order, ready, self.factor)
@@ -245,8 +259,18 @@ class Schedule:
         """Everything of a pass was issued: see whether ranks did the same."""
         self._agreement.left = self._agreement.left or current.left
         if isinstance(current, Negotiated):
-            events, kept, uses = tuple(current.events), frozenset(current.kept), tuple(self._uses.in_order)
-            self._agreement.conclude(Record(*self._running, events, kept, uses, self._uses.last, current.issued))
+            uses = self._uses
+            self._agreement.conclude(
+                Record(
+                    *self._running,
+                    events=tuple(current.events),
+                    kept=frozenset(current.kept),
+                    uses=tuple(uses.in_order),
+                    needless=frozenset(uses.in_order.keys() - uses.differentiable),
+                    last=uses.last,
+                    reductions=current.issued,
+                )
+            )
 
     def end_step(self) -> bool:
         """A step ends, on all ranks alike. Returns whether this rank left an agreed order in it."""
@@ -280,14 +304,20 @@ class Schedule:
         if not self.reducing and not self._sharded:
             self._backward = Pass()
             return
-        kind = Kind.BACKWARD if self.reducing else Kind.ACCUMULATION
-        if self._agreement.order(kind) is None:
+        signature = self._uses.signature(Kind.BACKWARD if self.reducing else Kind.ACCUMULATION)
+        if self._agreement.order(signature) is None:
             self._agreement.follow_forward(list(self._uses.in_order))
-        self._backward = self._start(kind)
+        self._backward = self._start(signature)
 
     def expect_backward(self, unit: Unit, inputs: int) -> None:
         """A call of ``unit`` joined the graph; its backward will be over when ``inputs`` gradients are complete."""
         self._readiness.expect(unit, inputs)
+        if inputs:
+            self._uses.differentiable.add(unit.index)
+
+    def expect_into_inputs(self) -> None:
+        """What the model was given requires a gradient: backward goes on into it."""
+        self._uses.into_inputs = True
 
     def expects_backward(self, unit: Unit) -> bool:
         """Whether a call of ``unit`` is expected to have a backward."""
@@ -351,7 +381,7 @@ class Schedule:
         self._backward = Pass()
         self._end_conversions()
         self._readiness.end()
-        self._uses.in_order.clear()
+        self._uses.forget()
         self.release_all()
 
     def finish_reductions(self) -> None:
