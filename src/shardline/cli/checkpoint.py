@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -79,45 +79,14 @@ def _say(text: object, file: TextIO | None = None) -> None:
     print(shown(text, 10_000), file=file)
 
 
-def _candidates(args: argparse.Namespace) -> Iterator[tuple[str, Path, str | None]]:
-    """Tag, path, and what is wrong at first sight of the checkpoints that the arguments name, the newest first.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
-    from shardline.checkpoint.format.directory import Directory
-
-    directory = Directory(args.dir)
-    if args.tag is None and directory.is_checkpoint():
-        yield args.dir.absolute().name, args.dir, None
-        return
-    if args.tag is not None:
-        path = directory.locate(args.tag)
-        if path is None:
-            raise CheckpointError(
-                f"there is no checkpoint {args.tag!r} in {args.dir}. There are: "
-                f"{', '.join(directory.tags()) or 'none'}."
-            )
-        yield args.tag, path, None
-        return
-    found = {each.tag: each for each in directory.checkpoints()}
-    for tag in directory.order() or list(found):
-        if tag in found:
-            yield tag, found[tag].path, found[tag].problem
-    if not found:
-        raise CheckpointError(f"there is no checkpoint: {directory.lack()}.")
-
-
 def _chosen(args: argparse.Namespace) -> tuple[str, Path]:
     """The tag and the path of the checkpoint that the arguments name, or of the newest intact one."""
-    problems: list[str] = []
-    for tag, path, problem in _candidates(args):
-        if problem is None:
-            for each in problems:
-                _say(f"{path} is taken, and not a later one: {each}.", file=sys.stderr)
-            return tag, path
-        problems.append(problem)
-    raise CheckpointError(f"no checkpoint in {args.dir} is intact: {'; '.join(problems)}.")
+    from shardline.checkpoint.format.directory import Directory
+
+    tag, path, passed_over = Directory(args.dir).choose(args.tag)
+    for each in passed_over:
+        _say(f"{path} is taken, and not a later one: {each}.", file=sys.stderr)
+    return tag, path
 
 
 def _size(manifest: Manifest) -> str:
@@ -209,9 +178,10 @@ def _verify(args: argparse.Namespace) -> int:
     from shardline.checkpoint.format.directory import Directory, check_files
     from shardline.checkpoint.format.manifest import read_manifest
 
-    chosen = _candidates(args)
+    directory = Directory(args.dir)
+    chosen = directory.candidates(args.tag)
     if args.all:
-        chosen = iter([(each.tag, each.path, each.problem) for each in Directory(args.dir).checkpoints()])
+        chosen = iter([(each.tag, each.path, each.problem) for each in directory.checkpoints()])
     wrong = 0
     for tag, path, _ in chosen:
         try:

@@ -268,6 +268,53 @@ class Directory:
         wanted = [each.tag for each in self.checkpoints() if each.latest]  # or named as one that could not be taken
         return list(dict.fromkeys([*filter(None, first), *wanted]))
 
+    def candidates(self, tag: str | None = None) -> Iterator[tuple[str, Path, str | None]]:
+        """What ``tag`` names, else what a load without one may take, the newest first: a checkpoint that the path is
+        itself, or those in it.
+
+        Yields:
+            Tag, path, and what is wrong at first sight.
+
+        Raises:
+            CheckpointError: if there is none.
+            UsageError: if ``tag`` cannot be a checkpoint's name.
+        """
+        if tag is None and self.is_checkpoint():
+            yield self.path.absolute().name, self.path, None
+            return
+        if tag is not None:
+            path = self.locate(tag)
+            if path is None:
+                raise CheckpointError(
+                    f"there is no checkpoint {tag!r} in {shown(self.path)}. There are: "
+                    f"{', '.join(self.tags()) or 'none'}."
+                )
+            yield tag, path, None
+            return
+        found = {each.tag: each for each in self.checkpoints()}
+        for each in self.order() or list(found):
+            if each in found:
+                yield each, found[each].path, found[each].problem
+        if not found:
+            raise CheckpointError(f"there is no checkpoint: {self.lack()}.")
+
+    def choose(self, tag: str | None = None) -> tuple[str, Path, list[str]]:
+        """The first of :meth:`candidates` with which nothing is wrong at first sight.
+
+        Returns:
+            Tag, path, and why later ones were passed over.
+
+        Raises:
+            CheckpointError: if there is none.
+            UsageError: if ``tag`` cannot be a checkpoint's name.
+        """
+        problems: list[str] = []
+        for each, path, problem in self.candidates(tag):
+            if problem is None:
+                return each, path, problems
+            problems.append(problem)
+        raise CheckpointError(f"no checkpoint in {shown(self.path)} is intact: {'; '.join(problems)}.")
+
     def is_checkpoint(self) -> bool:
         """Whether the path is a checkpoint itself, and no directory of them."""
         return is_regular(self.path / MANIFEST_SUM) or has_mark(self.path)
