@@ -23,7 +23,7 @@ PRIVATE = {
     "optim/lamb.py": "foreach operations",
     "optim/lion.py": "foreach operations",
     "runtime/modes.py": "the modes of a thread",
-    "runtime/topology.py": "torch's registry of process groups, and their abort",
+    "runtime/process_group.py": "torch's registry of process groups, and their abort",
     "sharding/admission.py": "which storages parameters share",
     "sharding/buffer.py": "who else holds a storage",
     "sharding/edits.py": "a parameter's data, past its class",
@@ -42,7 +42,7 @@ ENVIRONMENT = {
     "launch/rendezvous.py",
     "launch/run.py",
     "launch/runner.py",
-    "runtime/topology.py",
+    "runtime/environment.py",
     "testing.py",
 }
 """Files that read or write environment variables."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
     from shardline.features.meta import empty_weights
     from shardline.runtime.accelerator import get_accelerator
-    from shardline.runtime.topology import init_distributed
+    from shardline.runtime.process_group import init_distributed
 
 __all__ = [
     "CheckpointError",
@@ -73,7 +73,7 @@ _HOMES = {
     "add_config_arguments": "config.arguments",
     "empty_weights": "features.meta",
     "get_accelerator": "runtime.accelerator",
-    "init_distributed": "runtime.topology",
+    "init_distributed": "runtime.process_group",
     "initialize": "engine.initialize",
     "shard": "engine.in_place",
 }

@@ -41,7 +41,8 @@ import torch.distributed as dist
 
 from shardline.errors import ShardlineError, UsageError
 from shardline.runtime.network import LOOPBACK, interface, join_store, open_store
-from shardline.runtime.topology import DEFAULT_TIMEOUT, default_backend
+from shardline.runtime.process_group import DEFAULT_TIMEOUT
+from shardline.runtime.topology import default_backend
 
 __all__ = ["Pool", "RankFailed", "RankTimeout", "run_distributed"]
 

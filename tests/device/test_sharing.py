@@ -17,7 +17,7 @@ from shardline.comm.transport import HostStagedTransport
 from shardline.errors import DisagreementError
 from shardline.events import Notice
 from shardline.observe import Console
-from shardline.runtime import topology
+from shardline.runtime import process_group, topology
 from shardline.testing import Pool
 from tests.conftest import Ranks
 from tests.device import simulated
@@ -87,8 +87,8 @@ def groups_of(backends: list[str | None]) -> list[tuple[str, str, bool, float]]:
         dist.destroy_process_group()
         if backend is None:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(topology, "_store", partial(given, store))
-                topology.init_distributed(timeout=timedelta(seconds=30))
+                patch.setattr(process_group, "_store", partial(given, store))
+                process_group.init_distributed(timeout=timedelta(seconds=30))
         else:
             dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         engine = make(config(3))
@@ -105,7 +105,7 @@ BACKENDS = [None, "cuda:simulated", "gloo", "cpu:gloo", "cpu:gloo,cuda:simulated
 
 
 def test_groups_of_every_backend_on_one_device() -> None:
-    pool = OneDevice()  # processes of its own: their group is made anew
+    pool = OneDevice()  # processes of its own: their group is made again
     try:
         for found in pool(groups_of, 2, BACKENDS[1:]):
             assert [(device, staged) for device, _, staged, _ in found] == [("cuda:0", True)] * 4
@@ -129,7 +129,7 @@ def backend_here() -> tuple[str, str]:
     store, world = dist.distributed_c10d._get_default_store(), dist.get_world_size()
     device = topology.discover().device
     first, second = (
-        topology._backend_for_all(topology._store_of_its_own(store, world), world, device) for _ in range(2)
+        process_group._backend_for_all(process_group._own_part(store, world), world, device) for _ in range(2)
     )
     return first, second
 

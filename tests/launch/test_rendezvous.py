@@ -20,7 +20,7 @@ from shardline.errors import LaunchError
 from shardline.launch import rendezvous
 from shardline.launch.rendezvous import BACKEND, ChangingNodes, FixedNodes, Meeting, SignedBackend
 from shardline.runtime.network import open_store
-from shardline.runtime.topology import init_distributed
+from shardline.runtime.process_group import init_distributed
 from tests.sockets import descendants, listening
 
 LIMIT = 90

@@ -36,6 +36,7 @@ from shardline.comm.groups import Group
 from shardline.comm.log import TransitionLog
 from shardline.comm.transport import BLOCK, Scratch, Work, add_in_order, put
 from shardline.errors import DisagreementError, LostRankError, ShardlineError, UsageError, text_of
+from shardline.runtime.ending import has_failed
 
 __all__ = ["PeerMemoryTransport", "Peers", "attach"]
 
@@ -194,7 +195,7 @@ def _same_error(rank: int, text: str) -> ShardlineError:
 def _drain_at_exit(reference: weakref.ref[Peers]) -> None:
     """The process ends; after an uncaught error it does not wait."""
     peers = reference()
-    if peers is not None and getattr(sys, "last_value", None) is None:
+    if peers is not None and not has_failed():
         peers.drain()
 
 

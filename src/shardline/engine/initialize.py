@@ -34,7 +34,8 @@ from shardline.optim import arrange, lr
 from shardline.optim.kinds import kind
 from shardline.plan.placement import STAGES, Placement, Stage
 from shardline.runtime.modes import outside_modes
-from shardline.runtime.topology import Topology, discover, init_distributed, make_current
+from shardline.runtime.process_group import init_distributed, make_current
+from shardline.runtime.topology import Topology, discover
 from shardline.sharding.admission import check_model
 from shardline.sharding.build import (
     Layout,

@@ -43,6 +43,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 )
 
 from shardline.errors import LaunchError
+from shardline.runtime.environment import listen_on
 from shardline.runtime.network import (
     LOOPBACK,
     PrefixStore,
@@ -54,7 +55,6 @@ from shardline.runtime.network import (
     open_store,
     own_address,
 )
-from shardline.runtime.topology import listen_on
 
 __all__ = ["BACKEND", "Meeting", "NotNeeded", "register"]
 

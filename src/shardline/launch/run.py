@@ -28,8 +28,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from shardline.errors import LaunchError
 from shardline.launch.rendezvous import BACKEND, Meeting, NotNeeded, register
 from shardline.runtime.device import Accelerators, usable
+from shardline.runtime.environment import asked_device
 from shardline.runtime.network import LOOPBACK
-from shardline.runtime.topology import DEFAULT_PORT, asked_device
+from shardline.runtime.process_group import DEFAULT_PORT
 
 __all__ = ["Launch", "launch"]
 

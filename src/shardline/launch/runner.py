@@ -20,6 +20,8 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
+from shardline.runtime.ending import end_with
+
 _LOSS = re.compile("Connection (closed|reset) by peer|Broken pipe|remote process exited|[Cc]ommunicator was aborted")
 _CAUSE_SECONDS = 3.0  # from the loss of a peer, which is closing files and groups, to its own message
 _EXIT_SECONDS = 30.0  # for a failed rank's exit handlers; a thread or destructor that waits for other ranks hangs there
@@ -61,6 +63,8 @@ def main(arguments: list[str]) -> None:
         if _record(error, code, Path(error_file)):
             _wait_for_the_cause(Path(error_file).parent)
         faulthandler.dump_traceback_later(_EXIT_SECONDS, exit=True)
+        sys.last_value = error  # as the interpreter does, which does not see this error
+        end_with(code)
         raise SystemExit(code) from None
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from multiprocessing.util import Finalize
 
 from shardline.errors import CheckpointError
+from shardline.runtime.ending import has_failed
 
 __all__ = ["BackgroundSave", "finish"]
 
@@ -80,7 +81,7 @@ def _at_the_end() -> None:
         finish()
     except CheckpointError as error:
         sys.stderr.write(f"shardline: {error}\nNothing else has said so: this process ends with code 1.\n")
-        if getattr(sys, "last_value", None) is None:  # else it ends with that error's code by itself
+        if not has_failed():  # else it ends with that error's code by itself
             logging.shutdown()
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()

@@ -15,7 +15,7 @@ from shardline.checkpoint.format.faults import armed
 from shardline.checkpoint.format.lock import Lock
 from shardline.checkpoint.format.manifest import check_tag
 from shardline.comm import Exchange
-from shardline.runtime.topology import fault
+from shardline.runtime.environment import fault
 
 __all__ = ["Saver"]
 

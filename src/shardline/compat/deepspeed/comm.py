@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 from shardline.errors import UsageError
 from shardline.runtime.accelerator import get_accelerator
-from shardline.runtime.topology import DEFAULT_PORT, discover
-from shardline.runtime.topology import init_distributed as _init_distributed
+from shardline.runtime.process_group import DEFAULT_PORT
+from shardline.runtime.process_group import init_distributed as _init_distributed
+from shardline.runtime.topology import discover
 
 __all__ = ["get_local_rank", "init_distributed", "log_summary"]
 

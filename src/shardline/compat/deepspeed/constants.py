@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum, IntEnum
 
 from shardline.compat.deepspeed._version import VERSION
-from shardline.runtime.topology import DEFAULT_PORT, DEFAULT_TIMEOUT
+from shardline.runtime.process_group import DEFAULT_PORT, DEFAULT_TIMEOUT
 
 __all__ = ["OffloadDeviceEnum", "OffloadStateTypeEnum", "ZeroStageEnum"]
 

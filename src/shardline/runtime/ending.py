@@ -1,0 +1,74 @@
+"""The end of a process that failed while it had a process group.
+
+A thread of gloo that drops a tensor needs the interpreter. One that asks for it while the interpreter is torn down is
+ended by CPython, and C++ then aborts the process: SIGABRT in the place of the exit code. After an error the groups
+cannot be ended first, since that waits for collectives which other ranks may never join. So such a process runs
+everything that runs at exit, flushes its files, and ends without a teardown.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import gc
+import io
+import os
+import sys
+from contextlib import suppress
+from functools import cache
+from types import TracebackType
+
+__all__ = ["end_after_uncaught_errors", "end_with", "has_failed"]
+
+
+def has_failed() -> bool:
+    """Whether an error ends this process, or is to end it."""
+    return getattr(sys, "last_value", None) is not None
+
+
+def end_with(code: int) -> None:
+    """End the process with ``code`` behind all exit handlers, without a teardown, if it has a process group then.
+
+    To be called when the interpreter is about to exit with that code. Without a group it does so by itself.
+    """
+    atexit.register(_end, code)  # the newest handler is called first
+
+
+def _end(code: int) -> None:
+    # `python -i` goes on after an error, so this is another end
+    if hasattr(sys, "ps1") or not _has_group():
+        return
+    atexit.unregister(_end)
+    atexit._run_exitfuncs()  # all the others
+    _flush()
+    os._exit(code)
+
+
+def _has_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")  # not imported for this
+    return distributed is not None and distributed.is_available() and bool(distributed.is_initialized())
+
+
+def _flush() -> None:
+    """Flush what a teardown would: files that the script left open, then Python's streams and C's."""
+    kinds = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
+    files = [each for each in gc.get_objects() if issubclass(type(each), kinds)]
+    for file in [*files, sys.stdout, sys.stderr]:
+        with suppress(Exception):  # closed, a broken pipe, a full disk: another error ends the process
+            file.flush()
+    ctypes.pythonapi.fflush(None)
+
+
+@cache
+def end_after_uncaught_errors() -> None:
+    """From now on use :func:`end_with` when an uncaught error ends the script."""
+    earlier = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        earlier(kind, error, trace)
+        # The interpreter notes what ends it; a script that prints an error by this hook does not. After an interrupt
+        # the process ends by that signal.
+        if error is getattr(sys, "last_value", None) and not isinstance(error, KeyboardInterrupt):
+            end_with(1)
+
+    sys.excepthook = hook

@@ -1,0 +1,216 @@
+"""The default process group: how it is made, under any launcher, and how it ends when the process does."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import logging
+import sys
+import threading
+import time
+from datetime import timedelta
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+from torch.distributed.rendezvous import rendezvous
+
+from shardline.errors import LaunchError, UsageError
+from shardline.runtime.device import Accelerators, Place, own_backend, usable
+from shardline.runtime.ending import end_after_uncaught_errors, has_failed
+from shardline.runtime.environment import (
+    Launched,
+    address_of_rank_zero,
+    ask_for_device,
+    has_agent_store,
+    is_on_one_host,
+    listen_on,
+    read_launcher,
+)
+from shardline.runtime.network import LOOPBACK, Store, is_loopback_by_name, join_store, open_store
+from shardline.runtime.topology import group_backend, locate
+
+__all__ = ["DEFAULT_PORT", "DEFAULT_TIMEOUT", "init_distributed", "make_current"]
+
+logger = logging.getLogger("shardline")
+
+DEFAULT_PORT = 29500
+DEFAULT_TIMEOUT = timedelta(minutes=10)
+
+_ABORT_SECONDS = 10.0  # after an error, until a backend has ended its collectives
+_RELEASE_SECONDS = 0.02  # a thread that waits for the interpreter has it after 5 ms
+
+
+def init_distributed(
+    dist_backend: str | None = None,
+    auto_mpi_discovery: bool = True,
+    distributed_port: int = DEFAULT_PORT,
+    verbose: bool = True,
+    timeout: timedelta | None = None,
+    init_method: str | None = None,
+    dist_init_required: bool | None = None,
+    config: Any = None,
+    rank: int = -1,
+    world_size: int = -1,
+    *,
+    device: str | None = None,
+) -> None:
+    """Make the default process group, unless there is one; works under any launcher and without one.
+
+    Without launcher and arguments this is a single process, whose group needs no network. Where all ranks are on
+    one host, gloo and NCCL listen on the loopback interface, unless GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME are set.
+    On a machine with accelerators this process's device becomes the current one.
+
+    Args:
+        dist_backend: backend of the group; the default is :func:`default_backend`, or gloo where ranks share a device.
+        auto_mpi_discovery: whether Open MPI's variables count (they are read like any launcher's; no mpi4py).
+        distributed_port: port of rank 0 where the environment has no MASTER_PORT.
+        verbose: log one DEBUG line on rank 0.
+        timeout: how long a collective may wait for the other ranks; 10 minutes.
+        init_method: URL for torch's rendezvous (``tcp://host:port``, ``file:///path``), instead of MASTER_ADDR.
+        dist_init_required: False says that the caller has already made a group.
+        config: accepted for compatibility, not used.
+        rank: overrides the environment where it is not -1.
+        world_size: the same.
+        device: "cpu", or a type of accelerator such as "cuda", for this process and what it starts: it sets
+            SHARDLINE_DEVICE in the environment. The default is the accelerator that is here, if any.
+
+    Raises:
+        LaunchError: the device is not here, the environment is incomplete or contradicts itself, or rank 0 cannot
+            listen on MASTER_ADDR.
+        UsageError: ``dist_init_required=False`` without a process group.
+    """
+    if device is not None:
+        usable(Accelerators.seen(), device)
+        ask_for_device(device)
+    _end_groups_at_exit()
+    if dist.is_initialized():
+        return
+    if dist_init_required is False:
+        raise UsageError(
+            "dist_init_required=False, but torch.distributed has no process group. "
+            "Call torch.distributed.init_process_group() first, or leave dist_init_required out."
+        )
+    launched = read_launcher()
+    if launched.launcher == "mpirun" and not auto_mpi_discovery:
+        launched = Launched()
+    rank = launched.rank if rank < 0 else rank
+    world_size = launched.world_size if world_size < 0 else world_size
+    if not 0 <= rank < world_size:
+        raise LaunchError(f"Rank {rank} in a world of {world_size}: a rank is at least 0 and below the world size.")
+
+    timeout = timeout or DEFAULT_TIMEOUT
+    one_host = is_on_one_host(launched, world_size)
+    if one_host:
+        listen_on(LOOPBACK)
+    store: Any
+    if world_size == 1 and init_method is None:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+    elif init_method is not None or has_agent_store():
+        url = init_method or "env://"
+        store, rank, world_size = next(rendezvous(url, rank, world_size, timeout=timeout))
+        store.set_timeout(timeout)
+        store = dist.PrefixStore("default_pg", store)  # type: ignore[attr-defined]
+    else:
+        host, port = address_of_rank_zero(launched, distributed_port)
+        store = _store(host, port, rank == 0, one_host, timeout)
+
+    here = locate(read_launcher(), rank, world_size).device
+    make_current(here)
+    if world_size > 1:
+        store = _own_part(store, world_size)
+    backend = dist_backend or _backend_for_all(store, world_size, here)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    if verbose and rank == 0:
+        how = launched.launcher or "no launcher"
+        logger.debug("process group of %d (%s, %s)", world_size, backend, how)
+
+
+def _store(host: str, port: int, is_server: bool, one_host: bool, timeout: timedelta) -> Store:
+    if not is_server:
+        return join_store(host, port, timeout)
+    if one_host or not is_loopback_by_name(host):
+        return open_store(host, port, timeout)
+    logger.warning(
+        "%s is this host's name for itself alone, so the store of the ranks listens on all interfaces. "
+        "Set MASTER_ADDR to this host's address in the network, and it listens there alone.",
+        host,
+    )
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timeout)  # type: ignore[attr-defined]
+
+
+def _own_part(store: Any, world_size: int) -> Any:
+    """The part of ``store`` for the group that is about to be made. Collective.
+
+    A store may outlive a group whose processes make another one. Groups of one name would then read addresses that
+    their peers had in the group before.
+    """
+    turn = (store.add("shardline/groups", 1) - 1) // world_size
+    return dist.PrefixStore(f"group_{turn}", store)  # type: ignore[attr-defined]
+
+
+def _backend_for_all(store: Any, world_size: int, device: torch.device) -> str:
+    """The backend of a new group: gloo for all where two processes have one device. Collective.
+
+    Each process writes a few keys, and the last one concludes: none reads what all the others wrote.
+    """
+    if world_size == 1:
+        return own_backend(device.type)
+    counts = dist.PrefixStore("shardline/devices", store)  # type: ignore[attr-defined]
+    place = Place.of(device)
+    counts.add(place.kind, 1)
+    if place.kind != "cpu" and counts.add(place.identity, 1) > 1:
+        counts.set("shared", "yes")
+    if counts.add("written", 1) == world_size:
+        fits = counts.add(place.kind, 0) == world_size and not counts.check(["shared"])
+        counts.set("backend", own_backend(place.kind) if fits else "gloo")
+    return str(counts.get("backend").decode())
+
+
+def make_current(device: torch.device) -> None:
+    """Make ``device`` the one that "cuda" without an index means in this process; nothing on CPU."""
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)
+
+
+@cache
+def _end_groups_at_exit() -> None:
+    """End the process groups before the interpreter is torn down; after an error there is no teardown.
+
+    A thread of gloo that waits for the interpreter while that is torn down aborts the process
+    (:mod:`shardline.runtime.ending`).
+    """
+    end_after_uncaught_errors()
+    atexit.register(_end_groups)
+
+
+def _end_groups() -> None:
+    if has_failed():
+        _abandon_groups()
+        return
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    # The threads of a group end with the last reference to it. This module, which torch's compiler imports, keeps one
+    # to the default group of that time: in the defaults of its functions, where None means the default group too.
+    for function in vars(sys.modules.get("torch.distributed.nn.functional", object)).values():
+        if isinstance(function, FunctionType) and function.__defaults__:
+            kept = function.__defaults__
+            function.__defaults__ = tuple(None if isinstance(each, dist.ProcessGroup) else each for each in kept)
+    time.sleep(_RELEASE_SECONDS)  # a group that the script still refers to has its threads still
+
+
+def _abandon_groups() -> None:
+    """After an error: do not wait for collectives, which other ranks may never join."""
+    if not dist.is_initialized():
+        return
+    # A group of gloo waits for its collectives when it ends, and none can be aborted. One reference too many keeps such
+    # groups in a teardown, which is still there after Ctrl-C, or where a script has replaced sys.excepthook.
+    for group in list(c10d._world.pg_map):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    if group_backend() != "gloo":
+        aborting = threading.Thread(target=c10d._abort_process_group, daemon=True)
+        aborting.start()
+        aborting.join(_ABORT_SECONDS)
