@@ -6,7 +6,8 @@ STAMP := .venv/.installed
 # Accelerators are hidden from all tests but test-gpu, so that a suite means the same on every machine.
 PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
 # What goes another way where the host reads a step's verdict late.
-LATE := --arrived --late-verdict tests/spec/test_01_swap.py tests/spec/test_06_edits.py tests/spec/test_07_uneven.py
+LATE := --arrived --late-verdict tests/spec/test_01_swap.py tests/spec/test_06_edits.py tests/spec/test_07_uneven.py \
+	tests/engine/test_ema.py
 # In front of what needs the simulated device.
 COMPILED := command -v $${CXX:-g++} >/dev/null || { echo "SKIPPED, no C++ compiler: the simulated device. Install one \
 (Debian: g++), or name yours in CXX."; exit 0; };

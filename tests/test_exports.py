@@ -9,6 +9,7 @@ import pytest
 import shardline
 
 PUBLIC = {
+    "EMA",
     "CheckpointError",
     "Config",
     "ConfigError",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from shardline.config import Config
     from shardline.config.arguments import add_config_arguments
     from shardline.engine import Engine
+    from shardline.engine.ema import EMA
     from shardline.engine.in_place import shard
     from shardline.engine.initialize import initialize
     from shardline.errors import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from shardline.runtime.process_group import init_distributed
 
 __all__ = [
+    "EMA",
     "CheckpointError",
     "Config",
     "ConfigError",
@@ -57,6 +59,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "EMA": "engine.ema",
     "CheckpointError": "errors",
     "Config": "config",
     "ConfigError": "errors",

@@ -51,5 +51,8 @@ def test_counters_are_those_of_the_windows_start(ranks, stage) -> None:
     for before, inside, after, freed in ranks(trained, 2, config):
         assert before[0]["global_steps"] == 2 and before[0]["micro_steps"] == 4 and not before[1]
         assert inside == (before[0], True)
-        assert after == ({"global_steps": 7, "micro_steps": 14, "global_samples": 3, "skipped_steps": 0}, False)
+        assert after == (
+            {"global_steps": 7, "micro_steps": 14, "global_samples": 3, "skipped_steps": 0, "average_updates": 0},
+            False,
+        )
         assert freed, "a destroyed engine goes with its last reference"

@@ -11,6 +11,7 @@ from shardline.comm import Comm
 from shardline.config import load_config
 from shardline.errors import DisagreementError, OptimizerError
 from shardline.plan.placement import STAGES
+from shardline.sharding.averages import Averages
 from shardline.sharding.build import (
     group_parameters,
     lay_out,
@@ -225,7 +226,7 @@ def freeze_and_thaw(stage):
     for trains in (True, False, True):
         if layout.params[name].requires_grad != trains or not seen:
             layout.params[name].requires_grad_(trains)
-            layout = regroup(layout, *settled, optimizer, groups, parked, lambda unit: False, whole=False)
+            layout = regroup(layout, *settled, optimizer, groups, parked, Averages(), lambda unit: False, whole=False)
         for run in layout.runs:
             run.param.grad = torch.ones_like(run.param)
         optimizer.step()

@@ -501,6 +501,7 @@ class Engine(Wrapper, Getters, Saving):
         trainables, backwards = self.trainables, self._window.backwards
         if trainables.is_closed:
             return
+        trainables.averages.check_hidden("destroy()")
         if backwards:
             what = "a backward" if backwards == 1 else f"{backwards} backwards"
             self.events.emit(Notice(f"destroy() discards the gradients of {what}, which no step has applied"))

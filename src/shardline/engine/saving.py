@@ -11,6 +11,7 @@ import torch
 from shardline.checkpoint.engine.checkpointer import Checkpointer, Scope
 from shardline.checkpoint.foreign.huggingface import export_model
 from shardline.config import Config
+from shardline.engine.trainables import Trainables
 from shardline.errors import UsageError
 from shardline.runtime.modes import outside_modes
 from shardline.sharding.precision import Precision
@@ -28,6 +29,7 @@ class Saving:
 
     config: Config
     precision: Precision
+    trainables: Trainables
     checkpoints: Checkpointer
     client_state: dict[str, Any]
 
@@ -63,6 +65,7 @@ class Saving:
             CheckpointError: on every rank, if any could not write. Nothing has changed then, and training can go on.
             DisagreementError: if ranks gave different tags.
         """
+        self.trainables.averages.check_hidden("save_checkpoint()")
         background = self.config.checkpoint.async_save if async_save is None else async_save
         self.checkpoints.save(
             save_dir,
@@ -109,6 +112,7 @@ class Saving:
         """
         if custom_load_fn is not None:
             raise UsageError("custom_load_fn is not supported. Load weights inside gathered_parameters(write=True).")
+        self.trainables.averages.check_hidden("load_checkpoint()")
         path, state = self.checkpoints.load(
             load_dir,
             None if tag is None else str(tag),

@@ -69,19 +69,20 @@ class EngineState:
         trainables.adopt_edits()
         layout = trainables.layout
         return Parts(
-            self.module, layout.units, layout.runs, self.optimizer, trainables.frozen_states, trainables.groups,
-            self.comm,
+            self.module, layout.units, layout.runs, self.optimizer, trainables.frozen_states, trainables.averages,
+            trainables.groups, self.comm,
         )  # fmt: skip
 
     def checkpoint_counters(self) -> dict[str, int]:
         """Counts at the start of the current window."""
         self._outcome.read()
-        progress = self._engine.progress
+        progress, averaged = self._engine.progress, self._trainables.averages.exist(self._trainables.layout.units)
         return {
             "global_steps": progress.global_steps,
             "micro_steps": progress.micro_steps - self._window.steps,
             "global_samples": progress.global_samples,
             "skipped_steps": progress.skipped_steps,
+            "average_updates": progress.average_updates if averaged else 0,
         }
 
     def in_window(self) -> bool:
@@ -93,11 +94,11 @@ class EngineState:
         self._outcome.act()
         self._trainables.lay_out_by_age(ages)
 
-    def go_on_from(self, counters: Mapping[str, int] | None) -> None:
-        """Begin a new window, with ``counters`` where given."""
+    def go_on_from(self, counters: Mapping[str, int]) -> None:
+        """Begin a new window; the counters in ``counters`` become what they are there."""
         self._backwards.discard()
         self._outcome.forget()
-        for name, count in (counters or {}).items():
+        for name, count in counters.items():
             setattr(self._engine.progress, name, count)
         self._intake.end_micro_step()
         self.window_start.mark(self._intake.position)

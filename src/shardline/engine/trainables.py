@@ -16,6 +16,7 @@ from shardline.errors import UsageError
 from shardline.features.compiling import compiled_in
 from shardline.optim.guard import guard
 from shardline.sharding.admission import Contents
+from shardline.sharding.averages import Averages
 from shardline.sharding.boundary import Boundary
 from shardline.sharding.bucket import Bucket
 from shardline.sharding.build import Layout, group_parameters, needs_whole, regroup, resting_stage
@@ -42,6 +43,7 @@ class Trainables:
         params: the parameters that are trained.
         groups: the param group of every parameter that the optimizer was given, frozen ones too, by first name.
         frozen_states: the optimizer state of frozen parameters, whole on every rank.
+        averages: the moving averages of the weights.
         is_closed: whether the model has its own parameters again.
     """
 
@@ -68,6 +70,7 @@ class Trainables:
         self._divided_grad: DividedGradOf | None = None
         self.layout, self.groups = layout, groups
         self.frozen_states: dict[str, ParamState] = {}
+        self.averages = Averages()
         self.boundary: Boundary | None = None
         self._model, self._optimizer = model, optimizer
         self._config, self._precision, self._comm = config, precision, comm
@@ -130,6 +133,7 @@ class Trainables:
     def check_trains(self, what: str) -> Boundary:
         """The boundary; raise if ``what`` is called without an optimizer, or after :meth:`close`."""
         self.check_open(what)
+        self.averages.check_hidden(what)
         if self.boundary is None:
             raise UsageError(
                 f"{what} needs an optimizer, and this engine has none. Give initialize an optimizer, or an "
@@ -181,13 +185,14 @@ class Trainables:
         optimizer = self._optimizer
         if optimizer is None:
             return
+        self.averages.check_hidden("a forward after requires_grad or the optimizer's parameters have changed")
         self.adopt_edits()
         self.schedule.release_all()
         self.hooks.remove()
         whole = needs_whole(optimizer, resting_stage(self._config, self.layout.offload), self._comm.shard.size)
         self.layout = regroup(
             self.layout, self._config, self._precision, self._comm, optimizer, self.groups, self.frozen_states,
-            self.touch, whole=whole, ages=ages,
+            self.averages, self.touch, whole=whole, ages=ages,
         )  # fmt: skip
         self._arrange()
 
@@ -238,6 +243,12 @@ class Trainables:
     def note_new_weights(self, notices: Notices) -> None:
         """The weights were updated: graphs of the old ones are void."""
         torch.autograd.graph.increment_version(self.params)
+        if not self.averages.followed and self.averages.exist(self.layout.units):
+            self.averages.drop(self.layout.units)
+            notices.once(
+                "the checkpoint holds a moving average of the weights, which no shardline.EMA goes on with: it is "
+                "dropped. Make the EMA before the first step to keep it"
+            )
         for unit in self.layout.units:
             unit.note_versions()
             for bucket in unit.buckets:

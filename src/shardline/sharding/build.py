@@ -19,6 +19,7 @@ from shardline.optim import kind, prepare, replace_params
 from shardline.plan import Entry, ModuleSpec, ParamSpec, Plan, make_plan
 from shardline.plan.describe import chosen_units, describe_modules, describe_params, first_names
 from shardline.plan.placement import STAGES, Placement, Stage
+from shardline.sharding.averages import Averages
 from shardline.sharding.bucket import Bucket, RunTensors
 from shardline.sharding.buffer import Pool, view
 from shardline.sharding.fragments import ParamState, put_states, take_states, whole_weights
@@ -344,6 +345,7 @@ def regroup(
     optimizer: Optimizer,
     groups: Mapping[str, int],
     parked: dict[str, ParamState],
+    averages: Averages,
     on_touch: Callable[[Unit], bool],
     *,
     whole: bool,
@@ -360,6 +362,7 @@ def regroup(
     for unit in layout.units:
         weights.update({entry.param.name: tensor.clone() for entry, tensor in whole_weights(unit)})
         states.update(take_states(unit, runs, optimizer))
+    averaged = averages.take(layout.units)
     specs = [
         replace(
             spec,
@@ -378,6 +381,7 @@ def regroup(
             for entry in bucket.plan.entries:
                 bucket.weights.store(entry, weights.pop(entry.param.name))
         unit.finish_load()
+    averages.put(made.units, averaged)
     new_runs = made.runs
     for index, group in enumerate(optimizer.param_groups):
         group["params"] = [run.param for run in new_runs if run.run.group == index]

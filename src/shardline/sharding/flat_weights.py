@@ -3,6 +3,7 @@
     resting     what rests on this rank: the full bucket (placement R) or this rank's shard (S)
     full        all weights while they are in use; ``resting`` itself where they rest in full
     master      what the optimizer updates, in fp32: a view of ``resting`` where that is fp32, else a buffer
+    average     a moving average of the masters, where one is kept
 
 ``master`` may live in host memory (:class:`shardline.sharding.host.HostMemory`); a refresh brings it up.
 """
@@ -45,6 +46,7 @@ class FlatWeights:
         self.resting: Tensor = torch.empty(0)
         self.full: Tensor | None = None
         self.master: Tensor | None = None
+        self.average: Tensor | None = None
         self.generation = 0
         self.before_edit: Tensor | None = None
 
@@ -104,6 +106,15 @@ class FlatWeights:
         low, high = max(entry.offset, covered[0]), min(entry.stop, covered[1])
         if low < high:
             target[low - covered[0] : high - covered[0]].copy_(elements[low - entry.offset : high - entry.offset])
+
+    def begin_average(self) -> None:
+        """Let the average be what the masters are now."""
+        self.average = None if self.master is None else self.master.clone()
+
+    def store_average(self, entry: Entry, elements: Tensor) -> None:
+        """Copy the average of the whole parameter of ``entry`` (1-D, in storage order) into this rank's."""
+        if self.average is not None:
+            self._store(elements, entry, self.average, self.shard.states)
 
     def load(self, params: Sequence[nn.Parameter], source: int = 0) -> Work:
         """Start to copy the values that rank ``source`` holds in ``params`` themselves, in one broadcast.
@@ -205,4 +216,4 @@ class FlatWeights:
 
     def clear(self) -> None:
         """Let go of all memory."""
-        self.resting, self.full, self.master = torch.empty(0), None, None
+        self.resting, self.full, self.master, self.average = torch.empty(0), None, None, None

@@ -166,6 +166,7 @@ class Progress:
         micro_steps: calls of ``step()``.
         global_samples: samples of all ranks together that the steps have seen.
         skipped_steps: steps whose gradients were not finite.
+        average_updates: how often a moving average of the weights has followed them.
         norm: of the last step's averaged gradients before clipping.
         applied: whether the last call of ``step()`` changed the weights, as far as the host knows.
         leaving: whether some rank was asked to save and end.
@@ -175,6 +176,7 @@ class Progress:
     micro_steps: int = 0
     global_samples: int = 0
     skipped_steps: int = 0
+    average_updates: int = 0
     norm: Tensor | float | None = None
     applied: bool = False
     leaving: bool = False

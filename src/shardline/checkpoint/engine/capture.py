@@ -41,10 +41,17 @@ def capture_tensors(found: Captured, parts: Parts, *, frozen: bool = True) -> No
             if not (bucket.plan.trainable or frozen):
                 continue
             source, low, _ = bucket.weights.authoritative()
+            average = bucket.weights.average
             for piece in bucket.plan.fragments(bucket.shard.start, bucket.shard.stop):
                 size = piece.stop - piece.start
                 tensor = source[piece.offset - low : piece.offset - low + size]
                 found.add_piece("weight", piece.name, piece.start, piece.stop, tensor)
+                if average is not None:
+                    tensor = average[piece.offset - low : piece.offset - low + size]
+                    found.add_piece("average", piece.name, piece.start, piece.stop, tensor)
+                elif piece.name in parts.averages.parked:
+                    tensor = parts.averages.parked[piece.name][piece.start : piece.stop]
+                    found.add_piece("average", piece.name, piece.start, piece.stop, tensor)
                 state = parts.parked.get(piece.name)
                 if state is not None:
                     for key, value in state.tensors.items():

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from shardline.comm import Comm
 from shardline.plan import ParamSpec
+from shardline.sharding.averages import Averages
 from shardline.sharding.bucket import RunTensors
 from shardline.sharding.fragments import ParamState
 from shardline.sharding.unit import Unit
@@ -24,6 +25,7 @@ class Parts:
     Attributes:
         runs: this rank's runs, the very tensors that the optimizer holds.
         parked: the optimizer state of frozen parameters, whole on every rank.
+        averages: the moving averages of the weights, where there are any.
         groups: the param group of every parameter that the optimizer was given, frozen ones too, by first name.
     """
 
@@ -32,6 +34,7 @@ class Parts:
     runs: Sequence[RunTensors]
     optimizer: Optimizer | None
     parked: dict[str, ParamState]
+    averages: Averages
     groups: Mapping[str, int]
     comm: Comm
 

@@ -29,6 +29,7 @@ __all__ = [
     "ages",
     "check_states",
     "finish_load",
+    "load_averages",
     "load_buffers",
     "load_optimizer",
     "load_weights",
@@ -138,6 +139,43 @@ def load_weights(parts: Parts, reader: CheckpointReader, found: Match) -> None:
                     out = target[piece.offset - low : piece.offset - low + piece.stop - piece.start]
                     name = found.params[piece.name]
                     reader.fill(out, name, "weight", piece.start, piece.stop, strides[piece.name])
+
+
+def load_averages(parts: Parts, reader: CheckpointReader, found: Match, *, wanted: bool) -> None:
+    """Read the moving averages of weights that were loaded. What has none begins with its weight.
+
+    Args:
+        wanted: whether those of the checkpoint are taken at all.
+    """
+    specs, averages = parts.specs, parts.averages
+    held = {
+        name: theirs
+        for name, theirs in found.params.items()
+        if wanted and reader.parameters[theirs].average is not None
+    }
+    if not held and not averages.followed:
+        averages.drop(parts.units)
+        return
+    if not held:
+        found.notes.append("the moving average of the weights begins anew, with the loaded ones")
+    averages.drop(parts.units)
+    averages.begin(parts.units)
+    for unit in parts.units:
+        for bucket in unit.buckets:
+            low, high = bucket.shard.states
+            average = bucket.weights.average
+            for piece in bucket.plan.fragments(low, high):
+                if average is not None and piece.name in held:
+                    out = average[piece.offset - low : piece.offset - low + piece.stop - piece.start]
+                    stride = specs[piece.name].stride
+                    reader.fill(out, held[piece.name], "average", piece.start, piece.stop, stride)
+    for name, theirs in held.items():
+        spec = specs[name]
+        if not spec.trainable:
+            stored = reader.parameters[theirs].stored("average")
+            out = torch.empty(spec.numel, dtype=dtype_named(stored.dtype), device=parts.units[0].state_device)
+            reader.fill(out, theirs, "average", 0, spec.numel, spec.stride)
+            averages.parked[name] = out
 
 
 def finish_load(parts: Parts) -> None:

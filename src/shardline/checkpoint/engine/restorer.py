@@ -18,6 +18,7 @@ from shardline.checkpoint.engine.restore import (
     ages,
     check_states,
     finish_load,
+    load_averages,
     load_buffers,
     load_optimizer,
     load_weights,
@@ -142,6 +143,7 @@ class Restorer:
 
         def read() -> str | None:
             load_weights(parts, reader, found)
+            load_averages(parts, reader, found, wanted=scope.counters)
             load_buffers(parts, reader, found)
             load_extra(parts.module, prepared.extra)
             return load_optimizer(parts, reader, found, prepared.groups) if scope.optimizer else None
@@ -158,7 +160,7 @@ class Restorer:
             _restore_schedule(trainer.lr_scheduler, prepared.schedule, reader)
         if scope.counters:
             self._restore_counters(reader, prepared.random)
-        trainer.go_on_from(manifest.counters.model_dump() if scope.counters else None)
+        trainer.go_on_from(manifest.counters.model_dump() if scope.counters else {"average_updates": 0})
 
     def _restore_counters(self, reader: CheckpointReader, random: RandomState | None) -> None:
         """Loss scale and random states; the latter are derived where there are none for this rank."""

@@ -62,6 +62,6 @@ class Trainer(Protocol):
         """Lay the model out so that only parameters of one age share a run. Collective."""
         ...
 
-    def go_on_from(self, counters: Mapping[str, int] | None) -> None:
+    def go_on_from(self, counters: Mapping[str, int]) -> None:
         """Drop the current window; counts continue from ``counters``."""
         ...

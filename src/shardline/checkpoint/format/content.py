@@ -157,11 +157,10 @@ def add_reports(parameters: dict[str, Any], reports: Sequence[Mapping[str, Any]]
     """Add to entries of parameters what each rank's :meth:`Captured.report` says is in its file; returns them."""
     for file, report in enumerate(reports):
         for role, name, start, stop, dtype in report["pieces"]:
-            if role == "weight":
-                stored = parameters[name]["weight"]
-                stored["dtype"] = dtype
-            else:
-                stored = parameters[name]["state"].setdefault(_key(role), {"dtype": dtype, "pieces": []})
+            entry = parameters[name]
+            place = entry if role in ("weight", "average") else entry["state"]
+            stored = place.setdefault(_key(role), {"dtype": dtype, "pieces": []})
+            stored["dtype"] = dtype
             stored["pieces"].append([file, start, stop])
         for role, name, shape, dtype in report["uncut"]:
             parameters[name]["state"][_key(role)] = {"dtype": dtype, "shape": shape, "file": file}

@@ -61,7 +61,7 @@ def file_name(rank: int) -> str:
 
 
 def key_of(role: str, name: str) -> str:
-    """The key of a parameter's or buffer's tensor in a file; ``role`` is "weight", "state.<key>", "buffer"."""
+    """The key of a tensor in a file; ``role`` is "weight", "average" or "state.<key>" of a parameter, or "buffer"."""
     return f"{role}/{name}"
 
 
@@ -188,6 +188,7 @@ class ParameterEntry(_Value):
     trainable: bool
     group: Annotated[int, Field(ge=0, lt=1 << 20)] | None
     weight: Stored | None
+    average: Stored | None = None
     state: Annotated[dict[str, Stored], Field(max_length=100)]
     scalars: Annotated[dict[str, Any], Field(max_length=100)]
 
@@ -196,8 +197,9 @@ class ParameterEntry(_Value):
         return math.prod(self.shape)
 
     def stored(self, role: str) -> Stored:
-        """Of ``"weight"`` or ``"state.<key>"``, which must be there."""
-        found = self.weight if role == "weight" else self.state[role.removeprefix("state.")]
+        """Of ``"weight"``, ``"average"`` or ``"state.<key>"``, which must be there."""
+        roles = {"weight": self.weight, "average": self.average}
+        found = roles[role] if role in roles else self.state[role.removeprefix("state.")]
         if found is None:
             raise CheckpointError("the checkpoint was saved without the weights of frozen parameters.")
         return found
@@ -212,8 +214,9 @@ class ParameterEntry(_Value):
                 if stride != expected:
                     raise ValueError(f"no dense tensor of shape {self.shape} has the strides {self.stride}")
                 expected *= length
-        if self.weight is not None and self.weight.pieces is None:
-            raise ValueError("its weight is not stored in pieces")
+        for what, stored in (("weight", self.weight), ("average", self.average)):
+            if stored is not None and stored.pieces is None:
+                raise ValueError(f"its {what} is not stored in pieces")
         return self
 
 
@@ -232,6 +235,7 @@ class Counters(_Value):
     micro_steps: Count
     global_samples: Count
     skipped_steps: Count
+    average_updates: Count = 0
 
 
 class Scaler(_Value):
@@ -325,7 +329,7 @@ class Manifest(_Value):
         for name, entry in self.parameters.items():
             if entry.group is not None and groups and entry.group >= groups:
                 raise ValueError(f"{shown(repr(name))} is in param group {entry.group} of {groups}")
-            for stored in (entry.weight, *entry.state.values()):
+            for stored in (entry.weight, entry.average, *entry.state.values()):
                 if stored is not None:
                     space.take(name, stored, entry.numel)
         for name, buffer in self.buffers.items():
