@@ -25,6 +25,7 @@ PRIVATE = {
     "runtime/modes.py": "the modes of a thread",
     "runtime/process_group.py": "torch's registry of process groups, and their abort",
     "sharding/admission.py": "which storages parameters share",
+    "sharding/averages.py": "foreach operations",
     "sharding/buffer.py": "who else holds a storage",
     "sharding/edits.py": "a parameter's data, past its class",
     "sharding/flat_grads.py": "foreach operations, and gradients past the class of a parameter",

@@ -105,7 +105,8 @@ def content(ring: Ring, step: int) -> Content:
         pieces = [[file, low, low + SIZE] for file, low in enumerate(reports)]
         entry = parameter_entry([SIZE * ring.world_size], "float32", group=0)
         entry["weight"]["pieces"] = pieces
-        counters = {"global_steps": step, "micro_steps": step, "global_samples": 0, "skipped_steps": 0}
+        counters = dict.fromkeys(("global_samples", "skipped_steps", "average_updates"), 0)
+        counters |= {"global_steps": step, "micro_steps": step}
         return Body(world_size=ring.world_size, counters=counters, parameters={"w": entry})
 
     return Content({"weight/w": value}, start, body)
