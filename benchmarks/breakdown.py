@@ -67,7 +67,7 @@ def watch(clock: Stopwatch) -> None:
     clock.wrap(peer_memory, "advance_all", "execute and wait")
     clock.wrap(transport.Work, "wait", "execute and wait")
     clock.wrap(shardline.sharding.step, "square_sum", "norm")
-    clock.wrap(shardline.comm.Comm, "all_gather_row", "compare (one row)")
+    clock.wrap(shardline.comm.Comm, "all_gather_vector", "compare (step report)")
 
 
 def job(args: argparse.Namespace) -> None:

@@ -57,7 +57,7 @@ def cases_of(comm: Comm, size: int, dtype: torch.dtype) -> dict[str, Callable[[]
     return {
         "gather": lambda: comm.gathers.gather(0, whole, boundaries, own=own).wait(),
         "reduce": lambda: comm.reductions.reduce(0, gradients, boundaries, out, add=False, scratch=pool).wait(),
-        "row": lambda: comm.all_gather_row(row),
+        "row": lambda: comm.all_gather_vector(row),
     }
 
 

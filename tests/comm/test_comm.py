@@ -28,7 +28,7 @@ def test_a_single_process_needs_no_process_group() -> None:
     comm = Comm(None, CPU)
     buffer = torch.arange(64.0)
     assert comm.gathers.gather(0, buffer, [0, 64]) is DONE and torch.equal(buffer, torch.arange(64.0))
-    assert torch.equal(comm.all_gather_row(torch.tensor([1.0, 2.0])), torch.tensor([[1.0, 2.0]]))
+    assert torch.equal(comm.all_gather_vector(torch.tensor([1.0, 2.0])), torch.tensor([[1.0, 2.0]]))
     assert comm.messages.exchange({"a": (1, 2)}) == [{"a": [1, 2]}]  # as text makes it
     comm.messages.agree({"anything": 1})
     comm.messages.broadcast([buffer])
@@ -123,7 +123,7 @@ def after_close():
     said = []
     for call in (
         lambda: comm.gathers.gather(0, torch.zeros(128), [0, 64, 128]),
-        lambda: comm.all_gather_row(torch.zeros(1)),
+        lambda: comm.all_gather_vector(torch.zeros(1)),
         lambda: comm.messages.exchange(1),
         lambda: comm.messages.broadcast([torch.zeros(1)]),
     ):
@@ -145,7 +145,9 @@ def test_collectives_after_close_raise(ranks) -> None:
 
 def stack_rows():
     comm = comm_here()
-    rows = comm.all_gather_row(torch.tensor([comm.data.rank / 3, float(2**31 + comm.data.rank)], dtype=torch.float64))
+    rows = comm.all_gather_vector(
+        torch.tensor([comm.data.rank / 3, float(2**31 + comm.data.rank)], dtype=torch.float64)
+    )
     comm.close()
     return rows
 

@@ -127,7 +127,7 @@ def both_transports(numel, dtype, out_dtype, add):
         in_place = torch.empty(numel, dtype=out_dtype)
         in_place[low:high].copy_(out)
         comm.gathers.gather(0, in_place, boundaries).wait()
-        row = comm.all_gather_row(out[:8].double())
+        row = comm.all_gather_vector(out[:8].double())
         found.append([each.clone() for each in (out, whole, in_place, row)])
         if not add and dtype is out_dtype:  # the sum may take the place of this rank's term
             comm.reductions.reduce(0, source, boundaries, source[low:high], add=False, scratch=pool).wait()
@@ -162,7 +162,7 @@ def rank_0_is_late(others):
     def other():
         return {
             "reduce": lambda: reduce().wait(),
-            "rows": lambda: comm.all_gather_row(torch.zeros(8)),
+            "rows": lambda: comm.all_gather_vector(torch.zeros(8)),
             "values": lambda: comm.messages.exchange(comm.data.rank),
             "broadcast": lambda: comm.messages.broadcast([torch.zeros(4)]),
             "pool": lambda: comm.wait_for_readers(),
@@ -191,12 +191,12 @@ def two_engines():
     buffer = torch.full((2 * LARGE,), float(one.data.rank))
     if one.data.rank:
         work = one.gathers.gather(0, buffer, [0, LARGE, 2 * LARGE])
-        other.all_gather_row(torch.zeros(8))
+        other.all_gather_vector(torch.zeros(8))
         work.wait()
     else:
         time.sleep(0.2)
         one.gathers.gather(0, buffer, [0, LARGE, 2 * LARGE]).wait()
-        other.all_gather_row(torch.zeros(8))
+        other.all_gather_vector(torch.zeros(8))
     one.close()
     other.close()
     return buffer[::LARGE].tolist()
@@ -376,7 +376,7 @@ def written_after(what):
     if what == "waited for":
         comm.wait_for_readers()
     elif what == "row":
-        comm.all_gather_row(torch.zeros(8))
+        comm.all_gather_vector(torch.zeros(8))
     buffer.fill_(-1.0)
     if what != "freed":
         own.fill_(-1.0)

@@ -37,10 +37,10 @@ class Late(Offload):
         host.fill_(torch.nan)
         return lambda: host.copy_(shard)
 
-    def up(self, unit, master, weights):
+    def copy_to_device(self, unit, master, weights):
         self.log.append(f"up {unit}")
         assert master.data_ptr() != weights.data_ptr()
-        super().up(unit, master, weights)
+        super().copy_to_device(unit, master, weights)
 
 
 def away(fn, *args, staged=False):
@@ -226,10 +226,10 @@ def test_a_shard_goes_down_once_a_reduction_and_up_once_a_step(ranks, world, acc
         for counts, moved, elements, units, where in ranks(
             away, world, _traffic, offloaded(setup.config(stage)), batches
         ):
-            down = {("down", unit): times for unit in range(units)}
-            assert Counter(counts) == Counter(down | {("up", unit): 1 for unit in range(units)})
+            down = {("to host", unit): times for unit in range(units)}
+            assert Counter(counts) == Counter(down | {("to device", unit): 1 for unit in range(units)})
             # A sum over ranks goes down as it was rounded once, in fp32; a gradient of one rank as it is.
-            assert moved == {"down": elements * times * (4 if world > 1 else 2), "up": elements * 2}
+            assert moved == {"to host": elements * times * (4 if world > 1 else 2), "to device": elements * 2}
             assert where == {(True, True)}
 
 
@@ -259,12 +259,12 @@ def test_weights_go_up_behind_the_next_units_update(ranks):
 def test_few_shards_are_under_way_and_they_arrive_in_order():
     late, arrived = Late(), []
     for unit in range(4):
-        late.down(unit, torch.full((3,), float(unit)), lambda host: arrived.append(host.tolist()))
+        late.copy_to_host(unit, torch.full((3,), float(unit)), lambda host: arrived.append(host.tolist()))
         assert len(arrived) == max(0, unit - 1)
-    late.arrive()
-    late.arrive()
+    late.wait_for_copies()
+    late.wait_for_copies()
     assert arrived == [[float(unit)] * 3 for unit in range(4)]
-    assert late.counts == {("down", unit): 1 for unit in range(4)} and late.bytes == {"down": 48}
+    assert late.counts == {("to host", unit): 1 for unit in range(4)} and late.bytes == {"to host": 48}
 
 
 # --- where it does not apply ------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def models(draw: st.DrawFn) -> tuple[list[ParamSpec], list[ModuleSpec]]:
             dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16]))
             stride = tuple(torch.empty(shape, device="meta").stride())
             params.append(
-                ParamSpec(name, (name,), shape, stride, dtype, group, era=draw(st.sampled_from([0, 0, 0, 3])))
+                ParamSpec(name, (name,), shape, stride, dtype, group, state_steps=draw(st.sampled_from([0, 0, 0, 3])))
             )
             names.append(name)
         modules.append(ModuleSpec(path, "Any", repeats, tuple(dict.fromkeys(names))))
@@ -76,7 +76,7 @@ def buckets_of(plan: Plan) -> list[BucketPlan]:
 @given(**PLANS)
 def test_every_parameter_has_exactly_one_place(model, world, low, high, whole) -> None:
     params, modules = model
-    plan = make_plan(params, modules, world, min_numel=low, max_numel=high, whole=whole)
+    plan = make_plan(params, modules, world, min_numel=low, max_numel=high, param_aligned=whole)
     assert Counter(param.name for param in plan.params) == Counter(param.name for param in params)
     for param in params:
         unit, bucket, entry = plan.where(param.name)
@@ -90,7 +90,7 @@ def test_every_parameter_has_exactly_one_place(model, world, low, high, whole) -
 def test_buckets_are_covered_once_and_cut_at_multiples_of_64(model, world, low, high, whole) -> None:
     """Element by element: each belongs to one entry or one gap, to one shard, and to one fragment or gap of it."""
     params, modules = model
-    for bucket in buckets_of(make_plan(params, modules, world, min_numel=low, max_numel=high, whole=whole)):
+    for bucket in buckets_of(make_plan(params, modules, world, min_numel=low, max_numel=high, param_aligned=whole)):
         owners = torch.zeros(bucket.size, dtype=torch.int64)
         for entry in bucket.entries:
             owners[entry.offset : entry.stop] += 1
@@ -117,9 +117,9 @@ def test_buckets_are_covered_once_and_cut_at_multiples_of_64(model, world, low, 
 @given(**PLANS)
 def test_shards_are_of_one_size_or_on_whole_parameters(model, world, low, high, whole) -> None:
     params, modules = model
-    for bucket in buckets_of(make_plan(params, modules, world, min_numel=low, max_numel=high, whole=whole)):
-        assert bucket.whole == (whole and bucket.trainable)
-        if bucket.whole:
+    for bucket in buckets_of(make_plan(params, modules, world, min_numel=low, max_numel=high, param_aligned=whole)):
+        assert bucket.param_aligned == (whole and bucket.trainable)
+        if bucket.param_aligned:
             for entry in bucket.entries:
                 assert not any(entry.offset < cut < entry.stop for cut in bucket.boundaries)
         else:
@@ -130,7 +130,7 @@ def test_shards_are_of_one_size_or_on_whole_parameters(model, world, low, high, 
 @given(**PLANS, start=st.integers(0, 5000), length=st.integers(0, 5000))
 def test_fragments_of_any_range_are_those_of_a_naive_walk(model, world, low, high, whole, start, length) -> None:
     params, modules = model
-    for bucket in buckets_of(make_plan(params, modules, world, min_numel=low, max_numel=high, whole=whole)):
+    for bucket in buckets_of(make_plan(params, modules, world, min_numel=low, max_numel=high, param_aligned=whole)):
         stop = min(start + length, bucket.size)
         naive: list[tuple[str, int]] = []
         for entry in bucket.entries:
@@ -142,9 +142,10 @@ def test_fragments_of_any_range_are_those_of_a_naive_walk(model, world, low, hig
 @tried
 @given(**PLANS)
 def test_runs_partition_a_shard_by_param_group(model, world, low, high, whole) -> None:
-    """Each shard of a trained bucket falls into runs; each holds elements of one group and era, all of them once."""
+    """Each shard of a trained bucket falls into runs; each holds elements of one group and
+    number of steps, all of them once."""
     params, modules = model
-    for bucket in buckets_of(make_plan(params, modules, world, min_numel=low, max_numel=high, whole=whole)):
+    for bucket in buckets_of(make_plan(params, modules, world, min_numel=low, max_numel=high, param_aligned=whole)):
         if not bucket.trainable:
             continue
         for rank in range(world):
@@ -153,12 +154,12 @@ def test_runs_partition_a_shard_by_param_group(model, world, low, high, whole) -
             for run in runs:
                 inside = [bucket_param(bucket, piece.name) for piece in bucket.fragments(run.start, run.stop)]
                 assert {param.group for param in inside} <= {run.group}
-                assert len({param.era for param in inside}) <= 1
+                assert len({param.state_steps for param in inside}) <= 1
                 assert run.start % ALIGNMENT == 0 and start <= run.start < run.stop <= stop
             covered = sum(p.stop - p.start for run in runs for p in bucket.fragments(run.start, run.stop))
             assert covered == sum(p.stop - p.start for p in bucket.fragments(start, stop))
             assert all(before.stop <= after.start for before, after in pairwise(runs))
-            if bucket.whole:
+            if bucket.param_aligned:
                 assert all(run.entry and (run.start, run.stop) == (run.entry.offset, run.entry.stop) for run in runs)
             else:  # no padding is stepped over
                 assert sum(run.stop - run.start for run in runs) == stop - start
@@ -196,7 +197,7 @@ def is_taken_apart(root: str, params: list[ParamSpec], modules: list[ModuleSpec]
 @given(**PLANS)
 def test_every_holder_of_a_parameter_uses_its_unit(model, world, low, high, whole) -> None:
     params, modules = model
-    plan = make_plan(params, modules, world, min_numel=low, max_numel=high, whole=whole)
+    plan = make_plan(params, modules, world, min_numel=low, max_numel=high, param_aligned=whole)
     order = [module.path for module in modules]
     for unit in plan.units:
         holders = {m.path for m in modules for name in m.params if plan.where(name)[0] is unit}
@@ -222,7 +223,7 @@ def test_offsets_do_not_depend_on_the_world(model, world, other) -> None:
 @given(models(), st.integers(1, 400))
 def test_in_a_world_of_one_large_parameters_are_alone(model, least) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("shardline.plan.plan._ALONE", least)
+        patch.setattr("shardline.plan.plan._OWN_BUCKET_NUMEL", least)
         plan, on_two = make_plan(*model, 1), make_plan(*model, 2)
     for unit in plan.units:
         large = [param for bucket in unit.buckets for param in [e.param for e in bucket.entries]]
@@ -240,11 +241,11 @@ def test_in_a_world_of_one_large_parameters_are_alone(model, least) -> None:
         assert len(kinds) == len(set(kinds))
 
 
-@pytest.mark.parametrize("change", ["shape", "stride", "dtype", "group", "era", "name"])
+@pytest.mark.parametrize("change", ["shape", "stride", "dtype", "group", "state_steps", "name"])
 def test_the_fingerprint_sees(change: str) -> None:
     values = {"name": "w", "aliases": ("w",), "shape": (4, 8), "stride": (8, 1), "dtype": torch.float32}
-    values |= {"group": 0, "era": 0}
-    others = {"shape": (8, 4), "stride": (1, 4), "dtype": torch.float64, "group": 1, "era": 1, "name": "v"}
+    values |= {"group": 0, "state_steps": 0}
+    others = {"shape": (8, 4), "stride": (1, 4), "dtype": torch.float64, "group": 1, "state_steps": 1, "name": "v"}
     found = []
     for changed in (values, values | {change: others[change]}):
         spec = ParamSpec(**changed)

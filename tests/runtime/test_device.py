@@ -10,7 +10,7 @@ from torch import nn
 
 from shardline.errors import DisagreementError, LaunchError
 from shardline.runtime import device
-from shardline.runtime.device import Accelerators, Place, choose_backend, choose_device, device_of, usable
+from shardline.runtime.device import Accelerators, RankDevice, choose_backend, choose_device, device_of, usable
 
 CPU, NONE, MAC = torch.device("cpu"), Accelerators(), Accelerators("mps", 1)
 BOTH = {"cpu": "gloo", "cuda": "nccl"}
@@ -122,7 +122,7 @@ def test_where_a_model_is(devices, expected):
 
 
 def places(*identities):
-    return [Place("cuda", identity) for identity in identities]
+    return [RankDevice("cuda", identity) for identity in identities]
 
 
 @pytest.mark.parametrize(
@@ -136,9 +136,9 @@ def places(*identities):
         (places("a", "b", "c", "b"), BOTH, "gloo", "ranks 1, 3 share"),
         (places("a", "b"), {"cpu": "gloo", "cuda": "gloo"}, None, "give it 'cpu:gloo,cuda:nccl'"),
         (places("a", "b"), {"cpu": "gloo"}, "gloo", "no backend of cuda's own"),
-        ([Place("cpu", "")] * 4, {"cpu": "gloo"}, None, None),
-        ([Place("cpu", "")] * 4, BOTH, None, None),
-        ([Place("cpu", "")] * 4, {"cuda": "nccl"}, "gloo", None),
+        ([RankDevice("cpu", "")] * 4, {"cpu": "gloo"}, None, None),
+        ([RankDevice("cpu", "")] * 4, BOTH, None, None),
+        ([RankDevice("cpu", "")] * 4, {"cuda": "nccl"}, "gloo", None),
     ],
 )
 def test_how_tensors_travel(where, group, backend, word):
@@ -154,7 +154,7 @@ def test_few_ranks_are_named():
 
 def test_ranks_on_devices_of_two_types_are_an_error():
     with pytest.raises(DisagreementError, match=r"rank 0 computes on cuda and rank 1 on cpu.*SHARDLINE_DEVICE"):
-        choose_backend([Place("cuda", "a"), Place("cpu", "")], BOTH)
+        choose_backend([RankDevice("cuda", "a"), RankDevice("cpu", "")], BOTH)
 
 
 def test_a_device_is_known_by_its_uuid_or_by_host_and_number(monkeypatch):
@@ -167,7 +167,7 @@ def test_a_device_is_known_by_its_uuid_or_by_host_and_number(monkeypatch):
 
     monkeypatch.setattr(torch, "get_device_module", lambda kind: Module)
     monkeypatch.setattr(device.socket, "gethostname", lambda: "node7")
-    assert Place.of(gpu(1)) == Place("cuda", "GPU-1")
+    assert RankDevice.of(gpu(1)) == RankDevice("cuda", "GPU-1")
     Module.uuid = None
-    assert Place.of(gpu(1)) == Place("cuda", "cuda:1 of node7")
-    assert Place.of(CPU) == Place("cpu", "")
+    assert RankDevice.of(gpu(1)) == RankDevice("cuda", "cuda:1 of node7")
+    assert RankDevice.of(CPU) == RankDevice("cpu", "")

@@ -13,7 +13,7 @@ import torch
 
 from shardline.plan import Entry, ParamSpec
 from shardline.runtime.memory import resident_bytes
-from shardline.sharding.buffer import Pool, empty, view
+from shardline.sharding.buffer import BufferPool, empty, view
 
 CPU = torch.device("cpu")
 LARGE = 1 << 16  # elements; well above what the pool thinks worth keeping
@@ -65,7 +65,7 @@ def test_memory_goes_with_the_last_view() -> None:
 
 
 def test_what_is_given_back_is_lent_again() -> None:
-    pool = Pool(CPU)
+    pool = BufferPool(CPU)
     buffer = pool.borrow(LARGE, torch.float32)
     address = buffer.data_ptr()
     pool.give_back(buffer)
@@ -77,7 +77,7 @@ def test_what_is_given_back_is_lent_again() -> None:
 
 @pytest.mark.parametrize("keep", ["the buffer", "a view", "autograd"])
 def test_what_somebody_holds_is_not_lent(keep: str) -> None:
-    pool = Pool(CPU)
+    pool = BufferPool(CPU)
     buffer = pool.borrow(LARGE, torch.float32).fill_(1.0)
     address = buffer.data_ptr()
     if keep == "autograd":
@@ -102,7 +102,7 @@ def test_what_somebody_holds_is_not_lent(keep: str) -> None:
 
 
 def test_the_best_fitting_piece_is_lent_and_none_that_is_much_too_large() -> None:
-    pool = Pool(CPU)
+    pool = BufferPool(CPU)
     sizes = (LARGE, 9 * LARGE // 8, 4 * LARGE)
     buffers = {size: pool.borrow(size, torch.float32) for size in sizes}
     places = {size: buffer.data_ptr() for size, buffer in buffers.items()}
@@ -116,7 +116,7 @@ def test_the_best_fitting_piece_is_lent_and_none_that_is_much_too_large() -> Non
 
 
 def test_two_buffers_in_use_never_overlap() -> None:
-    pool, lent = Pool(CPU), []
+    pool, lent = BufferPool(CPU), []
     for turn in range(200):
         if turn % 3 == 2:
             pool.give_back(lent.pop(turn % len(lent)))
@@ -127,7 +127,7 @@ def test_two_buffers_in_use_never_overlap() -> None:
 
 
 def test_buffers_are_no_inference_tensors_and_may_be_empty() -> None:
-    pool = Pool(CPU)
+    pool = BufferPool(CPU)
     with torch.inference_mode():
         first = pool.borrow(LARGE, torch.float32)
         pool.give_back(first)
@@ -139,7 +139,7 @@ def test_buffers_are_no_inference_tensors_and_may_be_empty() -> None:
 
 
 def test_clear_lets_go() -> None:
-    pool = Pool(CPU)
+    pool = BufferPool(CPU)
     buffer = pool.borrow(LARGE, torch.float32)
     pool.give_back(buffer)
     pool.clear()

@@ -16,12 +16,12 @@ from shardline.sharding.build import (
     group_parameters,
     lay_out,
     load_model,
-    needs_whole,
+    needs_full_params,
     new_optimizer,
     regroup,
     take_over,
 )
-from shardline.sharding.fragments import whole_weights
+from shardline.sharding.fragments import full_weights
 from shardline.sharding.precision import Precision
 from tests.harness import seeded
 from tests.models import Lora, Mlp, TinyGpt
@@ -39,7 +39,7 @@ def build(model, stage=1, *, whole=False, comm=None, groups=None, compute=torch.
     groups = {name: 0 for name, _ in model.named_parameters()} if groups is None else groups
     precision = Precision(compute=compute)
     config = settings(stage, **zero)
-    layout = lay_out(model, config, precision, comm, groups, whole=whole, on_touch=lambda unit: False)
+    layout = lay_out(model, config, precision, comm, groups, param_aligned=whole, on_sealed_access=lambda unit: False)
     load_model(model, layout, precision, comm)
     return layout, config, precision, comm
 
@@ -80,13 +80,13 @@ class Each(torch.optim.SGD):
     shardline_kind = "per_parameter"
 
 
-def test_needs_whole() -> None:
+def test_needs_full_params() -> None:
     p = [nn.Parameter(torch.zeros(2))]
-    assert not needs_whole(torch.optim.AdamW(p), STAGES[3], 4)
-    assert needs_whole(Each(p), STAGES[3], 4)
-    assert needs_whole(Together(p), STAGES[0], 4) and needs_whole(Together(p), STAGES[3], 1)
+    assert not needs_full_params(torch.optim.AdamW(p), STAGES[3], 4)
+    assert needs_full_params(Each(p), STAGES[3], 4)
+    assert needs_full_params(Together(p), STAGES[0], 4) and needs_full_params(Together(p), STAGES[3], 1)
     with pytest.raises(OptimizerError, match=r"Together needs all parameters.*stage 2.*Use stage 0"):
-        needs_whole(Together(p), STAGES[2], 4)
+        needs_full_params(Together(p), STAGES[2], 4)
 
 
 # --- first values -----------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def load_with_statistics():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.fill_(dist.get_rank() + 1)
     layout, _, _, comm = build(model, 3)
-    whole = [float(t.sum()) / t.numel() for unit in layout.units for _, t in whole_weights(unit)]
+    whole = [float(t.sum()) / t.numel() for unit in layout.units for _, t in full_weights(unit)]
     buffers = [float(b.double().mean()) for b in model.buffers()]
     comm.close()
     return whole, buffers
@@ -220,18 +220,20 @@ def freeze_and_thaw(stage):
     layout, *settled = build(model, stage, compute=torch.bfloat16)
     groups = {name: 0 for name, _ in model.named_parameters()}
     optimizer = new_optimizer("Adam", {"lr": 0.1}, [{"params": list(model.parameters())}], layout)
-    parked, seen = {}, []
-    before = {entry.param.name: t.clone() for unit in layout.units for entry, t in whole_weights(unit)}
+    waiting, seen = {}, []
+    before = {entry.param.name: t.clone() for unit in layout.units for entry, t in full_weights(unit)}
     name = "blocks.0.base.weight"
     for trains in (True, False, True):
         if layout.params[name].requires_grad != trains or not seen:
             layout.params[name].requires_grad_(trains)
-            layout = regroup(layout, *settled, optimizer, groups, parked, Averages(), lambda unit: False, whole=False)
+            layout = regroup(
+                layout, *settled, optimizer, groups, waiting, Averages(), lambda unit: False, param_aligned=False
+            )
         for run in layout.runs:
             run.param.grad = torch.ones_like(run.param)
         optimizer.step()
-        seen.append((name in parked, sum(run.param.numel() for run in layout.runs)))
-    after = {entry.param.name: t.clone() for unit in layout.units for entry, t in whole_weights(unit)}
+        seen.append((name in waiting, sum(run.param.numel() for run in layout.runs)))
+    after = {entry.param.name: t.clone() for unit in layout.units for entry, t in full_weights(unit)}
     order = [spec.name for spec in layout.plan.params]
     settled[-1].close()
     return seen, before, after, order
@@ -242,7 +244,7 @@ def test_regroup_keeps_weights_and_states(ranks, world, stage) -> None:
     """Adam with constant gradients moves by the learning rate each step, if and only if its moments are kept."""
     name = "blocks.0.base.weight"
     for seen, before, after, order in ranks(freeze_and_thaw, world, stage):
-        assert [parked for parked, _ in seen] == [False, True, False]
+        assert [waiting for waiting, _ in seen] == [False, True, False]
         assert seen[1][1] < seen[0][1]
         assert set(order) == set(before)
         for key, value in before.items():

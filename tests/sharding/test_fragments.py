@@ -9,7 +9,7 @@ from torch import nn
 from shardline.errors import OptimizerError
 from shardline.plan import Fragment, Run
 from shardline.sharding.bucket import RunTensors
-from shardline.sharding.fragments import ParamState, local_fragments, put_states, take_states, whole_weights
+from shardline.sharding.fragments import ParamState, collect_states, full_weights, local_fragments, put_states
 from tests.harness import Setup, seeded, start
 from tests.models import Mlp, Odd, TinyGpt, cross_entropy, mse, odd_loss, regression, tokens
 
@@ -50,10 +50,10 @@ def read_everything(name, config):
         for f in local_fragments(engine.trainables.layout.runs, engine.optimizer)
     ]
     units, runs = engine.trainables.layout.units, engine.trainables.layout.runs
-    whole = {entry.param.name: tensor.clone() for unit in units for entry, tensor in whole_weights(unit)}
+    whole = {entry.param.name: tensor.clone() for unit in units for entry, tensor in full_weights(unit)}
     states = {}
     for unit in units:
-        states |= take_states(unit, runs, engine.optimizer)
+        states |= collect_states(unit, runs, engine.optimizer)
     engine.destroy()
     return pieces, whole, {k: (s.tensors, {n: float(v) for n, v in s.scalars.items()}) for k, s in states.items()}
 
@@ -89,7 +89,7 @@ def take(name, config):
     engine = trained(name, config)
     found = {}
     for unit in engine.trainables.layout.units:
-        found |= take_states(unit, engine.trainables.layout.runs, engine.optimizer)
+        found |= collect_states(unit, engine.trainables.layout.runs, engine.optimizer)
     engine.destroy()
     return found
 
@@ -101,7 +101,7 @@ def give_and_take(name, config, states):
     put_states(runs, states, engine.optimizer)
     found = {}
     for unit in engine.trainables.layout.units:
-        found |= take_states(unit, runs, engine.optimizer)
+        found |= collect_states(unit, runs, engine.optimizer)
     kept = {run.param: engine.optimizer.state[run.param] for run in runs}
     own = len({id(state["exp_avg"]) for state in kept.values()}) == len({id(s["step"]) for s in kept.values()})
     engine.destroy()
@@ -191,7 +191,8 @@ def rprop(model: nn.Module) -> torch.optim.Optimizer:
     [
         rprop,
         pytest.param(
-            adafactor, marks=pytest.mark.xfail(strict=True, reason="take_states: .item() on Adafactor's row and column")
+            adafactor,
+            marks=pytest.mark.xfail(strict=True, reason="collect_states: .item() on Adafactor's row and column"),
         ),
     ],
 )

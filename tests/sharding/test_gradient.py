@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from shardline.errors import UsageError
-from shardline.sharding.gradient import SealedGrad, drop_grads, gradient_error, has_grads, take_grads
+from shardline.sharding.gradient import SealedGrad, collect_grads, drop_grads, gradient_error, has_grads
 
 
 def test_gradients_are_taken_from_parameters() -> None:
     params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
-    assert not has_grads(params) and take_grads(params) == [None, None, None]
+    assert not has_grads(params) and collect_grads(params) == [None, None, None]
     (params[0].sum() * 2).backward()
     assert has_grads(params)
-    first, *others = take_grads(params)
+    first, *others = collect_grads(params)
     assert first.tolist() == [2, 2] and others == [None, None] and not has_grads(params)
     params[1].sum().backward()
     drop_grads(params)

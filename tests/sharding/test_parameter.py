@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from shardline.errors import SealedError
-from shardline.sharding.parameter import Record, is_sealed, let_go, record_of, seal, show
+from shardline.sharding.parameter import Record, is_sealed, make_ordinary, record_of, seal, show
 
 
 class Diary:
@@ -23,7 +23,7 @@ class Diary:
     def __init__(self, gather=None):
         self.gather, self.told, self.collected = gather, [], None
 
-    def touched(self):
+    def sealed_access(self):
         self.told.append("touched")
         return self.gather is not None and self.gather()
 
@@ -62,7 +62,7 @@ def test_sealing_takes_the_data_and_leaves_everything_else() -> None:
         param + 1
     show(param, data, record())
     assert not is_sealed(param) and isinstance(param, Tagged) and torch.equal(param, data)
-    let_go(param, data)
+    make_ordinary(param, data)
     assert type(param) is Tagged and torch.equal(param, data) and param.__dict__ == {"note": "kept"}
 
 
@@ -126,7 +126,7 @@ outcomes = {}
 
 
 class Owner:
-    def touched(self):
+    def sealed_access(self):
         return False
 
     def grad_of(self, index):

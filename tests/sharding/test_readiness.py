@@ -17,7 +17,7 @@ def ready_for(calls: list[list[int]]) -> tuple[Readiness, list[Any]]:
     for unit, inputs in zip(units, calls, strict=True):
         for count in inputs:
             readiness.use_in_forward(unit)
-            readiness.expect(unit, count)
+            readiness.expect_gradients(unit, count)
     readiness.begin()
     return readiness, units
 
@@ -76,6 +76,6 @@ def test_the_end_of_a_backward_forgets_its_graph() -> None:
     readiness.call_at_end(lambda: ended.append(1))
     complete(readiness, unit)
     readiness.end()
-    assert ended == [1] and not readiness.expects(unit)
-    readiness.expect(unit, 1)
+    assert ended == [1] and not readiness.expects_backward(unit)
+    readiness.expect_gradients(unit, 1)
     assert complete(readiness, unit) == [], "torch.autograd.grad completes inputs outside of backward"

@@ -429,7 +429,7 @@ def test_what_is_in_flight_is_no_larger_than_the_largest_unit(sizes, together) -
     assert {f"finish {index}" for index in flying} == set(drive.take("finish"))
 
 
-def test_on_the_host_what_is_over_is_let_go_before_the_next_gradients_come() -> None:
+def test_on_the_host_what_is_over_is_freed_before_the_next_gradients_come() -> None:
     drive = Drive(4, sizes=(1, 1, 1, 100), on_host=True)
     drive.forward(0, 1, 2, 3)
     over = {3, 2}

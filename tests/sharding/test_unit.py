@@ -12,7 +12,7 @@ from shardline.errors import ModelError, SealedError, UsageError
 from shardline.plan import make_plan
 from shardline.plan.describe import describe_modules, describe_params
 from shardline.plan.placement import STAGES
-from shardline.sharding.buffer import Pool, view
+from shardline.sharding.buffer import BufferPool, view
 from shardline.sharding.parameter import is_sealed, left_grad, set_grad
 from shardline.sharding.precision import Precision
 from shardline.sharding.unit import Residence, Unit
@@ -41,7 +41,9 @@ def make(stage=3, precision=None, comm=None, model=None):
     specs, params = describe_params(model, precision, groups)
     plan = make_plan(specs, describe_modules(model), comm.data.size)
     (unit_plan,) = plan.units
-    unit = Unit(unit_plan, params, STAGES[stage], comm, Pool(comm.device), precision, on_touch=lambda unit: False)
+    unit = Unit(
+        unit_plan, params, STAGES[stage], comm, BufferPool(comm.device), precision, on_sealed_access=lambda unit: False
+    )
     unit.allocate()
     for bucket in unit.buckets:
         for entry in bucket.plan.entries:
@@ -268,7 +270,7 @@ def test_a_unit_in_use_is_not_updated() -> None:
 
 def test_alone_a_large_gradient_is_taken_as_it_is(monkeypatch) -> None:
     """No copy, whatever its size and strides; but not of memory that another gradient lies in too."""
-    monkeypatch.setattr("shardline.plan.plan._ALONE", 9)
+    monkeypatch.setattr("shardline.plan.plan._OWN_BUCKET_NUMEL", 9)
     unit, model, _ = make()
     made = {name: torch.randn_like(p) for name, p in model.named_parameters() if p.requires_grad}
     for name, p in model.named_parameters():
@@ -481,7 +483,7 @@ def test_residence_moves_through_its_states(ranks) -> None:
         assert counts == 4  # two buckets, twice
 
 
-def let_go():
+def make_ordinary():
     unit, model, before = make(3)
     unit.detach_params()
     unit.comm.close()
@@ -489,5 +491,5 @@ def let_go():
 
 
 def test_letting_go_of_sharded_parameters(ranks) -> None:
-    for right, kinds, stride in ranks(let_go, 2):
+    for right, kinds, stride in ranks(make_ordinary, 2):
         assert right and kinds == ["Parameter"] * 4 and stride == (1, 5)

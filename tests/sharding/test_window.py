@@ -15,10 +15,10 @@ def micro_step(window: Window, share: float = 1.0, weight: float | None = None, 
 
 def test_a_window_passes_its_states_in_order() -> None:
     window = Window(2)
-    assert window.state is State.EMPTY and window.at_start and not window.touched and not window.at_boundary
+    assert window.state is State.EMPTY and window.at_start and not window.is_open and not window.at_boundary
     window.hand_out()
     window.hand_out()
-    assert window.state is State.HANDED_OUT and window.at_start and window.touched
+    assert window.state is State.HANDED_OUT and window.at_start and window.is_open
     window.begin_forward()
     assert window.state is State.FORWARD and not window.at_start and window.gradients is Gradients.NONE
     window.begin_backward(1.0, reducing=False)

@@ -1,4 +1,4 @@
-"""The ranks of one engine: transitions of flat buffers, one small row a step, and the messages at set-up.
+"""The ranks of one engine: transitions of flat buffers, one small vector a step, and the messages at set-up.
 
 Gathers and reductions have process groups of their own, so that the order among gathers and the order among reductions
 each need to be the same on all ranks, but not how the two mix. What is started is counted and logged, so that a step
@@ -23,7 +23,7 @@ from shardline.comm.log import TransitionLog
 from shardline.comm.peer_memory import Peers, attach
 from shardline.comm.transport import CLOSED, SINGLE_PROCESS, Transport, choose, closed_error, is_staged
 from shardline.errors import DisagreementError, ShardlineError
-from shardline.runtime.device import Place, choose_backend
+from shardline.runtime.device import RankDevice, choose_backend
 
 __all__ = ["Comm"]
 
@@ -56,7 +56,7 @@ class Comm:
         self._groups: ProcessGroups | None = None
         self._peers: Peers | None = None
         self._host: dist.ProcessGroup | None = None
-        self._row_group: dist.ProcessGroup | None = None
+        self._vector_group: dist.ProcessGroup | None = None
         self._staged = self._closed = False
         self.gathers: Transport = SINGLE_PROCESS
         self.reductions: Transport = SINGLE_PROCESS
@@ -84,7 +84,7 @@ class Comm:
                 self.messages = Exchange(self.data, host, self.device, self.gathers, peers.wait_for_collective)
                 return
         first = host if on_cpu or (backend is None and "cpu" in inherited) else groups.make(backend)
-        self._row_group = second = groups.make(backend)
+        self._vector_group = second = groups.make(backend)
         self.gathers, self.reductions = (choose(each, self.device, self.log) for each in (first, second))
         self._staged = is_staged(first, self.device)
         self.messages = Exchange(self.data, host, self.device, self.gathers)
@@ -99,7 +99,7 @@ class Comm:
     ) -> str | None:
         """The backend of groups for this device's tensors; None: that of the default group."""
         try:
-            places = [Place(*each) for each in all_gather_json(astuple(Place.of(self.device)), host)]
+            places = [RankDevice(*each) for each in all_gather_json(astuple(RankDevice.of(self.device)), host)]
             backend, self.notice = choose_backend(places, inherited)
         except DisagreementError:
             groups.destroy()
@@ -126,7 +126,7 @@ class Comm:
         if self._groups is not None:
             self._closed, self.gathers, self.reductions = True, CLOSED, CLOSED
             self.messages.release()
-        self._parent = self._groups = self._host = self._row_group = None  # not the peers: they wait at the exit
+        self._parent = self._groups = self._host = self._vector_group = None  # not the peers: they wait at the exit
 
     def give_up(self, error: ShardlineError | None) -> None:
         """Let ranks that wait for this one raise ``error`` too; ``None`` takes it back.
@@ -158,8 +158,8 @@ class Comm:
 
     # -- small collectives in a step --------------------------------------------------------------------------------
 
-    def all_gather_row(self, row: Tensor) -> Tensor:
-        """Every rank's ``row`` (1-D), stacked: (ranks, len). The same bits on every rank. It waits for readers, too.
+    def all_gather_vector(self, vector: Tensor) -> Tensor:
+        """Every rank's ``vector`` (1-D), stacked: (ranks, len). The same bits on every rank. It waits for readers, too.
 
         Raises:
             UsageError: the engine was destroyed.
@@ -167,21 +167,21 @@ class Comm:
         if self._closed:
             raise closed_error()
         if self.data.size == 1:
-            return row.unsqueeze(0)
-        local = row.cpu() if self._staged else row.to(self.device)
-        stacked = local.new_empty(self.data.size, row.numel())
+            return vector.unsqueeze(0)
+        local = vector.cpu() if self._staged else vector.to(self.device)
+        stacked = local.new_empty(self.data.size, vector.numel())
         if self._peers is not None:
-            boundaries = range(0, stacked.numel() + 1, row.numel())
+            boundaries = range(0, stacked.numel() + 1, vector.numel())
             self.reductions.gather(None, stacked.view(-1), boundaries, own=local).wait()
             self._peers.wait_for_readers()  # all ranks are here, so what they gathered before is read by now
         else:
-            dist.all_gather(list(stacked.unbind()), local, group=self._row_group)
-        return stacked.to(row.device)
+            dist.all_gather(list(stacked.unbind()), local, group=self._vector_group)
+        return stacked.to(vector.device)
 
     def all_gather_ints(self, values: Sequence[int]) -> list[list[int]]:
         """Every rank's ``values`` (of int64, as many on every rank), in rank order.
 
-        It waits for no device; it may wait for gathers that were started before. Raises as :meth:`all_gather_row`.
+        It waits for no device; it may wait for gathers that were started before. Raises as :meth:`all_gather_vector`.
         """
         if self._closed:
             raise closed_error()

@@ -43,7 +43,7 @@ class Fetcher:
         self._running = iter(self._loader)
         return self._running
 
-    def leave(self) -> None:
+    def end_iteration(self) -> None:
         """End the current iteration; its workers end, unless they are persistent."""
         self.iteration += 1
         if not self._settings["persistent_workers"]:
@@ -51,7 +51,7 @@ class Fetcher:
 
     def close(self) -> None:
         """End the worker processes and drop what they prefetched; :meth:`start` starts new ones."""
-        self.leave()
+        self.end_iteration()
         self._stop()
         self._source.close()
         self._loader = self._build()

@@ -185,7 +185,7 @@ class Loader:
             UsageError: this iterator is used after a newer one, a jump to another position or ``close()``.
         """
         fetcher, state = self._fetcher, self._state
-        fetcher.leave()
+        fetcher.end_iteration()
         mine = fetcher.iteration
         state.at = start = self.position
         if state.handed is not None and start != Position(start.epoch):
@@ -207,7 +207,7 @@ class Loader:
             raise
         finally:
             if fetcher.iteration == mine:
-                fetcher.leave()
+                fetcher.end_iteration()
         nothing_left = state.at == start
         state.at = Position(start.epoch + 1)
         if nothing_left and state.handed is not None:  # an iteration was left exactly at the end of its stream
@@ -256,7 +256,7 @@ class Loader:
         self._fetcher.close()
 
     def _jump(self, position: Position) -> None:
-        self._fetcher.leave()
+        self._fetcher.end_iteration()
         self._state.jump(position)
         self.samples, self.weight = 0, 1.0
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from shardline.data.loader import Loader
 
-__all__ = ["Place"]
+__all__ = ["LoaderPlace"]
 
 
-class Place:
+class LoaderPlace:
     """Reads the place of the engine's loader, where there is one."""
 
     advice = (

@@ -24,22 +24,22 @@ class ShortBatches:
         self.full = full
         self._sure = False
         self._over = False
-        self._rows: int | None = None
+        self._found: int | None = None
 
     def see(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """The arguments of a forward."""
         if self._over:
             return
         first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), None)
-        rows = None if first is None else first.shape[0]
-        if rows == self.full:
+        samples = None if first is None else first.shape[0]
+        if samples == self.full:
             self._sure = True
             return
         self._over = True
-        if rows is not None and self._sure and rows < self.full:
-            self._rows = rows
+        if samples is not None and self._sure and samples < self.full:
+            self._found = samples
 
-    def take(self) -> int | None:
-        """How many rows the smaller batch has, once."""
-        rows, self._rows = self._rows, None
-        return rows
+    def pop(self) -> int | None:
+        """How many samples the smaller batch has, once."""
+        samples, self._found = self._found, None
+        return samples

@@ -17,7 +17,7 @@ from shardline.checkpoint.engine.window import WindowStart
 from shardline.comm import Comm
 from shardline.config import Config
 from shardline.data import Loader
-from shardline.data.place import Place
+from shardline.data.place import LoaderPlace
 from shardline.engine.backwards import Backwards
 from shardline.engine.calls import Calls
 from shardline.engine.getters import Getters
@@ -118,7 +118,7 @@ class Engine(Wrapper, Getters, Saving):
         self._intake = Intake(config, self._window, self.window_start, notices)
         self._calls = Calls(model, precision, comm.device, notices)
         intake = self._intake
-        alike = Alike([Options(lambda: optimizer), Place(lambda: intake.loader)])
+        alike = Alike([Options(lambda: optimizer), LoaderPlace(lambda: intake.loader)])
         make_boundary = partial(Boundary, scaler=self.scaler, config=config, progress=self.progress, alike=alike)
         self.trainables = Trainables(
             model, layout, optimizer, groups, config, precision, comm,
@@ -433,8 +433,8 @@ class Engine(Wrapper, Getters, Saving):
         if self.optimizer is not None and options is not None:
             for group, loaded in zip(self.optimizer.param_groups, options, strict=True):
                 group.update(loaded)
-        if (ages := self._optimizer_state().ages(states)) is not None:
-            self.trainables.lay_out_by_age(ages)
+        if (steps := self._optimizer_state().steps_to_lay_out(states)) is not None:
+            self.trainables.lay_out_by_state_steps(steps)
         self._optimizer_state().put(states)
 
     def gathered_parameters(

@@ -172,7 +172,7 @@ class InPlaceEngine(Engine):
         if state and not self.progress.global_steps:
             self._load_optimizer_states(states_by_name(state, self._optimizer_state().specs))
         self._loop.pull()
-        self.on_destroy(self._loop.let_go)
+        self.on_destroy(self._loop.release)
 
     def _cast(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         return self._calls.cast(args, kwargs)
@@ -310,7 +310,7 @@ class _LoopOptimizer:
                     outer[key] = value
         self._seen = [dict(group) for group in self.outer.param_groups]
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         for name in ("step", "zero_grad", "add_param_group", "state_dict", "load_state_dict"):
             self.outer.__dict__.pop(name, None)
         self.outer.__dict__.update(self._before)

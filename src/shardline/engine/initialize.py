@@ -43,7 +43,7 @@ from shardline.sharding.build import (
     group_parameters,
     lay_out,
     load_model,
-    needs_whole,
+    needs_full_params,
     new_optimizer,
     resting_stage,
     sample_optimizer,
@@ -168,13 +168,13 @@ def _make_engine(
 
     layout = lay_out(
         model, settings, precision, comm, training.membership,
-        whole=training.needs_whole, on_touch=partial(_touch, made), offload=offload,
+        param_aligned=training.needs_full_params, on_sealed_access=partial(_on_sealed_access, made), offload=offload,
     )  # fmt: skip
 
     # from here on the model changes
 
     everywhere = _Everywhere(comm)
-    undo.push(_WayBack(Origin(model, training.given), layout, everywhere, made).take)
+    undo.push(_WayBack(Origin(model, training.given), layout, everywhere, made).restore)
     fill = partial(meta.fill, model, init_fn=init_fn) if meta.is_on_meta(model) else None
     load_model(model, layout, precision, comm, fill)
 
@@ -197,10 +197,10 @@ def _make_engine(
     return engine
 
 
-def _touch(made: Sequence[weakref.ref[Engine]], unit: Unit) -> bool:
+def _on_sealed_access(made: Sequence[weakref.ref[Engine]], unit: Unit) -> bool:
     """A sealed parameter of ``unit`` is used: ask the engine, once it is made."""
     engine = made[0]() if made else None
-    return engine is not None and engine.trainables.touch(unit)
+    return engine is not None and engine.trainables.on_sealed_access(unit)
 
 
 def _agree(comm: Comm, settings: Config, training_data: Any) -> None:
@@ -253,7 +253,7 @@ class _WayBack:
     everywhere: _Everywhere
     made: list[weakref.ref[Engine]]
 
-    def take(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def restore(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """What an exit stack calls at its end."""
         if error is None or not self.everywhere.has(error):  # the other ranks would not take part
             return
@@ -330,14 +330,14 @@ class _Training:
         named: the section of the configuration that names one, where the user made none.
         groups: the param groups.
         membership: the group of each parameter that is trained, by first name; empty without an optimizer.
-        needs_whole: whether the optimizer must see whole parameters.
+        needs_full_params: whether the optimizer must see whole parameters.
     """
 
     given: Optimizer | None
     named: OptimizerSection | None
     groups: ParamGroups
     membership: dict[str, int]
-    needs_whole: bool
+    needs_full_params: bool
 
     def optimizer_of(self, layout: Layout) -> Optimizer | None:
         """The optimizer over the runs of ``layout``, if there is one."""
@@ -365,7 +365,7 @@ def _training(
     sample = given if named is None else sample_optimizer(named.type, named.params)
     if sample is None:
         return _Training(None, None, groups, {}, False)
-    return _Training(given, named, groups, membership, needs_whole(sample, stage, comm.data.size))
+    return _Training(given, named, groups, membership, needs_full_params(sample, stage, comm.data.size))
 
 
 def _optimizer_and_groups(

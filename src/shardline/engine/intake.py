@@ -34,7 +34,7 @@ class Intake:
         self._full = config.train_micro_batch_size_per_gpu
         self._by_samples = config.data_loader.weighting == "samples"
         self._short = ShortBatches(self._full)
-        self._share = 1.0
+        self._batch_fraction = 1.0
         self._handed_out: int | None = None  # samples that the loader has handed out since the last micro-step
 
     def attach(self, loader: Loader) -> None:
@@ -66,8 +66,8 @@ class Intake:
         """How much this micro-step counts: 1.0, unless the loader has just handed out a smaller batch."""
         loader = self.loader
         if loader is not None and loader.position != self.position:
-            self._share = loader.weight if self._by_samples else 1.0
-        return self._share
+            self._batch_fraction = loader.weight if self._by_samples else 1.0
+        return self._batch_fraction
 
     @property
     def samples(self) -> int:
@@ -84,9 +84,9 @@ class Intake:
 
     def tell_of_short_batch(self) -> None:
         """Give notice where a batch of the user's seems smaller than those before."""
-        if (rows := self._short.take()) is not None:
+        if (samples := self._short.pop()) is not None:
             self._notices.once(
-                f"a batch of {rows} samples counts as one of {self._full} like those before: only the engine's "
+                f"a batch of {samples} samples counts as one of {self._full} like those before: only the engine's "
                 f"own loader knows how much a batch holds. Give initialize the dataset as training_data, or make "
                 f"losses sums and call engine.step(weight=samples)."
             )
@@ -95,4 +95,4 @@ class Intake:
         """The current micro-step was counted; the next batch belongs to the next one."""
         if self.loader is not None:
             self.position = self.loader.position
-        self._share, self._handed_out = 1.0, None
+        self._batch_fraction, self._handed_out = 1.0, None

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from shardline.comm import Comm
 from shardline.errors import OptimizerError
 from shardline.optim import prepare
-from shardline.plan import ParamSpec
+from shardline.plan import ParamSpec, runs_fit
 from shardline.plan.placement import Placement
 from shardline.sharding.build import Layout
-from shardline.sharding.fragments import ParamState, local_fragments, put_states, take_states
+from shardline.sharding.fragments import ParamState, collect_states, local_fragments, put_states
 
 __all__ = ["OptimizerState", "states_by_name"]
 
@@ -29,13 +29,13 @@ class OptimizerState:
 
     Attributes:
         groups: the param group of every parameter, by first name, in the user's order within each group.
-        parked: the state of frozen parameters.
+        frozen_states: the state of frozen parameters.
     """
 
     layout: Layout
     optimizer: Optimizer
     groups: Mapping[str, int]
-    parked: dict[str, ParamState]
+    frozen_states: dict[str, ParamState]
     comm: Comm
 
     @property
@@ -65,7 +65,7 @@ class OptimizerState:
                 "of it. Call engine.full_optimizer_state_dict() on every rank (rank0_only=True leaves it on rank 0 "
                 "alone), or engine.save_checkpoint(), which writes all that a resume needs."
             )
-        return self._form({**self.parked, **self._local()})
+        return self._form({**self.frozen_states, **self._local()})
 
     def full(self, *, wanted: bool) -> dict[str, Any]:
         """The same at every stage, on CPU; empty where not ``wanted``. Collective: a unit at a time is whole.
@@ -75,7 +75,7 @@ class OptimizerState:
         """
         units = self.layout.units
         if self.comm.data.size == 1 or all(unit.stage.states is Placement.REPLICATED for unit in units):
-            return self._form(_on_host({**self.parked, **self._local()})) if wanted else {}
+            return self._form(_on_host({**self.frozen_states, **self._local()})) if wanted else {}
         odd = next(self._of_another_shape(), None)
         if (key := next(filter(None, self.comm.messages.exchange(odd)), None)) is not None:
             raise OptimizerError(
@@ -84,10 +84,10 @@ class OptimizerState:
             )
         found: States = {}
         for unit in units:
-            states = take_states(unit, self.layout.runs, self.optimizer)
+            states = collect_states(unit, self.layout.runs, self.optimizer)
             if wanted:
                 found.update(_on_host(states))
-        return self._form({**_on_host(self.parked), **found}) if wanted else {}
+        return self._form({**_on_host(self.frozen_states), **found}) if wanted else {}
 
     def _of_another_shape(self) -> Iterator[str]:
         for run in self.layout.runs:
@@ -152,17 +152,10 @@ class OptimizerState:
         }  # fmt: skip
         return states_by_name(entries, self.specs), [_options(group) for group in theirs]
 
-    def ages(self, states: Mapping[str, ParamState]) -> dict[str, int] | None:
+    def steps_to_lay_out(self, states: Mapping[str, ParamState]) -> dict[str, int] | None:
         """Steps that each parameter's state has seen, if parameters of one run differ in that, else ``None``."""
-        ages = {name: states[name].steps if name in states else 0 for name in self.specs}
-        for unit in self.layout.plan.units:
-            for bucket in unit.buckets:
-                seen: dict[tuple[int | None, int], int] = {}
-                for entry in bucket.entries if bucket.trainable and not bucket.whole else ():
-                    age = ages[entry.param.name]
-                    if seen.setdefault((entry.param.group, entry.param.era), age) != age:
-                        return ages
-        return None
+        steps = {name: states[name].steps if name in states else 0 for name in self.specs}
+        return None if runs_fit(self.layout.plan.units, steps) else steps
 
     def put(self, states: Mapping[str, ParamState]) -> None:
         """Give each parameter its state, of which this rank takes its part, in the dtype of the masters."""
@@ -181,8 +174,8 @@ class OptimizerState:
         self.optimizer.state.clear()
         put_states(self.layout.runs, {name: moved[name] for name in moved if name in trained}, self.optimizer)
         prepare(self.optimizer)
-        self.parked.clear()
-        self.parked.update({name: state for name, state in moved.items() if name not in trained})
+        self.frozen_states.clear()
+        self.frozen_states.update({name: state for name, state in moved.items() if name not in trained})
 
 
 def states_by_name(entries: Mapping[str, Mapping[str, Any]], specs: Mapping[str, ParamSpec]) -> States:

@@ -8,8 +8,8 @@ from torch.optim import Optimizer
 
 from shardline.plan.describe import first_names
 from shardline.sharding.build import Layout
-from shardline.sharding.fragments import whole_weights
-from shardline.sharding.parameter import let_go, record_of
+from shardline.sharding.fragments import full_weights
+from shardline.sharding.parameter import make_ordinary, record_of
 
 __all__ = ["Origin"]
 
@@ -56,17 +56,17 @@ class Origin:
         for unit in layout.units:
             names = [entry.param.name for bucket in unit.buckets for entry in bucket.plan.entries]
             managed = {name for name in names if name in self._params and record_of(self._params[name][0]) is not None}
-            for entry, value in whole_weights(unit) if managed else ():
+            for entry, value in full_weights(unit) if managed else ():
                 name = entry.param.name
                 if name in managed:
                     param, dtype, device = self._params[name]
-                    let_go(param, value.to(device, dtype, copy=True))
+                    make_ordinary(param, value.to(device, dtype, copy=True))
                     if torch.promote_types(dtype, value.dtype) != value.dtype:
                         rounded.append(name)
         for param, shape, stride, dtype in self._on_meta:
             if not param.is_meta:
                 empty = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-                let_go(param, torch.empty(0, dtype=param.dtype, device=param.device))
+                make_ordinary(param, torch.empty(0, dtype=param.dtype, device=param.device))
                 torch._C._swap_tensor_impl(param, nn.Parameter(empty, param.requires_grad))  # .data takes none of meta
         layout.units.clear()
         if rounded:

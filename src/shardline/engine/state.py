@@ -87,12 +87,12 @@ class EngineState:
 
     def in_window(self) -> bool:
         """Whether the current window has begun."""
-        return self._window.touched
+        return self._window.is_open
 
-    def lay_out_by_age(self, ages: Mapping[str, int]) -> None:
+    def lay_out_by_state_steps(self, steps: Mapping[str, int]) -> None:
         """Lay the model out so that only parameters whose state has seen as many steps share a run. Collective."""
         self._outcome.act()
-        self._trainables.lay_out_by_age(ages)
+        self._trainables.lay_out_by_state_steps(steps)
 
     def go_on_from(self, counters: Mapping[str, int]) -> None:
         """Begin a new window; the counters in ``counters`` become what they are there."""

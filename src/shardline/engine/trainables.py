@@ -19,7 +19,7 @@ from shardline.sharding.admission import Contents
 from shardline.sharding.averages import Averages
 from shardline.sharding.boundary import Boundary
 from shardline.sharding.bucket import Bucket
-from shardline.sharding.build import Layout, group_parameters, needs_whole, regroup, resting_stage
+from shardline.sharding.build import Layout, group_parameters, needs_full_params, regroup, resting_stage
 from shardline.sharding.fragments import ParamState
 from shardline.sharding.hooks import Hooks
 from shardline.sharding.precision import Precision
@@ -176,11 +176,11 @@ class Trainables:
         self.groups.update(dict.fromkeys(joining, index))
         self._requires_grad = {}
 
-    def regroup(self, ages: Mapping[str, int] | None = None) -> None:
+    def regroup(self, state_steps: Mapping[str, int] | None = None) -> None:
         """Lay the model out again, keeping all state; the last step's verdict was acted on. Collective.
 
         Args:
-            ages: the steps that each parameter's state has seen, where that state is still to be loaded.
+            state_steps: the steps that each parameter's state has seen, where that state is still to be loaded.
         """
         optimizer = self._optimizer
         if optimizer is None:
@@ -189,19 +189,20 @@ class Trainables:
         self.adopt_edits()
         self.schedule.release_all()
         self.hooks.remove()
-        whole = needs_whole(optimizer, resting_stage(self._config, self.layout.offload), self._comm.shard.size)
+        aligned = needs_full_params(optimizer, resting_stage(self._config, self.layout.offload), self._comm.shard.size)
         self.layout = regroup(
             self.layout, self._config, self._precision, self._comm, optimizer, self.groups, self.frozen_states,
-            self.averages, self.touch, whole=whole, ages=ages,
+            self.averages, self.on_sealed_access, param_aligned=aligned, state_steps=state_steps,
         )  # fmt: skip
         self._arrange()
 
-    def lay_out_by_age(self, ages: Mapping[str, int]) -> None:
-        """Lay the model out for states that are loaded next: parameters whose states differ in age share no run."""
+    def lay_out_by_state_steps(self, state_steps: Mapping[str, int]) -> None:
+        """Lay the model out for states that are loaded next: parameters whose states have seen different numbers
+        of steps share no run."""
         if self._optimizer is not None:
             self._optimizer.state.clear()
         self.frozen_states.clear()
-        self.regroup(ages)
+        self.regroup(state_steps)
 
     def check_contents(self) -> None:
         """See that the model holds the parameters and modules that it held."""
@@ -212,7 +213,7 @@ class Trainables:
         for unit in self.layout.units:
             unit.adopt()
 
-    def touch(self, unit: Unit) -> bool:
+    def on_sealed_access(self, unit: Unit) -> bool:
         """A sealed parameter of ``unit`` is used outside of its module. Says whether it was gathered."""
         return self.hooks.on_sealed_access(unit)
 

@@ -15,7 +15,7 @@ from shardline.errors import UsageError
 from shardline.plan.describe import persistent_buffers
 from shardline.runtime.modes import outside_modes
 from shardline.sharding.build import Layout
-from shardline.sharding.fragments import whole_weights
+from shardline.sharding.fragments import full_weights
 from shardline.sharding.hooks import Hooks
 from shardline.sharding.unit import Unit
 
@@ -39,7 +39,7 @@ def full_state_dict(
     weights: dict[str, Tensor] = {}
     for unit in layout.units:
         unit.adopt()
-        for entry, tensor in whole_weights(unit):
+        for entry, tensor in full_weights(unit):
             if wanted:
                 kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
                 value = tensor.detach().to("cpu", kept, copy=True)

@@ -131,7 +131,7 @@ class WindowGrads:
     def norm(self) -> Tensor:
         """The global L2 norm of the averages: a 0-dim float64 tensor. Collective."""
         self._complete()
-        squares = self._comm.all_gather_row(self._update.squares().view(1)).sum()
+        squares = self._comm.all_gather_vector(self._update.squares().view(1)).sum()
         return squares.sqrt() / self._average()
 
     def norm_of(self, name: str, order: float) -> Tensor:
@@ -154,7 +154,7 @@ class WindowGrads:
         if found:
             norms = torch.stack([torch.linalg.vector_norm(piece, order, dtype=torch.float64) for _, piece in found])
             own[torch.tensor([place for place, _ in found], device=own.device)] = norms
-        rows = torch.linalg.vector_norm(self._comm.all_gather_row(own), order, dim=0) / self._average()
+        rows = torch.linalg.vector_norm(self._comm.all_gather_vector(own), order, dim=0) / self._average()
         return dict(zip(names, rows.float().to(self._comm.device).unbind(), strict=True))
 
     def scale(self, factor: Tensor) -> None:
@@ -208,7 +208,7 @@ class WindowGrads:
             found = found_inf.to(here)
             torch._amp_foreach_non_finite_check_and_unscale_(pieces, found, inv_scale.to(here))
             found_inf.copy_(found)
-        found_inf.copy_(self._comm.all_gather_row(found_inf.view(1).double()).amax().view_as(found_inf))
+        found_inf.copy_(self._comm.all_gather_vector(found_inf.view(1).double()).amax().view_as(found_inf))
         self._norms.clear()
 
     def _complete(self) -> None:

@@ -35,7 +35,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardline.errors import ModelError, UsageError
 from shardline.names import join
-from shardline.sharding.parameter import Record, let_go, seal
+from shardline.sharding.parameter import Record, make_ordinary, seal
 
 __all__ = ["empty_weights", "fill", "is_on_meta"]
 
@@ -265,17 +265,17 @@ class _Filling:
     # -- parameters come and go -------------------------------------------------------------------------------------
 
     def _put_away(self, param: nn.Parameter, state: _Param) -> None:
-        record = Record(state.name, 0, _Owner(partial(self._bring, param)))
+        record = Record(state.name, 0, _Owner(partial(self._materialize, param)))
         seal(param, record, torch.empty(0, dtype=state.like.dtype, device="cpu"))
 
-    def _bring(self, param: nn.Parameter) -> bool:
+    def _materialize(self, param: nn.Parameter) -> bool:
         if self._here is None:
             return False
         state = self._params[param]
         value = _unset(state.like)
         if state.stored:
             value.copy_(self._fetch(state.name))
-        let_go(param, value)
+        make_ordinary(param, value)
         self._here[param] = param._version, value.data_ptr()
         self._writes.watch(value, state)
         return True
@@ -292,7 +292,7 @@ class _Filling:
                 initialise()
             kept.update(param for param in here if accept(param, self._params[param]))
         finally:
-            self._here, written = None, self._writes.take()
+            self._here, written = None, self._writes.pop_all()
             for param, (version, address) in here.items():
                 state = self._params[param]
                 if param not in kept:
@@ -331,7 +331,7 @@ class _Filling:
                 except Exception:  # it needs values: a constructor that calls it does not do so on meta
                     continue
                 finally:
-                    self._settle_places(lambda state: False)
+                    self._place_params(lambda state: False)
                 for param, version in zip(params, before, strict=True):
                     state, count = self._params[param], param._version - version
                     if count and state.constructed and state.repeated + count > state.constructed:
@@ -362,15 +362,15 @@ class _Filling:
             module._buffers[name] = tensor
             with torch.no_grad():
                 tensor.copy_(value)
-        self._settle_places(lambda state: not state.real)
+        self._place_params(lambda state: not state.real)
 
     def let(self, init_fn: Callable[[nn.Module], Any]) -> None:
         """Show every module to ``init_fn``."""
         for module in _post_order(self._model):
             self._run(partial(init_fn, module), lambda param, state: True, final=True)
-        self._settle_places(lambda state: True)
+        self._place_params(lambda state: True)
 
-    def _settle_places(self, is_adopted: Callable[[_Param], bool]) -> None:
+    def _place_params(self, is_adopted: Callable[[_Param], bool]) -> None:
         """Where an initialiser put another parameter in the place of one, take its values, and let the object stay."""
         for module, name, param in self._places:
             found, state = module._parameters.get(name), self._params[param]
@@ -425,7 +425,7 @@ def _is_repeated(call: _Call, param: nn.Parameter, state: _Param) -> bool:
 class _Owner:
     """The owner of a parameter that is away; one that is whole is nobody's."""
 
-    touched: Callable[[], bool]
+    sealed_access: Callable[[], bool]
 
     def handed_out(self, index: int, alias: Tensor) -> None:
         raise AssertionError("no parameter is shown while a model is filled")
@@ -451,7 +451,7 @@ class _Writes(TorchDispatchMode):
     def forget(self, address: int) -> None:
         self._watched.pop(address, None)
 
-    def take(self) -> set[_State]:
+    def pop_all(self) -> set[_State]:
         """What was written since the last time."""
         found, self._found = self._found, set()
         return found

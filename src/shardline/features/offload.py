@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shardline.config import Config
 from shardline.runtime.pinned import empty_pinned
-from shardline.sharding.buffer import has_memory_alone
+from shardline.sharding.buffer import owns_its_memory
 
 __all__ = ["Offload"]
 
@@ -27,7 +27,7 @@ class Offload:
 
     Attributes:
         device: where the states are.
-        counts: copies by (``"down"`` or ``"up"``, unit index), since the start.
+        counts: copies by (``"to host"`` or ``"to device"``, unit index), since the start.
         bytes: that travelled, by direction.
     """
 
@@ -55,21 +55,21 @@ class Offload:
         if self._pinned_for is None:
             return torch.empty(numel, dtype=dtype)
         pieces = self._pieces[numel * dtype.itemsize]
-        piece = next((each for each in pieces if has_memory_alone(each)), None)
+        piece = next((each for each in pieces if owns_its_memory(each)), None)
         if piece is None:
             piece = empty_pinned(numel * dtype.itemsize, torch.uint8, self._pinned_for)
             pieces.append(piece)
         return torch.empty(0, dtype=dtype).set_(piece.untyped_storage(), 0, (numel,), (1,))
 
-    def down(self, unit: int, shard: Tensor, then: Callable[[Tensor], None]) -> None:
+    def copy_to_host(self, unit: int, shard: Tensor, then: Callable[[Tensor], None]) -> None:
         """Start to copy ``shard`` (1-D) of ``unit`` to the host.
 
-        ``then(copy)`` is called when it is there, in the order of the calls and at the latest in :meth:`arrive`; until
-        then ``shard`` must not be written.
+        ``then(copy)`` is called when it is there, in the order of the calls and at the latest in
+        :meth:`wait_for_copies`. Until then ``shard`` must not be written.
         """
-        self._note("down", unit, shard)
+        self._note("to host", unit, shard)
         host = self.empty(shard.numel(), shard.dtype)
-        wait = self._copy_down(shard, host)
+        wait = self._start_copy(shard, host)
 
         def finish() -> None:
             wait()
@@ -79,17 +79,17 @@ class Offload:
         while len(self._trips) > _UNDER_WAY:
             self._trips.popleft()()
 
-    def arrive(self) -> None:
+    def wait_for_copies(self) -> None:
         """Return when everything that is on its way down is there."""
         while self._trips:
             self._trips.popleft()()
 
-    def up(self, unit: int, master: Tensor, weights: Tensor) -> None:
+    def copy_to_device(self, unit: int, master: Tensor, weights: Tensor) -> None:
         """Bring ``master``, rounded, into ``weights`` on the device: what is queued there afterwards sees it.
 
         Rounding on the host halves what travels. From page-locked memory this does not wait for the copy.
         """
-        self._note("up", unit, weights)
+        self._note("to device", unit, weights)
         rounded = master
         if master.dtype != weights.dtype:
             while len(self._rising) > _UNDER_WAY:
@@ -99,7 +99,7 @@ class Offload:
         if rounded is not master and self._stream is not None:
             self._rising.append((torch.accelerator.current_stream(weights.device).record_event(), rounded))
 
-    def _copy_down(self, shard: Tensor, host: Tensor) -> Callable[[], None]:
+    def _start_copy(self, shard: Tensor, host: Tensor) -> Callable[[], None]:
         """Start the copy; what is returned waits for it on the host."""
         if self._stream is None:
             host.copy_(shard)

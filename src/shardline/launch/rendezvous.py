@@ -327,14 +327,14 @@ class _Patience:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._begin = time.monotonic()
-        self._said = False
+        self._has_reported = False
 
     def wait(self, why: str) -> None:
         waited = time.monotonic() - self._begin
         if waited > self._seconds:
             raise LaunchError(f"{why[0].upper()}{why[1:]} in {self._seconds:g} s (--join-timeout).")
-        if waited > _FIRST_WORD_SECONDS and not self._said:
-            self._said = True
+        if waited > _FIRST_WORD_SECONDS and not self._has_reported:
+            self._has_reported = True
             _say(f"{why} yet")
         time.sleep(0.1)
 

@@ -11,6 +11,7 @@ from shardline.plan.plan import (
     Run,
     UnitPlan,
     make_plan,
+    runs_fit,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "Run",
     "UnitPlan",
     "make_plan",
+    "runs_fit",
 ]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -38,12 +38,13 @@ __all__ = [
     "Run",
     "UnitPlan",
     "make_plan",
+    "runs_fit",
 ]
 
 ALIGNMENT = 64
 """Elements to which every parameter's offset and every shard boundary is aligned."""
 
-_ALONE = 1 << 16
+_OWN_BUCKET_NUMEL = 1 << 16
 """Elements from which a parameter is a bucket of its own in a single process: there is no communication to batch, and
 what autograd hands over as its gradient needs no copy."""
 
@@ -59,8 +60,8 @@ class ParamSpec:
         stride: its dense strides in elements, as stored (channels_last weights keep their order).
         dtype: the dtype in which it takes part in forward and backward.
         group: index of its optimizer param group, or ``None`` when it is frozen.
-        era: tells apart parameters of one group whose optimizer state has seen different numbers of steps (one was
-            frozen for a while): they cannot share a run.
+        state_steps: how many steps its optimizer state has seen. Parameters of one group that differ in it (one was
+            frozen for a while) cannot share a run.
     """
 
     name: str
@@ -69,7 +70,7 @@ class ParamSpec:
     stride: tuple[int, ...]
     dtype: torch.dtype
     group: int | None
-    era: int = 0
+    state_steps: int = 0
 
     @property
     def trainable(self) -> bool:
@@ -144,14 +145,14 @@ class BucketPlan:
         trainable: whether it has gradients, masters and optimizer state.
         entries: its parameters in order of offset; those of one param group lie together.
         boundaries: ``world_size + 1`` offsets; rank r's shard is ``boundaries[r]`` to ``boundaries[r + 1]``.
-        whole: whether boundaries fall between parameters only, for optimizers that need them whole.
+        param_aligned: whether boundaries fall between parameters only, for optimizers that need them whole.
     """
 
     dtype: torch.dtype
     trainable: bool
     entries: tuple[Entry, ...]
     boundaries: tuple[int, ...]
-    whole: bool = False
+    param_aligned: bool = False
 
     @property
     def size(self) -> int:
@@ -191,7 +192,7 @@ class BucketPlan:
 
     def runs(self, start: int, stop: int) -> Iterator[Run]:
         """The optimizer's tensors between two offsets: one for each param group, or one for each whole parameter."""
-        if self.whole:
+        if self.param_aligned:
             for entry in self.entries:
                 if start <= entry.offset and entry.stop <= stop and entry.param.numel:
                     yield Run(entry.param.group or 0, entry.offset, entry.stop, entry)
@@ -286,7 +287,7 @@ class Plan:
         """A digest of everything in the plan: equal on two ranks exactly when their layouts are."""
         rows = [
             [unit.name, *(
-                [str(bucket.dtype), bucket.boundaries, bucket.whole,
+                [str(bucket.dtype), bucket.boundaries, bucket.param_aligned,
                  [[e.param.name, e.offset, e.param.shape, e.param.stride, *_run_key(e.param)] for e in bucket.entries]]
                 for bucket in unit.buckets
             )]
@@ -316,7 +317,7 @@ def make_plan(
     min_numel: int = 100_000,
     max_numel: int = 500_000_000,
     chosen: Sequence[str] = (),
-    whole: bool = False,
+    param_aligned: bool = False,
 ) -> Plan:
     """Lay out a model.
 
@@ -330,7 +331,7 @@ def make_plan(
         min_numel: elements below which a candidate is merged with its neighbours.
         max_numel: elements above which a block is taken apart, and up to which candidates are merged.
         chosen: paths of modules that shall be units whatever their size.
-        whole: cut shards between parameters only, for optimizers that must see each parameter whole.
+        param_aligned: cut shards between parameters only, for optimizers that must see each parameter whole.
     """
     by_name = {param.name: param for param in params}
     candidates = _candidates(by_name, modules, max_numel, set(chosen))
@@ -347,7 +348,7 @@ def make_plan(
             UnitPlan(
                 index=len(units),
                 name=candidate.roots[0] or "(model)",
-                buckets=tuple(_buckets(candidate.params, world_size, whole)),
+                buckets=tuple(_buckets(candidate.params, world_size, param_aligned)),
                 roots=tuple(candidate.roots),
                 users=tuple(users),
             )
@@ -413,13 +414,13 @@ def _merge(candidates: list[_Candidate], min_numel: int, max_numel: int, chosen:
     return merged
 
 
-def _buckets(params: Sequence[ParamSpec], world_size: int, whole: bool) -> Iterator[BucketPlan]:
+def _buckets(params: Sequence[ParamSpec], world_size: int, param_aligned: bool) -> Iterator[BucketPlan]:
     """One bucket for each parameter that is to be alone; one for each dtype and trainability among the others."""
-    alone = {param.name for param in params if world_size == 1 and param.trainable and param.numel >= _ALONE}
+    own = {param.name for param in params if world_size == 1 and param.trainable and param.numel >= _OWN_BUCKET_NUMEL}
     kinds: dict[tuple[torch.dtype, bool], list[ParamSpec]] = {}
     for param in params:
-        if param.name in alone:  # without padding, as its gradient is
-            yield BucketPlan(param.dtype, True, (Entry(param, 0),), (0, param.numel), whole)
+        if param.name in own:  # without padding, as its gradient is
+            yield BucketPlan(param.dtype, True, (Entry(param, 0),), (0, param.numel), param_aligned)
         else:
             kinds.setdefault((param.dtype, param.trainable), []).append(param)
     for (dtype, trainable), members in kinds.items():
@@ -427,13 +428,27 @@ def _buckets(params: Sequence[ParamSpec], world_size: int, whole: bool) -> Itera
         for param in sorted(members, key=_run_key):  # stable: definition order within a run
             entries.append(Entry(param, offset))
             offset = _align(offset + param.numel)
-        cut = _whole_boundaries if whole and trainable else _equal_boundaries
-        yield BucketPlan(dtype, trainable, tuple(entries), cut(entries, offset, world_size), whole and trainable)
+        cut = _param_boundaries if param_aligned and trainable else _equal_boundaries
+        yield BucketPlan(
+            dtype, trainable, tuple(entries), cut(entries, offset, world_size), param_aligned and trainable
+        )
 
 
 def _run_key(param: ParamSpec) -> tuple[int, int]:
     """Parameters with the same key may share a run."""
-    return (param.group or 0, param.era)
+    return (param.group or 0, param.state_steps)
+
+
+def runs_fit(units: Iterable[UnitPlan], state_steps: Mapping[str, int]) -> bool:
+    """Whether parameters that share a run have optimizer states that have seen as many steps."""
+    for unit in units:
+        for bucket in unit.buckets:
+            seen: dict[tuple[int, int], int] = {}
+            for entry in bucket.entries if bucket.trainable and not bucket.param_aligned else ():
+                steps = state_steps[entry.param.name]
+                if seen.setdefault(_run_key(entry.param), steps) != steps:
+                    return False
+    return True
 
 
 def _align(offset: int, unit: int = ALIGNMENT) -> int:
@@ -446,7 +461,7 @@ def _equal_boundaries(entries: Sequence[Entry], end: int, world_size: int) -> tu
     return tuple(rank * shard for rank in range(world_size + 1))
 
 
-def _whole_boundaries(entries: Sequence[Entry], end: int, world_size: int) -> tuple[int, ...]:
+def _param_boundaries(entries: Sequence[Entry], end: int, world_size: int) -> tuple[int, ...]:
     """Cuts between parameters, each as near as possible to where equal shards would be cut."""
     cuts = [*(entry.offset for entry in entries), end]
     boundaries = [0]

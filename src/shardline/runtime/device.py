@@ -16,7 +16,16 @@ from torch import nn
 
 from shardline.errors import DisagreementError, LaunchError
 
-__all__ = ["Accelerators", "Place", "choose_backend", "choose_device", "device_of", "own_backend", "sharing", "usable"]
+__all__ = [
+    "Accelerators",
+    "RankDevice",
+    "choose_backend",
+    "choose_device",
+    "device_of",
+    "own_backend",
+    "sharing",
+    "usable",
+]
 
 _UNFIT = {"mps": "it has no float64, in which norms are added up, and no statistics of its memory"}
 """Kinds of accelerators on which the engine cannot work, and why."""
@@ -108,7 +117,7 @@ def device_of(model: nn.Module) -> torch.device | None:
 
 
 @dataclass(frozen=True)
-class Place:
+class RankDevice:
     """Where one rank computes, as the other ranks need to know it."""
 
     kind: str
@@ -117,7 +126,7 @@ class Place:
     """The same for two ranks exactly if they share a device; of CPUs it says nothing."""
 
     @classmethod
-    def of(cls, device: torch.device) -> Place:
+    def of(cls, device: torch.device) -> RankDevice:
         if device.type == "cpu":
             return cls("cpu", "")
         properties = torch.get_device_module(device).get_device_properties(device)
@@ -125,7 +134,7 @@ class Place:
         return cls(device.type, str(identity))
 
 
-def choose_backend(places: Sequence[Place], group: Mapping[str, str]) -> tuple[str | None, str | None]:
+def choose_backend(places: Sequence[RankDevice], group: Mapping[str, str]) -> tuple[str | None, str | None]:
     """The backend of the engine's process groups, and a notice where it is not the fastest.
 
     Args:
@@ -169,7 +178,7 @@ def own_backend(kind: str) -> str:
     return "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
 
 
-def sharing(places: Sequence[Place]) -> list[int]:
+def sharing(places: Sequence[RankDevice]) -> list[int]:
     """The ranks that have a device in common with another rank."""
     ranks: dict[str, list[int]] = defaultdict(list)
     for rank, place in enumerate(places):

@@ -19,7 +19,7 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
 from shardline.errors import LaunchError, UsageError
-from shardline.runtime.device import Accelerators, Place, own_backend, usable
+from shardline.runtime.device import Accelerators, RankDevice, own_backend, usable
 from shardline.runtime.ending import end_after_uncaught_errors, has_failed
 from shardline.runtime.environment import (
     Launched,
@@ -160,7 +160,7 @@ def _backend_for_all(store: Any, world_size: int, device: torch.device) -> str:
     if world_size == 1:
         return own_backend(device.type)
     counts = dist.PrefixStore("shardline/devices", store)  # type: ignore[attr-defined]
-    place = Place.of(device)
+    place = RankDevice.of(device)
     counts.add(place.kind, 1)
     if place.kind != "cpu" and counts.add(place.identity, 1) > 1:
         counts.set("shared", "yes")

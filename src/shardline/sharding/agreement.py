@@ -127,7 +127,7 @@ class Agreement:
 
     def follow_forward(self, uses: Sequence[int]) -> None:
         """Before a negotiated backward: units get ready in the reverse of the forward, if all ranks made the same."""
-        if self._negotiation.settle(_BEGIN_OF_BACKWARD, 0, digest(uses)) and uses:
+        if self._negotiation.wait_at(_BEGIN_OF_BACKWARD, 0, digest(uses)) and uses:
             plan = [unit.index for unit in reversed(self._units) if unit.trainable]
             used = [index for index in reversed(uses) if index in plan]
             self.reduce_order = fill_in(used, set(plan) - set(used), plan)
@@ -136,7 +136,7 @@ class Agreement:
         """Compare what ranks did in a negotiated pass, and remember it where they did the same. Collective."""
         kind, place = record.signature.kind, record.place
         point = _END_OF_FORWARD if kind.is_forward else _END_OF_BACKWARD
-        alike = self._negotiation.settle(point, record.reductions, record.digest)
+        alike = self._negotiation.wait_at(point, record.reductions, record.digest)
         known = self._orders.setdefault(record.signature, [])
         known += [None] * (place + 1 - len(known))
         if not alike and not self._sharded:  # all that ranks could differ in is when they are ready

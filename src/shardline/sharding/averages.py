@@ -1,6 +1,6 @@
 """Moving averages of the trained weights: beside the masters of each bucket, in their dtype, divided as they are.
 
-The average of a parameter that is frozen stands still. It is parked, whole on every rank, as its optimizer state is.
+The average of a parameter that is frozen stands still. It is kept in full on every rank, as its optimizer state is.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ class Averages:
     Attributes:
         followed: whether something updates them. Those that only a checkpoint brought end with the next step.
         shown: whether they stand in the place of the weights.
-        parked: of frozen parameters, by first name (1-D, in storage order).
+        of_frozen: of frozen parameters, by first name (1-D, in storage order).
     """
 
     followed: bool = False
     shown: bool = False
-    parked: dict[str, Tensor] = field(default_factory=dict)
+    of_frozen: dict[str, Tensor] = field(default_factory=dict)
     _covered: list[tuple[Bucket, Tensor]] = field(default_factory=list)  # frozen weights that averages stand before
 
     def exist(self, units: Iterable[Unit]) -> bool:
         """Whether any parameter has one."""
-        return bool(self.parked) or any(
+        return bool(self.of_frozen) or any(
             bucket.weights.average is not None for unit in units for bucket in unit.trainable
         )
 
@@ -67,16 +67,16 @@ class Averages:
             torch._foreach_lerp_(averages, masters, share)
 
     def drop(self, units: Iterable[Unit]) -> None:
-        self.parked.clear()
+        self.of_frozen.clear()
         for unit in units:
             for bucket in unit.trainable:
                 bucket.weights.average = None
 
     # -- another layout -----------------------------------------------------------------------------------------------
 
-    def take(self, units: Iterable[Unit]) -> dict[str, Tensor]:
+    def collect(self, units: Iterable[Unit]) -> dict[str, Tensor]:
         """Every average, whole on every rank, by name. Collective."""
-        found = dict(self.parked)
+        found = dict(self.of_frozen)
         for unit in units:
             for bucket in unit.trainable:
                 if bucket.weights.average is not None:
@@ -86,7 +86,7 @@ class Averages:
         return found
 
     def put(self, units: Iterable[Unit], found: dict[str, Tensor]) -> None:
-        """Bring what :meth:`take` gave into other units, whose weights are there. New ones begin with their weights."""
+        """Bring what :meth:`collect` gave into other units, which have their weights. New ones begin with those."""
         if found or self.followed:
             for unit in units:
                 for bucket in unit.trainable:
@@ -94,7 +94,7 @@ class Averages:
                     for entry in bucket.plan.entries:
                         if entry.param.name in found:
                             bucket.weights.store_average(entry, found.pop(entry.param.name))
-        self.parked = found
+        self.of_frozen = found
 
     # -- in the place of the weights ----------------------------------------------------------------------------------
 
@@ -121,9 +121,9 @@ class Averages:
     def _cover(self, units: Iterable[Unit]) -> None:
         for unit in units:
             for bucket in unit.buckets:
-                entries = [entry for entry in bucket.plan.entries if entry.param.name in self.parked]
+                entries = [entry for entry in bucket.plan.entries if entry.param.name in self.of_frozen]
                 if entries and not bucket.plan.trainable:
                     self._covered.append((bucket, bucket.weights.resting.clone()))
                     for entry in entries:
-                        average = self.parked[entry.param.name]
+                        average = self.of_frozen[entry.param.name]
                         bucket.weights.store(entry, average.as_strided(entry.param.shape, entry.param.stride))

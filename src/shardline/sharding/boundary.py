@@ -148,7 +148,7 @@ class Boundary:
             unit.wait_for_host()
         if comm.shard.size > 1 and (self._first or self.reads_at_once):
             late = torch.tensor([float(sum(unit.has_partial() for unit in units))], dtype=torch.float64)
-            if bool(comm.all_gather_row(late.to(self.update.device)).any()):
+            if bool(comm.all_gather_vector(late.to(self.update.device)).any()):
                 self._reduce_late()
                 self.schedule.finish_reductions()
                 self._was_late = True
@@ -174,7 +174,7 @@ class Boundary:
             on_device=statement.on_device,
         )
         verdict = Verdict.of(
-            self.update.comm.all_gather_row(report.stack(self.update.device)),
+            self.update.comm.all_gather_vector(report.stack(self.update.device)),
             unit_weight=window.unit,
             loss_scale=self.scaler.scale,
             clip=self._clip,

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from shardline.comm import Comm
 from shardline.plan import BucketPlan, Entry, Fragment, Run
 from shardline.plan.placement import Stage
-from shardline.sharding.buffer import Pool, view
+from shardline.sharding.buffer import BufferPool, view
 from shardline.sharding.edits import Edits
 from shardline.sharding.flat_grads import FlatGrads, cut
 from shardline.sharding.flat_weights import FlatWeights
 from shardline.sharding.gradient import drop_grads
 from shardline.sharding.host import HostMemory
-from shardline.sharding.parameter import Record, let_go, seal, show
+from shardline.sharding.parameter import Record, make_ordinary, seal, show
 from shardline.sharding.precision import Precision
 from shardline.sharding.shard import Shard
 
@@ -61,14 +61,14 @@ class Bucket:
         params: Sequence[nn.Parameter],
         stage: Stage,
         comm: Comm,
-        pool: Pool,
+        pool: BufferPool,
         precision: Precision,
         host: HostMemory | None = None,
         *,
-        touched: Callable[[], bool] = lambda: False,
+        sealed_access: Callable[[], bool] = lambda: False,
         may_convert: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.plan, self.params, self.touched = plan, list(params), touched
+        self.plan, self.params, self.sealed_access = plan, list(params), sealed_access
         self.shard = Shard(plan, stage, *plan.shard(comm.shard.rank))
         self.weights = FlatWeights(self.shard, comm, pool, precision, host)
         self.grads = FlatGrads(self.shard, self.params, comm, pool, precision, host)
@@ -90,7 +90,7 @@ class Bucket:
         for param, record in zip(self.params, self._records.values(), strict=True):
             seal(param, record, self.weights.resting)
 
-    def rest(self, entry: Entry, *, sealed: bool) -> None:
+    def seal_or_bind(self, entry: Entry, *, sealed: bool) -> None:
         """Seal one parameter, whose values are stored, or make it a view of the weights at rest."""
         record = self._records[entry.param.name]
         if sealed:
@@ -103,7 +103,7 @@ class Bucket:
         full = self.weights.full
         if full is not None:
             for param, entry in zip(self.params, self.plan.entries, strict=True):
-                let_go(param, view(full, entry).clone())
+                make_ordinary(param, view(full, entry).clone())
             drop_grads(self.params)
         self.weights.clear()
         self.grads.partial = self.grads.reduced = None
@@ -118,7 +118,7 @@ class Bucket:
         self.edits.assigned(index, value)
 
     def grad_of(self, index: int) -> Tensor | None:
-        if self.divided_grad is not None and not self.grads.is_whole:
+        if self.divided_grad is not None and not self.grads.is_full:
             return self.divided_grad(self, index)
         return self.grads.of_param(index)
 

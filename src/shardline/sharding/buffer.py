@@ -1,7 +1,7 @@
 """Flat storage: buffers that are borrowed and given back, and views of them in the shapes of parameters.
 
-* :class:`Pool` lends flat buffers. One that is given back is lent again only when nobody else holds its storage any
-  more, so a view that a user (or autograd) still keeps never changes under their hands. On an accelerator the caching
+* :class:`BufferPool` lends flat buffers. One that is given back is lent again only when no other tensor uses its
+  storage, so a view that a user (or autograd) still keeps never changes its values. On an accelerator the caching
   allocator already is such a pool.
 * :func:`view` gives a parameter's range of a flat buffer in the parameter's own shape and strides.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shardline.plan import Entry
 
-__all__ = ["Pool", "empty", "flat", "has_memory_alone", "view"]
+__all__ = ["BufferPool", "empty", "flat", "owns_its_memory", "view"]
 
 _SMALL = 1 << 16
 """Bytes below which a buffer is not worth keeping: malloc serves these from memory that is already mapped."""
@@ -62,7 +62,7 @@ def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.frombuffer(memory, dtype=dtype, count=numel, offset=first)
 
 
-class Pool:
+class BufferPool:
     """Lends flat 1-D buffers on one device.
 
     Giving 64 MB back to the system and taking it again costs about ten times as long as filling it, in page faults, so
@@ -107,9 +107,9 @@ class Pool:
         """The smallest free piece of at least ``size`` bytes, and not much more, that nobody holds."""
         fits = [memory for memory in self._free if size <= memory.nbytes() < slack * size]
         for turn in range(_PATIENCE if fits else 0):
-            alone = [memory for memory in fits if _is_alone(memory)]
-            if alone:
-                return min(alone, key=torch.UntypedStorage.nbytes)
+            unused = [memory for memory in fits if _is_unused(memory)]
+            if unused:
+                return min(unused, key=torch.UntypedStorage.nbytes)
             if self._wait_for_readers is not None and not turn:
                 self._wait_for_readers(_SECONDS)
             else:
@@ -138,12 +138,12 @@ class Pool:
         self._free.clear()
 
 
-def _is_alone(memory: torch.UntypedStorage) -> bool:
+def _is_unused(memory: torch.UntypedStorage) -> bool:
     """Whether no tensor uses ``memory`` any more."""
     return int(torch._C._storage_Use_Count(memory._cdata)) == 1
 
 
-def has_memory_alone(tensor: Tensor) -> bool:
+def owns_its_memory(tensor: Tensor) -> bool:
     """Whether no other tensor lies in the memory of ``tensor``."""
     memory = tensor.untyped_storage()  # counts as one, too
     return int(torch._C._storage_Use_Count(memory._cdata)) == 2

@@ -21,8 +21,8 @@ from shardline.plan.describe import chosen_units, describe_modules, describe_par
 from shardline.plan.placement import STAGES, Placement, Stage
 from shardline.sharding.averages import Averages
 from shardline.sharding.bucket import Bucket, RunTensors
-from shardline.sharding.buffer import Pool, view
-from shardline.sharding.fragments import ParamState, put_states, take_states, whole_weights
+from shardline.sharding.buffer import BufferPool, view
+from shardline.sharding.fragments import ParamState, collect_states, full_weights, put_states
 from shardline.sharding.gradient import drop_grads
 from shardline.sharding.host import HostMemory
 from shardline.sharding.precision import Precision
@@ -35,7 +35,7 @@ __all__ = [
     "group_parameters",
     "lay_out",
     "load_model",
-    "needs_whole",
+    "needs_full_params",
     "new_optimizer",
     "regroup",
     "resting_stage",
@@ -66,7 +66,7 @@ class Layout:
     params: dict[str, nn.Parameter]
     units: list[Unit]
     modules: list[ModuleSpec]
-    pool: Pool
+    pool: BufferPool
     offload: HostMemory | None = None
 
     def where(self, name: str) -> tuple[Unit, Bucket, Entry]:
@@ -111,8 +111,8 @@ def lay_out(
     comm: Comm,
     groups: Mapping[str, int],
     *,
-    whole: bool,
-    on_touch: Callable[[Unit], bool],
+    param_aligned: bool,
+    on_sealed_access: Callable[[Unit], bool],
     offload: HostMemory | None = None,
 ) -> Layout:
     """Plan ``model`` and make its units, still empty. Ranks compare what they planned.
@@ -123,7 +123,7 @@ def lay_out(
     """
     specs, params = describe_params(model, precision, groups)
     modules = describe_modules(model)
-    plan = _plan(specs, modules, config, comm.shard.size, whole=whole)
+    plan = _plan(specs, modules, config, comm.shard.size, param_aligned=param_aligned)
     comm.messages.agree(
         {
             "the number of parameters": len(specs),
@@ -131,8 +131,8 @@ def lay_out(
             "the layout of the model": plan.fingerprint,
         }
     )
-    pool = Pool(comm.device, comm.wait_for_readers, _travelling_bytes(plan, precision))
-    units = _units(plan, params, config, precision, comm, pool, on_touch, offload)
+    pool = BufferPool(comm.device, comm.wait_for_readers, _travelling_bytes(plan, precision))
+    units = _units(plan, params, config, precision, comm, pool, on_sealed_access, offload)
     return Layout(plan, params, units, modules, pool, offload)
 
 
@@ -147,7 +147,7 @@ def _travelling_bytes(plan: Plan, precision: Precision) -> set[int]:
 
 
 def _plan(
-    specs: Sequence[ParamSpec], modules: Sequence[ModuleSpec], config: Config, world_size: int, *, whole: bool
+    specs: Sequence[ParamSpec], modules: Sequence[ModuleSpec], config: Config, world_size: int, *, param_aligned: bool
 ) -> Plan:
     zero = config.zero_optimization
     leaf = zero.leaf_module
@@ -158,7 +158,7 @@ def _plan(
         min_numel=zero.unit_min_numel,
         max_numel=zero.unit_max_numel,
         chosen=chosen_units(modules, leaf.classes, leaf.names, leaf.name_suffixes),
-        whole=whole,
+        param_aligned=param_aligned,
     )
 
 
@@ -168,12 +168,12 @@ def _units(
     config: Config,
     precision: Precision,
     comm: Comm,
-    pool: Pool,
-    on_touch: Callable[[Unit], bool],
+    pool: BufferPool,
+    on_sealed_access: Callable[[Unit], bool],
     offload: HostMemory | None,
 ) -> list[Unit]:
     return [
-        Unit(unit, params, _stage_of(unit.numel, config, offload), comm, pool, precision, on_touch, offload)
+        Unit(unit, params, _stage_of(unit.numel, config, offload), comm, pool, precision, on_sealed_access, offload)
         for unit in plan.units
     ]
 
@@ -242,7 +242,7 @@ def load_model(
             work = bucket.weights.load(bucket.params)
             if fill is None:
                 for entry in bucket.plan.entries:
-                    unit.rest(bucket, entry)
+                    unit.seal_or_bind(bucket, entry)
             before.wait()
             before = work
     before.wait()
@@ -251,7 +251,7 @@ def load_model(
         held.clear()
         for name in layout.params:
             unit, bucket, entry = layout.where(name)
-            unit.rest(bucket, entry)
+            unit.seal_or_bind(bucket, entry)
     for unit in layout.units:
         unit.finish_load()
     layout.pool.clear()
@@ -291,7 +291,7 @@ def _move_buffers(model: nn.Module, precision: Precision, comm: Comm) -> None:
     comm.messages.broadcast(sent)
 
 
-def needs_whole(optimizer: Optimizer, stage: Stage, world_size: int) -> bool:
+def needs_full_params(optimizer: Optimizer, stage: Stage, world_size: int) -> bool:
     """Whether ``optimizer`` must see whole parameters in their own shapes.
 
     Raises:
@@ -344,36 +344,39 @@ def regroup(
     comm: Comm,
     optimizer: Optimizer,
     groups: Mapping[str, int],
-    parked: dict[str, ParamState],
+    frozen_states: dict[str, ParamState],
     averages: Averages,
-    on_touch: Callable[[Unit], bool],
+    on_sealed_access: Callable[[Unit], bool],
     *,
-    whole: bool,
-    ages: Mapping[str, int] | None = None,
+    param_aligned: bool,
+    state_steps: Mapping[str, int] | None = None,
 ) -> Layout:
     """Lay the model out again after parameters were frozen, unfrozen or added to the optimizer. Collective.
 
     Weights, masters and optimizer state move by name, and pass whole through every rank; the state of frozen parameters
-    waits in ``parked``. ``ages`` are the steps that each parameter's state has seen, where it is still to be loaded.
+    is kept in ``frozen_states``. ``state_steps`` says how many steps each parameter's state has seen, where the states
+    are still to be loaded.
     """
-    states: dict[str, ParamState] = dict(parked)
+    states: dict[str, ParamState] = dict(frozen_states)
     weights: dict[str, Tensor] = {}
     runs = layout.runs
     for unit in layout.units:
-        weights.update({entry.param.name: tensor.clone() for entry, tensor in whole_weights(unit)})
-        states.update(take_states(unit, runs, optimizer))
-    averaged = averages.take(layout.units)
+        weights.update({entry.param.name: tensor.clone() for entry, tensor in full_weights(unit)})
+        states.update(collect_states(unit, runs, optimizer))
+    averaged = averages.collect(layout.units)
+    if state_steps is None:
+        state_steps = {name: state.steps for name, state in states.items()}
     specs = [
         replace(
             spec,
             group=groups.get(spec.name) if layout.params[spec.name].requires_grad else None,
-            era=ages.get(spec.name, 0) if ages is not None else states[spec.name].steps if spec.name in states else 0,
+            state_steps=state_steps.get(spec.name, 0),
         )
         for spec in layout.plan.params
     ]
-    plan = _plan(_in_order(specs, layout.params), layout.modules, config, comm.shard.size, whole=whole)
+    plan = _plan(_in_order(specs, layout.params), layout.modules, config, comm.shard.size, param_aligned=param_aligned)
     comm.messages.agree({"the parameters that are trained": plan.fingerprint})
-    units = _units(plan, layout.params, config, precision, comm, layout.pool, on_touch, layout.offload)
+    units = _units(plan, layout.params, config, precision, comm, layout.pool, on_sealed_access, layout.offload)
     made = Layout(plan, layout.params, units, layout.modules, layout.pool, layout.offload)
     for unit in made.units:
         unit.allocate()
@@ -388,8 +391,8 @@ def regroup(
     optimizer.state.clear()
     trained = {spec.name for spec in specs if spec.trainable}
     put_states(new_runs, {name: state for name, state in states.items() if name in trained}, optimizer)
-    parked.clear()
-    parked.update({name: state for name, state in states.items() if name not in trained})
+    frozen_states.clear()
+    frozen_states.update({name: state for name, state in states.items() if name not in trained})
     prepare(optimizer)
     return made
 

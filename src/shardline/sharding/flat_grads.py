@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from shardline.comm import DONE, Comm, Work
 from shardline.plan import Run
 from shardline.plan.placement import Placement
-from shardline.sharding.buffer import Pool, flat, has_memory_alone, view
-from shardline.sharding.gradient import drop_grads, gradient_error, has_grads, take_grads
+from shardline.sharding.buffer import BufferPool, flat, owns_its_memory, view
+from shardline.sharding.gradient import collect_grads, drop_grads, gradient_error, has_grads
 from shardline.sharding.host import HostMemory
 from shardline.sharding.parameter import left_grad
 from shardline.sharding.precision import Precision
@@ -41,7 +41,7 @@ class FlatGrads:
         shard: Shard,
         params: Sequence[nn.Parameter],
         comm: Comm,
-        pool: Pool,
+        pool: BufferPool,
         precision: Precision,
         host: HostMemory | None = None,
     ) -> None:
@@ -89,7 +89,7 @@ class FlatGrads:
             found = left_grad(param)
         if found is None or found.layout is not torch.strided or found.dtype != self.dtype:
             return False
-        if found.numel() != self.plan.size or found.stride() != entry.param.stride or not has_memory_alone(found):
+        if found.numel() != self.plan.size or found.stride() != entry.param.stride or not owns_its_memory(found):
             return False
         drop_grads(self.params)
         self.reduced = flat(found)
@@ -100,7 +100,7 @@ class FlatGrads:
     def _pack(self, target: Tensor, factor: float, *, add: bool) -> None:
         """Copy or add the parameters' gradients to their places in ``target``, and let go of them."""
         grads, places, missing = [], [], []
-        for grad, entry in zip(take_grads(self.params), self.plan.entries, strict=True):
+        for grad, entry in zip(collect_grads(self.params), self.plan.entries, strict=True):
             if grad is None:
                 missing.append(target[entry.offset : entry.stop])
             else:
@@ -168,7 +168,7 @@ class FlatGrads:
 
         def finish() -> None:
             self._give_back(borrowed)
-            host.down(unit, total, add)
+            host.copy_to_host(unit, total, add)
 
         return work.then(finish)
 
@@ -205,7 +205,7 @@ class FlatGrads:
     # -- what users and the optimizer see ---------------------------------------------------------------------------
 
     @property
-    def is_whole(self) -> bool:
+    def is_full(self) -> bool:
         """Whether what was collected is the gradient, without a loss scale, to be seen and changed."""
         return self.is_local and not self._loss_is_scaled
 
@@ -226,7 +226,7 @@ class FlatGrads:
         """
         if self.reduced is None and self.partial is None:
             return None
-        if not self.is_whole:
+        if not self.is_full:
             raise gradient_error(name, operation)
         return self.reduced
 

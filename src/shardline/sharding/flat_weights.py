@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from shardline.comm import Comm, Work
 from shardline.plan import Entry
 from shardline.plan.placement import Placement
-from shardline.sharding.buffer import Pool, empty, flat, view
+from shardline.sharding.buffer import BufferPool, empty, flat, view
 from shardline.sharding.host import HostMemory
 from shardline.sharding.precision import Precision
 from shardline.sharding.shard import Range, Shard, within
@@ -37,7 +37,7 @@ class FlatWeights:
     """
 
     def __init__(
-        self, shard: Shard, comm: Comm, pool: Pool, precision: Precision, host: HostMemory | None = None
+        self, shard: Shard, comm: Comm, pool: BufferPool, precision: Precision, host: HostMemory | None = None
     ) -> None:
         self.shard, self.comm, self.pool, self.host = shard, comm, pool, host
         self.dtype = shard.plan.dtype
@@ -191,7 +191,7 @@ class FlatWeights:
         if self.host is None:
             target.copy_(self.master)
         else:
-            self.host.up(unit, self.master, target)
+            self.host.copy_to_device(unit, self.master, target)
 
     # -- in full ----------------------------------------------------------------------------------------------------
 

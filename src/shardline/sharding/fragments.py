@@ -1,8 +1,8 @@
 """The engine's state by name and range: "this parameter, elements a to b", whatever the layout.
 
-Three readings of the same buffers: :func:`local_fragments`, what this rank updates; :func:`whole_weights`, every
-parameter whole, one unit at a time; and :func:`take_states`/:func:`put_states`, which carry the optimizer's state from
-one layout to another.
+Three readings of the same buffers: :func:`local_fragments`, what this rank updates; :func:`full_weights`, every
+parameter whole, one unit at a time; and :func:`collect_states` and :func:`put_states`, which carry the optimizer's
+state from one layout to another.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from shardline.sharding.unit import Unit
 __all__ = [
     "ParamState",
     "StateFragment",
+    "collect_states",
+    "full_weights",
     "local_fragments",
     "put_states",
-    "take_states",
-    "whole_weights",
 ]
 
 
@@ -95,7 +95,7 @@ def local_fragments(runs: Iterable[RunTensors], optimizer: Optimizer) -> Iterato
             )
 
 
-def whole_weights(unit: Unit) -> Iterator[tuple[Entry, Tensor]]:
+def full_weights(unit: Unit) -> Iterator[tuple[Entry, Tensor]]:
     """Every parameter of ``unit`` whole and in its own shape, from the masters where there are any. Collective."""
     for bucket in unit.buckets:
         whole = bucket.weights.gather_authoritative(unit.index)
@@ -103,7 +103,7 @@ def whole_weights(unit: Unit) -> Iterator[tuple[Entry, Tensor]]:
             yield entry, view(whole, entry)
 
 
-def take_states(unit: Unit, runs: Sequence[RunTensors], optimizer: Optimizer) -> dict[str, ParamState]:
+def collect_states(unit: Unit, runs: Sequence[RunTensors], optimizer: Optimizer) -> dict[str, ParamState]:
     """The optimizer state of every parameter of ``unit``, whole on every rank. Collective.
 
     ``runs`` are this rank's runs of the unit. All ranks must have taken the same steps.

@@ -18,10 +18,10 @@ from shardline.errors import UsageError
 from shardline.sharding.containers import replace_tensors, tensors_in
 from shardline.sharding.parameter import HARMLESS, left_grad, set_grad
 
-__all__ = ["SealedGrad", "drop_grads", "gradient_error", "has_grads", "take_grads"]
+__all__ = ["SealedGrad", "collect_grads", "drop_grads", "gradient_error", "has_grads"]
 
 
-def take_grads(params: Sequence[Tensor]) -> list[Tensor | None]:
+def collect_grads(params: Sequence[Tensor]) -> list[Tensor | None]:
     """What autograd has left in ``.grad`` of each of ``params``, which have none afterwards."""
     with torch._C.DisableTorchFunctionSubclass():
         grads = [left_grad(param) for param in params]
@@ -33,7 +33,7 @@ def take_grads(params: Sequence[Tensor]) -> list[Tensor | None]:
 
 def drop_grads(params: Sequence[Tensor]) -> None:
     """Let go of what autograd has left in ``.grad`` of ``params``."""
-    take_grads(params)
+    collect_grads(params)
 
 
 def has_grads(params: Sequence[Tensor]) -> bool:

@@ -21,11 +21,11 @@ class HostMemory(Protocol):
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A flat buffer of ``numel`` elements there, with arbitrary contents."""
 
-    def down(self, unit: int, shard: Tensor, then: Callable[[Tensor], None]) -> None:
+    def copy_to_host(self, unit: int, shard: Tensor, then: Callable[[Tensor], None]) -> None:
         """Start to copy ``shard`` (1-D) of ``unit`` to the host, where ``then`` gets the copy."""
 
-    def arrive(self) -> None:
+    def wait_for_copies(self) -> None:
         """Return when everything that is on its way down is there."""
 
-    def up(self, unit: int, master: Tensor, weights: Tensor) -> None:
+    def copy_to_device(self, unit: int, master: Tensor, weights: Tensor) -> None:
         """Bring ``master``, rounded to the dtype of ``weights``, into ``weights`` on the device."""

@@ -37,8 +37,8 @@ class Negotiation:
         self._broken = False
         self.repeated: set[int] = set()
 
-    def want(self, unit: Unit, issued: int = 0, *, again: bool = False) -> bool:
-        """Return when ``unit`` is here. Says whether every rank wanted just that.
+    def request(self, unit: Unit, issued: int = 0, *, again: bool = False) -> bool:
+        """Return when ``unit`` is here. Says whether every rank requested just that.
 
         Args:
             issued: how many reductions this rank has issued in this backward.
@@ -53,7 +53,7 @@ class Negotiation:
         while min(self._issued) <= number:
             self._round(_WAITING, issued)
 
-    def settle(self, point: int, issued: int, digest: int) -> bool:
+    def wait_at(self, point: int, issued: int, digest: int) -> bool:
         """Return when every rank is at ``point`` (of :data:`POINTS`). Says whether all came with the same ``digest``.
 
         Raises:
@@ -75,13 +75,13 @@ class Negotiation:
             if all(answer[0] <= _DONE for answer in answers):
                 return all(answer[2] == answers[0][2] for answer in answers)
 
-    def _round(self, want: int, issued: int, digest: int = 0) -> list[list[int]]:
+    def _round(self, requested: int, issued: int, digest: int = 0) -> list[list[int]]:
         try:
-            answers = self._ask((want, issued, digest))
+            answers = self._ask((requested, issued, digest))
             self._issued = [answer[1] for answer in answers]
             count = len(self._units)
             for index in dict.fromkeys(answer[0] % count for answer in answers if answer[0] >= 0):
-                if want >= 0 and index == want % count:
+                if requested >= 0 and index == requested % count:
                     self._units[index].unshard()
                 else:
                     self._units[index].join_unshard()

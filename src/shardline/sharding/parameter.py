@@ -9,7 +9,7 @@ is one made for the purpose from the class that it had, so a subclass of ``nn.Pa
 * :func:`seal` takes its data away. Shape, dtype and device stay true; reading or writing it either gathers its unit
   (during a forward) or raises :class:`SealedError` with its name. It can never crash the process, as reading a view of
   a freed storage would.
-* :func:`let_go` makes it a parameter as any other.
+* :func:`make_ordinary` makes it a parameter as any other.
 """
 
 from __future__ import annotations
@@ -25,8 +25,19 @@ from torch import Tensor, nn
 
 from shardline.errors import SealedError
 
-__all__ = ["HARMLESS", "Owner", "Record", "assign", "is_sealed", "left_grad", "let_go", "record_of", "seal", "set_grad",
-           "show"]  # fmt: skip
+__all__ = [
+    "HARMLESS",
+    "Owner",
+    "Record",
+    "assign",
+    "is_sealed",
+    "left_grad",
+    "make_ordinary",
+    "record_of",
+    "seal",
+    "set_grad",
+    "show",
+]
 
 
 class Owner(Protocol):
@@ -35,7 +46,7 @@ class Owner(Protocol):
     ``index`` says which of the owner's parameters it is.
     """
 
-    def touched(self) -> bool:
+    def sealed_access(self) -> bool:
         """A sealed parameter is needed. Shows it if this is a moment at which all ranks do, and says whether it did."""
 
     def handed_out(self, index: int, alias: Tensor) -> None:
@@ -67,7 +78,7 @@ def show(param: nn.Parameter, data: Tensor, record: Record) -> None:
 def seal(param: nn.Parameter, record: Record, like: Tensor) -> None:
     """Take ``param``'s data away, leaving its metadata true: its shape, and dtype and device of the buffer ``like``.
 
-    Its owner may bring the data back when it is touched.
+    Its owner may bring the data back when it is accessed.
     """
     if is_sealed(param) and record_of(param) is record:
         return
@@ -76,7 +87,7 @@ def seal(param: nn.Parameter, record: Record, like: Tensor) -> None:
     managed.__class__, managed._shardline = _classes(param)[1], record
 
 
-def let_go(param: nn.Parameter, data: Tensor) -> None:
+def make_ordinary(param: nn.Parameter, data: Tensor) -> None:
     """Make ``param`` a parameter of its own class again, with ``data``."""
     managed: Any = param
     if record_of(param) is not None:
@@ -257,18 +268,18 @@ class _Sealed(Tensor):
             looked_at = args[:1] if func in _LIKE_OTHER else args[1:] if func in _LIKE_SELF else args
             for tensor in _sealed_among((*looked_at, *(() if func in _LIKE_OTHER else kwargs.values()))):
                 # Gathering shows a whole unit, so a later one of the arguments may be here already.
-                if is_sealed(tensor) and not tensor._bring():
+                if is_sealed(tensor) and not tensor._unseal():
                     raise _error(tensor, _name(func))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
-    def _bring(self) -> bool:
-        return self._shardline.owner.touched()
+    def _unseal(self) -> bool:
+        return self._shardline.owner.sealed_access()
 
     @property
     def data(self) -> Tensor:
         """The data, where it can be gathered now; else a tensor that is as sealed."""
-        if self._bring():
+        if self._unseal():
             return self.data
         with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
             alias: Any = Tensor._make_subclass(_SealedData, _DATA.__get__(self))
@@ -279,7 +290,7 @@ class _Sealed(Tensor):
     def data(self, value: Tensor) -> None:
         if value is self:
             return
-        if not self._bring():
+        if not self._unseal():
             raise _error(self, "assigning .data")
         self.data = value
 
@@ -302,7 +313,7 @@ class _Sealed(Tensor):
 class _SealedData(_Sealed):
     """The ``.data`` of a sealed parameter: a gather would not bring it here, since it is none of the parameters."""
 
-    def _bring(self) -> bool:
+    def _unseal(self) -> bool:
         return False
 
     @property

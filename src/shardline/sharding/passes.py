@@ -99,7 +99,7 @@ class Negotiated(Pass):
             unit.wait_for_unshard()
         else:
             self.events.append(unit.index)
-            self._negotiation.want(unit, self.issued, again=again and known)
+            self._negotiation.request(unit, self.issued, again=again and known)
         self._seen.add(unit.index)
         return ()
 

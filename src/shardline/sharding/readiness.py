@@ -51,14 +51,14 @@ class Readiness:
         """A forward uses ``unit``."""
         self._hints[unit.index].used = self._has_forward = True
 
-    def expect(self, unit: Unit, inputs: int) -> None:
+    def expect_gradients(self, unit: Unit, inputs: int) -> None:
         """A call of ``unit`` joined the graph; its backward will be over when ``inputs`` gradients are complete."""
         hints = self._hints[unit.index]
         hints.calls += 1
         hints.pending += inputs
         hints.open_end = hints.open_end or not inputs
 
-    def expects(self, unit: Unit) -> bool:
+    def expects_backward(self, unit: Unit) -> bool:
         """Whether a call of ``unit`` is expected to have a backward."""
         return self._hints[unit.index].calls > 0
 
@@ -76,7 +76,7 @@ class Readiness:
         self._hints[unit.index].used = True
 
     def input_complete(self, unit: Unit, *, at_once: bool) -> Iterator[Unit]:
-        """One of the gradients announced by :meth:`expect` is complete. Yields units that are complete with that.
+        """A gradient that :meth:`expect_gradients` announced is complete. Yields units that are complete with that.
 
         Autograd accumulates gradients as soon as it has them, but a leaf's at no certain moment among each other: with
         ``at_once`` false those of the parameters are complete only when anything else happens.

@@ -215,7 +215,7 @@ class Schedule:
             return current.unshard(unit, again=again)
         if unit.residence is not Residence.SHARDED:
             unit.wait_for_unshard()
-        elif self._negotiation.want(unit):  # past the model's own forward, where no pass begins or ends
+        elif self._negotiation.request(unit):  # past the model's own forward, where no pass begins or ends
             self._resident.add(unit.index)
         else:
             self._agreement.differ()
@@ -311,7 +311,7 @@ class Schedule:
 
     def expect_backward(self, unit: Unit, inputs: int) -> None:
         """A call of ``unit`` joined the graph; its backward will be over when ``inputs`` gradients are complete."""
-        self._readiness.expect(unit, inputs)
+        self._readiness.expect_gradients(unit, inputs)
         if inputs:
             self._uses.differentiable.add(unit.index)
 
@@ -321,7 +321,7 @@ class Schedule:
 
     def expects_backward(self, unit: Unit) -> bool:
         """Whether a call of ``unit`` is expected to have a backward."""
-        return self._readiness.expects(unit)
+        return self._readiness.expects_backward(unit)
 
     def call_after_backward(self, call: Callable[[], None]) -> None:
         """Call ``call`` when this backward, or the next, is over."""

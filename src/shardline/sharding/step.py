@@ -305,7 +305,7 @@ class Update:
             if before is not None:
                 self.unscale(float(verdict.average))
                 before()
-                total = self.comm.all_gather_row(square_sum(self._own_grads(), self.device).view(1)).sum()
+                total = self.comm.all_gather_vector(square_sum(self._own_grads(), self.device).view(1)).sum()
                 scale = divisor(total.sqrt(), clip)
                 known = float(scale)
             self.comm.check_unread(run.param for run in runs)

@@ -17,7 +17,7 @@ from shardline.errors import UsageError
 from shardline.plan import Entry, UnitPlan
 from shardline.plan.placement import Placement, Stage, Transition, transition
 from shardline.sharding.bucket import Bucket
-from shardline.sharding.buffer import Pool
+from shardline.sharding.buffer import BufferPool
 from shardline.sharding.host import HostMemory
 from shardline.sharding.precision import Precision
 
@@ -60,9 +60,9 @@ class Unit:
         params: dict[str, nn.Parameter],
         stage: Stage,
         comm: Comm,
-        pool: Pool,
+        pool: BufferPool,
         precision: Precision,
-        on_touch: Callable[[Unit], bool],
+        on_sealed_access: Callable[[Unit], bool],
         host: HostMemory | None = None,
     ) -> None:
         self.plan, self.stage, self.comm, self.pool, self.host = plan, stage, comm, pool, host
@@ -77,7 +77,7 @@ class Unit:
                 pool,
                 precision,
                 host,
-                touched=lambda: on_touch(self),
+                sealed_access=lambda: on_sealed_access(self),
                 may_convert=lambda: self.on_convert(self),
             )
             for bucket in plan.buckets
@@ -105,9 +105,9 @@ class Unit:
             bucket.weights.allocate()
             bucket.weights.full = None if self.sharded else bucket.weights.resting
 
-    def rest(self, bucket: Bucket, entry: Entry) -> None:
+    def seal_or_bind(self, bucket: Bucket, entry: Entry) -> None:
         """Bring one parameter, whose values are stored, into the state in which it rests."""
-        bucket.rest(entry, sealed=self.sharded)
+        bucket.seal_or_bind(entry, sealed=self.sharded)
 
     def finish_load(self) -> None:
         """The values are stored: bring the parameters into the state in which they rest, views or sealed."""
@@ -310,7 +310,7 @@ class Unit:
     def wait_for_host(self) -> None:
         """Return when gradients that are on their way down to host memory are there."""
         if self.host is not None:
-            self.host.arrive()
+            self.host.wait_for_copies()
 
     def gather_grads(self) -> list[Work]:
         """Start to bring reduced gradients here in full, where the states rest so."""

@@ -78,7 +78,7 @@ class Window:
         self.state = state
 
     @property
-    def touched(self) -> bool:
+    def is_open(self) -> bool:
         """Whether anything of it has happened."""
         return self.state is not State.EMPTY
 

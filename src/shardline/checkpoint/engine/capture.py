@@ -49,10 +49,10 @@ def capture_tensors(found: Captured, parts: Parts, *, frozen: bool = True) -> No
                 if average is not None:
                     tensor = average[piece.offset - low : piece.offset - low + size]
                     found.add_piece("average", piece.name, piece.start, piece.stop, tensor)
-                elif piece.name in parts.averages.parked:
-                    tensor = parts.averages.parked[piece.name][piece.start : piece.stop]
+                elif piece.name in parts.averages.of_frozen:
+                    tensor = parts.averages.of_frozen[piece.name][piece.start : piece.stop]
                     found.add_piece("average", piece.name, piece.start, piece.stop, tensor)
-                state = parts.parked.get(piece.name)
+                state = parts.frozen_states.get(piece.name)
                 if state is not None:
                     for key, value in state.tensors.items():
                         found.add_piece(

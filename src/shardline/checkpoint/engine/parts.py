@@ -24,7 +24,7 @@ class Parts:
 
     Attributes:
         runs: this rank's runs, the very tensors that the optimizer holds.
-        parked: the optimizer state of frozen parameters, whole on every rank.
+        frozen_states: the optimizer state of frozen parameters, whole on every rank.
         averages: the moving averages of the weights, where there are any.
         groups: the param group of every parameter that the optimizer was given, frozen ones too, by first name.
     """
@@ -33,7 +33,7 @@ class Parts:
     units: Sequence[Unit]
     runs: Sequence[RunTensors]
     optimizer: Optimizer | None
-    parked: dict[str, ParamState]
+    frozen_states: dict[str, ParamState]
     averages: Averages
     groups: Mapping[str, int]
     comm: Comm

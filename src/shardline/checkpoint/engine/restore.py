@@ -18,7 +18,7 @@ from shardline.checkpoint.format.values import decode, dtype_named
 from shardline.errors import CheckpointError, UsageError
 from shardline.names import join
 from shardline.optim import prepare
-from shardline.plan import Fragment
+from shardline.plan import Fragment, runs_fit
 from shardline.plan.describe import persistent_buffers
 from shardline.sharding.bucket import RunTensors
 from shardline.sharding.buffer import flat
@@ -26,7 +26,6 @@ from shardline.sharding.fragments import ParamState
 
 __all__ = [
     "Match",
-    "ages",
     "check_states",
     "finish_load",
     "load_averages",
@@ -34,6 +33,7 @@ __all__ = [
     "load_optimizer",
     "load_weights",
     "match",
+    "steps_to_lay_out",
 ]
 
 
@@ -175,7 +175,7 @@ def load_averages(parts: Parts, reader: CheckpointReader, found: Match, *, wante
             stored = reader.parameters[theirs].stored("average")
             out = torch.empty(spec.numel, dtype=dtype_named(stored.dtype), device=parts.units[0].state_device)
             reader.fill(out, theirs, "average", 0, spec.numel, spec.stride)
-            averages.parked[name] = out
+            averages.of_frozen[name] = out
 
 
 def finish_load(parts: Parts) -> None:
@@ -228,20 +228,13 @@ def _form(key: str, value: Any) -> str:
     return "number" if number and key != "step" else type(value).__name__
 
 
-def ages(parts: Parts, reader: CheckpointReader, found: Match) -> dict[str, int] | None:
+def steps_to_lay_out(parts: Parts, reader: CheckpointReader, found: Match) -> dict[str, int] | None:
     """Steps that each trained parameter's state has seen, if parameters of one run differ in that, else ``None``.
 
     They cannot share a run then, and the model must be laid out again.
     """
     steps = {name: _steps(reader, found.params.get(name)) for name, spec in parts.specs.items() if spec.trainable}
-    for unit in parts.units:
-        for bucket in unit.plan.buckets:
-            seen: dict[tuple[int | None, int], int] = {}
-            for entry in bucket.entries if bucket.trainable and not bucket.whole else ():
-                run, age = (entry.param.group, entry.param.era), steps[entry.param.name]
-                if seen.setdefault(run, age) != age:
-                    return steps
-    return None
+    return None if runs_fit([unit.plan for unit in parts.units], steps) else steps
 
 
 def _steps(reader: CheckpointReader, name: str | None) -> int:
@@ -279,11 +272,11 @@ def load_optimizer(parts: Parts, reader: CheckpointReader, found: Match, groups:
         if state:
             optimizer.state[run.param] = state
     prepare(optimizer)
-    parts.parked.clear()
+    parts.frozen_states.clear()
     for name, spec in parts.specs.items():
         theirs_name = found.params.get(name)
         if theirs_name is not None and not spec.trainable and _has_state(reader, theirs_name):
-            parts.parked[name] = _parked(reader, theirs_name, spec.stride, parts.units[0].state_device)
+            parts.frozen_states[name] = _frozen_state(reader, theirs_name, spec.stride, parts.units[0].state_device)
     return None
 
 
@@ -350,7 +343,7 @@ def _scalar(key: str, value: Any, param: Tensor, group: Mapping[str, Any]) -> An
     return decoded.to(param.device) if isinstance(value, dict) and value.get("on") == "device" else decoded
 
 
-def _parked(reader: CheckpointReader, name: str, stride: tuple[int, ...], device: torch.device) -> ParamState:
+def _frozen_state(reader: CheckpointReader, name: str, stride: tuple[int, ...], device: torch.device) -> ParamState:
     entry = reader.parameters[name]
     state = ParamState(scalars={key: decode(value, _no_tensor) for key, value in entry.scalars.items()})
     for key, stored in entry.state.items():

@@ -15,7 +15,6 @@ from shardline.checkpoint.engine.parts import Parts, optimizer_name
 from shardline.checkpoint.engine.randomness import RandomState, derive_states
 from shardline.checkpoint.engine.restore import (
     Match,
-    ages,
     check_states,
     finish_load,
     load_averages,
@@ -23,6 +22,7 @@ from shardline.checkpoint.engine.restore import (
     load_optimizer,
     load_weights,
     match,
+    steps_to_lay_out,
 )
 from shardline.checkpoint.engine.selection import select
 from shardline.checkpoint.engine.trainer import Trainer
@@ -61,13 +61,13 @@ class _Prepared:
     """What was read and checked of a checkpoint before anything is changed.
 
     Attributes:
-        ages: steps by parameter, if the model must be laid out by them.
+        steps: steps by parameter, if the model must be laid out by them.
         random: ``None`` where random states are derived.
     """
 
     found: Match
     groups: Groups
-    ages: dict[str, int] | None
+    steps: dict[str, int] | None
     schedule: dict[str, Any] | None
     client_state: dict[str, Any]
     extra: Mapping[str, Any]
@@ -125,7 +125,7 @@ class Restorer:
             client_state=_values(reader, "client_state", manifest.client_state),
             extra={path: reader.value(value) for path, value in manifest.extra_state.items()},
             random=self._random(reader) if scope.counters else None,
-            ages=ages(parts, reader, found) if scope.optimizer and same_kind else None,
+            steps=steps_to_lay_out(parts, reader, found) if scope.optimizer and same_kind else None,
         )
         loader = trainer.training_dataloader
         if scope.position and loader is not None:  # last: it checks the position and moves there
@@ -137,8 +137,8 @@ class Restorer:
 
     def _apply(self, reader: CheckpointReader, prepared: _Prepared, scope: Scope) -> None:
         trainer, manifest, found = self._trainer, reader.manifest, prepared.found
-        if prepared.ages is not None:
-            trainer.lay_out_by_age(prepared.ages)
+        if prepared.steps is not None:
+            trainer.lay_out_by_state_steps(prepared.steps)
         parts = trainer.checkpoint_parts()
 
         def read() -> str | None:

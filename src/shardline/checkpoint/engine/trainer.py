@@ -58,7 +58,7 @@ class Trainer(Protocol):
         """Whether micro-steps were done that no step has applied."""
         ...
 
-    def lay_out_by_age(self, ages: Mapping[str, int]) -> None:
+    def lay_out_by_state_steps(self, steps: Mapping[str, int]) -> None:
         """Lay the model out so that only parameters of one age share a run. Collective."""
         ...
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shardline.checkpoint.engine.extra import EXTRA_KEY
 from shardline.checkpoint.foreign.pickled import Opaque, load
-from shardline.checkpoint.format.commit import Alone, commit
+from shardline.checkpoint.format.commit import SingleProcess, commit
 from shardline.checkpoint.format.content import (
     Body,
     Captured,
@@ -297,7 +297,7 @@ def _write(
         parameters=add_reports(parameters, [found.report()]),
         buffers={name: buffer_entry(buffer.shape, name_of(buffer.dtype)) for name, buffer in buffers.items()},
     )
-    return commit(out, tag, Content(found.tensors, None, lambda reports: body), Alone(), lambda point: None)
+    return commit(out, tag, Content(found.tensors, None, lambda reports: body), SingleProcess(), lambda point: None)
 
 
 def _capture(

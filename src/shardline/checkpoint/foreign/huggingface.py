@@ -22,7 +22,7 @@ from shardline.checkpoint.format.reader import CheckpointReader
 from shardline.checkpoint.format.tensorfile import header_of, memory_of
 from shardline.checkpoint.format.values import dtype_named
 from shardline.plan.describe import persistent_buffers
-from shardline.sharding.fragments import whole_weights
+from shardline.sharding.fragments import full_weights
 
 __all__ = ["Exporter", "Item", "export_checkpoint", "export_model"]
 
@@ -227,7 +227,7 @@ def export_model(
 
     attempt(begin)
     for unit in parts.units:
-        for entry, tensor in whole_weights(unit):
+        for entry, tensor in full_weights(unit):
             if entry.param.trainable or frozen:
                 attempt(partial(add, entry.param.name, tensor))
     for name, buffer in buffers.items():

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 from torch.optim import Optimizer
 
-from shardline.checkpoint.format.commit import Alone, commit, together
+from shardline.checkpoint.format.commit import SingleProcess, commit, together
 from shardline.checkpoint.format.content import (
     Body,
     Captured,
@@ -234,7 +234,7 @@ class Writer(StorageWriter):
         """All of the save: every rank is here, and the commit has its own order among them."""
         group = dist.group.WORLD if self._group is None else self._group
         alone = plan.storage_data["ranks"] == 1
-        channel = Alone() if alone else Exchange.over(group)
+        channel = SingleProcess() if alone else Exchange.over(group)
         found = Captured()
         try:
             together(channel, "collecting the checkpoint", lambda: _collect(plan, planner, found))

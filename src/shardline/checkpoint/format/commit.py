@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
-from shardline.checkpoint.format import directory as names
+from shardline.checkpoint.format import directory as layout
 from shardline.checkpoint.format.content import Content
 from shardline.checkpoint.format.directory import Directory, dissolve, has_mark, set_mark, sync
 from shardline.checkpoint.format.faults import Reach
@@ -44,7 +44,7 @@ from shardline.checkpoint.format.manifest import (
 from shardline.checkpoint.format.tensorfile import write
 from shardline.errors import CheckpointError, text_of
 
-__all__ = ["Alone", "Channel", "commit", "together"]
+__all__ = ["Channel", "SingleProcess", "commit", "together"]
 
 T = TypeVar("T")
 _MARK_SECONDS = 2.0  # a network file system may show a new directory a moment late
@@ -60,7 +60,7 @@ class Channel(Protocol):
     def exchange(self, value: Any) -> list[Any]: ...
 
 
-class Alone:
+class SingleProcess:
     """The channel of one process."""
 
     rank, world_size = 0, 1
@@ -150,7 +150,7 @@ def commit(
         reach("sweep:after")
         directory.check_free(tag, lock, latest=latest)
         identity = secrets.token_hex(16)
-        temp = directory.path / f"{names.TEMP}{identity}"
+        temp = directory.path / f"{layout.TEMP}{identity}"
         ours.append(temp)
         temp.mkdir()
         reach("mkdir:after")
@@ -162,7 +162,7 @@ def commit(
     try:
         plan = together(channel, f"preparing the checkpoint {final}", prepare)[0]
         reach("prepare-barrier:after")
-        temp = directory.path / f"{names.TEMP}{plan['id']}"
+        temp = directory.path / f"{layout.TEMP}{plan['id']}"
 
         def write_shard() -> Any:
             _see_mark(temp, plan["id"], plan["path"])
@@ -289,14 +289,14 @@ def _put_in_place(
 ) -> None:
     """The commit point is the rename in the middle. With ``lock``, ``latest`` names the checkpoint afterwards."""
     parent = directory.path
-    intent = parent / f"{names.INTENT}{identity}"
+    intent = parent / f"{layout.INTENT}{identity}"
     if lock is not None:  # written before the rename: a full disk shows while nothing has changed yet
         reach("intent-write:before")
         ours.append(intent)
         with _opened(intent) as file:
             file.write(f"{final.name}\n".encode())
         reach("intent-write:after")
-    aside = parent / f"{names.OLD}{identity}-{final.name}"
+    aside = parent / f"{layout.OLD}{identity}-{final.name}"
     replaced = os.path.lexists(final)
     if replaced:
         os.rename(final, aside)

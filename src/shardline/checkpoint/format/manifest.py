@@ -331,10 +331,10 @@ class Manifest(_Value):
                 raise ValueError(f"{shown(repr(name))} is in param group {entry.group} of {groups}")
             for stored in (entry.weight, entry.average, *entry.state.values()):
                 if stored is not None:
-                    space.take(name, stored, entry.numel)
+                    space.reserve(name, stored, entry.numel)
         for name, buffer in self.buffers.items():
             for file in buffer.files:
-                space.take(name, Stored(dtype=buffer.dtype, shape=buffer.shape, file=file), 0)
+                space.reserve(name, Stored(dtype=buffer.dtype, shape=buffer.shape, file=file), 0)
         groups_of_options = [] if self.optimizer is None else self.optimizer.groups
         _check_tensors([self.scheduler, self.client_state, self.extra_state, groups_of_options])
         return self
@@ -383,7 +383,7 @@ class _Space:
     def __init__(self, files: list[FileEntry]) -> None:
         self._left = [entry.bytes for entry in files]
 
-    def take(self, name: str, stored: Stored, numel: int) -> None:
+    def reserve(self, name: str, stored: Stored, numel: int) -> None:
         size = ITEM_BYTES[stored.dtype]
         if stored.file is not None and stored.shape is not None:
             self._spend(name, stored.file, math.prod(stored.shape) * size)

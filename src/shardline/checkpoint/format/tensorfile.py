@@ -188,12 +188,12 @@ class TensorFile:
         return list(self._rows)
 
     def dtype(self, key: str) -> torch.dtype:
-        return self._row(key)[0]
+        return self._header(key)[0]
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return self._row(key)[1]
+        return self._header(key)[1]
 
-    def _row(self, key: str) -> tuple[torch.dtype, tuple[int, ...], int]:
+    def _header(self, key: str) -> tuple[torch.dtype, tuple[int, ...], int]:
         try:
             return self._rows[key]
         except KeyError:
@@ -201,14 +201,14 @@ class TensorFile:
 
     def tensor(self, key: str) -> Tensor:
         """A whole tensor, on CPU."""
-        dtype, shape, _ = self._row(key)
+        dtype, shape, _ = self._header(key)
         out = torch.empty(shape, dtype=dtype)
         self.fill(out.view(-1), key)
         return out
 
     def fill(self, out: Tensor, key: str, start: int = 0) -> None:
         """Read elements ``start`` to ``start + len(out)`` into ``out`` (1-D, contiguous, any dtype and device)."""
-        dtype, shape, low = self._row(key)
+        dtype, shape, low = self._header(key)
         numel = 1
         for length in shape:
             numel *= length

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from shardline.compat.deepspeed.launching import run_alone
+from shardline.compat.deepspeed.launching import run_command
 
 if __name__ == "__main__":
-    run_alone(sys.argv[1:])
+    run_command(sys.argv[1:])

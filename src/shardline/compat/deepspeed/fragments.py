@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from shardline.compat.deepspeed.engine import DeepSpeedEngine, engines_of
 from shardline.errors import UsageError
 from shardline.sharding.buffer import flat
-from shardline.sharding.fragments import local_fragments, take_states, whole_weights
+from shardline.sharding.fragments import collect_states, full_weights, local_fragments
 from shardline.sharding.unit import Unit
 
 _SET_GRADS = "change gradients in engine.before_step(hook): averaged and unscaled, this rank's fragments of each"
@@ -24,7 +24,7 @@ def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
         return None
     engine, name = found
     copy = None
-    for entry, tensor in whole_weights(_unit_of(engine, name)):  # to its end: each bucket is a collective
+    for entry, tensor in full_weights(_unit_of(engine, name)):  # to its end: each bucket is a collective
         if entry.param.name == name:
             copy = tensor.detach().float().clone()  # the next one may be gathered into the same memory
     return copy
@@ -49,7 +49,7 @@ def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> 
     if engine.optimizer is None:
         return None
     unit = _unit_of(engine, name)
-    state = take_states(unit, engine.trainables.layout.runs, engine.optimizer)
+    state = collect_states(unit, engine.trainables.layout.runs, engine.optimizer)
     values = state[name].tensors.get(optim_state_key) if name in state else None
     return None if values is None else values.as_strided(param.shape, _strides(engine, param)).contiguous()
 

@@ -18,7 +18,7 @@ from shardline.errors import LaunchError
 from shardline.launch.run import Launch
 from shardline.runtime.accelerator import get_accelerator
 
-__all__ = ["ANNOUNCEMENT", "Options", "adapt", "run_alone"]
+__all__ = ["ANNOUNCEMENT", "Options", "adapt", "run_command"]
 
 ANNOUNCEMENT = (
     f"`import deepspeed` gives Shardline under the names of DeepSpeed {VERSION} in this run (docs/"
@@ -153,7 +153,7 @@ def _path_with_stand_in() -> str:
     return os.pathsep.join([PATH, *others])
 
 
-def run_alone(arguments: list[str]) -> None:
+def run_command(arguments: list[str]) -> None:
     """Run ``[-m] SCRIPT ARGS...`` in this process, as the only rank unless a launcher has said otherwise."""
     is_module = arguments[:1] == ["-m"]
     target, *rest = arguments[1:] if is_module else arguments or [""]

@@ -59,7 +59,7 @@ def initialize(
         section = settings.setdefault("zero_optimization", {}).setdefault("leaf_module", {})
         section["names"] = [*section.get("names", ()), *leaves]
     plain, made, loader, scheduler = _initialize(
-        _Place(args) if hasattr(args, "local_rank") else None,
+        _LocalRank(args) if hasattr(args, "local_rank") else None,
         model,
         optimizer,
         model_parameters,
@@ -81,7 +81,7 @@ def initialize(
     return engine, None if made is None else EngineOptimizer(engine, made), loader, scheduler
 
 
-class _Place:
+class _LocalRank:
     """``args`` as far as they concern the place of this process: the configuration has been read."""
 
     def __init__(self, args: Any) -> None:

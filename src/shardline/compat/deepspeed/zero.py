@@ -115,10 +115,10 @@ class GatheredParameters:
 
     def __exit__(self, *error: Any) -> bool | None:
         if error[0] is None and self._enabled and self._rank is not None:
-            self._share()
+            self._broadcast()
         return self._held.__exit__(*error)
 
-    def _share(self) -> None:
+    def _broadcast(self) -> None:
         """Give every rank what the modifying one has written."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return

@@ -37,11 +37,11 @@ def get_fp32_state_dict_from_zero_checkpoint(
     reader = CheckpointReader(_locate(checkpoint_dir, tag))
     try:
         found = {}
-        for name, row in reader.parameters.items():
-            if row.weight is None or (exclude_frozen_parameters and not row.trainable):
+        for name, param in reader.parameters.items():
+            if param.weight is None or (exclude_frozen_parameters and not param.trainable):
                 continue
             weight = _fp32(reader.full(name))
-            found.update(dict.fromkeys((name, *row.aliases), weight))
+            found.update(dict.fromkeys((name, *param.aliases), weight))
         found.update({name: reader.buffer(name, 0) for name in reader.manifest.buffers})
         return found
     finally:
