@@ -1,4 +1,4 @@
-"""Options of param groups as values: what tells two groups apart, whatever kind of number a rank holds."""
+"""OptimizerOptions of param groups as values: what tells two groups apart, whatever kind of number a rank holds."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from shardline.optim.options import Options
+from shardline.optim.options import OptimizerOptions
 
 
 def options(**changed):
     params = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))]
     optimizer = torch.optim.AdamW([{"params": params[:1], "lr": 0.1}, {"params": params[1:]}], lr=0.2)
     optimizer.param_groups[1].update(changed)
-    return Options(lambda: optimizer)
+    return OptimizerOptions(lambda: optimizer)
 
 
 PLAIN = options().read()[0]
@@ -67,10 +67,10 @@ def test_an_integer_is_the_float_of_another_rank() -> None:
 def test_a_tensor_on_a_device_is_not_read() -> None:
     found, tensors = options(lr=torch.empty((), device="meta")).read()
     assert [tensor.device.type for tensor in tensors] == ["meta"] and repr(found) != repr(PLAIN)
-    named = Options(lambda: None).names(found, [0.75])
+    named = OptimizerOptions(lambda: None).names(found, [0.75])
     assert named["lr of param group 1"] == "0.75" and named["lr of param group 0"] == "0.1"
     assert named["betas[1] of param group 0"] == "0.999"
 
 
 def test_without_an_optimizer_there_are_none() -> None:
-    assert Options(lambda: None).read() == ([], [])
+    assert OptimizerOptions(lambda: None).read() == ([], [])

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from shardline.errors import ModelError
 from shardline.sharding.admission import Contents, check_model
-from shardline.sharding.parameter import Record, show
+from shardline.sharding.parameter import ParamRecord, show
 
 
 class Pair(nn.Module):
@@ -144,7 +144,7 @@ def test_a_model_that_others_manage_is_refused(ranks) -> None:
 
 def test_a_parameter_of_an_engine_is_refused() -> None:
     net = Pair()
-    show(net.b.weight, net.b.weight.detach().clone(), Record("head", 0, None))
+    show(net.b.weight, net.b.weight.detach().clone(), ParamRecord("head", 0, None))
     with pytest.raises(ModelError, match=r"'0\.b\.weight' is managed by an engine already"):
         check_model(nn.Sequential(net))
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from shardline.errors import SealedError
-from shardline.sharding.parameter import Record, is_sealed, make_ordinary, record_of, seal, show
+from shardline.sharding.parameter import ParamRecord, is_sealed, make_ordinary, record_of, seal, show
 
 
 class Diary:
@@ -38,7 +38,7 @@ class Diary:
 
 
 def record(name="net.w", index=0, gather=None):
-    return Record(name, index, Diary(gather))
+    return ParamRecord(name, index, Diary(gather))
 
 
 class Tagged(nn.Parameter):
@@ -117,7 +117,7 @@ SWEEP = """
 import copy, faulthandler, inspect, io, json, pickle, signal, warnings
 import torch
 from torch import nn
-from shardline.sharding.parameter import Record, seal
+from shardline.sharding.parameter import ParamRecord, seal
 from shardline.errors import SealedError
 
 faulthandler.enable()
@@ -135,7 +135,7 @@ class Owner:
 
 def fresh():
     param = nn.Parameter(torch.randn(6, 6))
-    seal(param, Record("net.weight", 0, Owner()), torch.ones(1))
+    seal(param, ParamRecord("net.weight", 0, Owner()), torch.ones(1))
     return param
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from shardline.cli.values import positive
 from shardline.errors import CheckpointError, ShardlineError, text_of
 
 if TYPE_CHECKING:
@@ -49,14 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     imported = command("import-deepspeed", _import, text)
     imported.add_argument("out", metavar="OUT", type=Path, help="directory of checkpoints to write to")
     prune = command("prune", _prune, "delete all but the newest checkpoints", tag=False)
-    prune.add_argument("--keep", type=_positive, required=True, metavar="N", help="keep the N newest")
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return number
+    prune.add_argument("--keep", type=positive, required=True, metavar="N", help="keep the N newest")
 
 
 def _guarded(command: Command) -> Command:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from shardline.cli.values import positive
 from shardline.config import Config, load_config
 from shardline.config.deepspeed import TRAINERS
 from shardline.config.explain import explain, ineffective
@@ -28,7 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("file", metavar="FILE", help="a JSON file")
         command.add_argument(
-            "--world-size", type=_positive, default=1, metavar="N", help="number of ranks the batch is for (default 1)"
+            "--world-size", type=positive, default=1, metavar="N", help="number of ranks the batch is for (default 1)"
         )
         command.add_argument(
             "--filled-by",
@@ -40,13 +41,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command = commands.add_parser("schema", help=text, description=text)
     command.add_argument("file", metavar="FILE", nargs="?", help="write it to this file instead")
     command.set_defaults(func=_schema)
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return number
 
 
 def _guarded(command: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:

@@ -207,8 +207,8 @@ def _main(parsed: argparse.Namespace) -> int:
         grace=parsed.grace,
     )
     if parsed.as_deepspeed:
-        from shardline.compat.deepspeed.launching import Options, adapt
+        from shardline.compat.deepspeed.launching import LauncherOptions, adapt
 
         given = {name: getattr(parsed, name) for name in _DEEPSPEEDS if getattr(parsed, name) is not None}
-        job = adapt(job, Options(**given))
+        job = adapt(job, LauncherOptions(**given))
     return run.launch(job)

@@ -16,7 +16,7 @@ from shardline.data.seeds import derive, outer_states_kept, seed_all
 from shardline.data.split import Position, Split
 from shardline.errors import DataError
 
-__all__ = ["Drawn", "Ended", "Indexed", "Request", "Streamed", "introduce"]
+__all__ = ["Drawn", "Indexed", "Request", "StreamEnd", "Streamed", "introduce"]
 
 Collate = Callable[[list[Any]], Any]
 
@@ -40,13 +40,13 @@ class Drawn(NamedTuple):  # tuples, because torch pins what is inside them
     batch: Any
 
 
-class Ended(NamedTuple):
+class StreamEnd(NamedTuple):
     """The answer of a stream that ended, after ``total`` samples, before the micro-batch that was asked for."""
 
     total: int
 
 
-class _Source(Dataset[Drawn | Ended]):
+class _Source(Dataset[Drawn | StreamEnd]):
     """A map from requests to micro-batches over a user's dataset."""
 
     def __init__(self, dataset: Any, collate: Collate, seed: int) -> None:
@@ -55,7 +55,7 @@ class _Source(Dataset[Drawn | Ended]):
         self.seed = seed
         self.epoch: int | None = None
 
-    def __getitem__(self, request: Request) -> Drawn | Ended:
+    def __getitem__(self, request: Request) -> Drawn | StreamEnd:
         try:
             with outer_states_kept():
                 return self.draw(request)
@@ -66,7 +66,7 @@ class _Source(Dataset[Drawn | Ended]):
                 f"an iterator that has ended. Give next() a default, or raise another error. {where}".rstrip()
             ) from error
 
-    def draw(self, request: Request) -> Drawn | Ended:
+    def draw(self, request: Request) -> Drawn | StreamEnd:
         raise NotImplementedError
 
     def close(self) -> None:
@@ -119,14 +119,14 @@ class Streamed(_Source):
         self.batch = -1
         self.total = 0
 
-    def draw(self, request: Request) -> Drawn | Ended:
+    def draw(self, request: Request) -> Drawn | StreamEnd:
         position = request.position
         if position.epoch != self.epoch or position.batch < self.batch:
             self.rewind(position.epoch)
         while self.batch < position.batch:
             self.read_global_batch(position.epoch)
         if len(self.held) < self.least:
-            return Ended(self.total)
+            return StreamEnd(self.total)
         piece = self.split.piece(len(self.held), position.micro)
         samples = [self.held[place] for place in piece.places]
         return self.finish(position, samples, piece.samples, piece.places.start, len(self.held))

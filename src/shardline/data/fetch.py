@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from shardline.data.draw import Drawn, Ended, Indexed, Request, Streamed, introduce
-from shardline.data.order import Order
+from shardline.data.draw import Drawn, Indexed, Request, Streamed, StreamEnd, introduce
+from shardline.data.order import SampleOrder
 from shardline.data.seeds import derive
 from shardline.data.split import Position, Split
 
@@ -28,16 +28,23 @@ class Fetcher:
     """
 
     def __init__(
-        self, source: Indexed | Streamed, order: Order | None, split: Split, drop_last: bool, settings: dict[str, Any]
+        self,
+        source: Indexed | Streamed,
+        order: SampleOrder | None,
+        split: Split,
+        drop_last: bool,
+        settings: dict[str, Any],
     ) -> None:
         self._source, self._settings = source, settings
         self._requests = _Requests(order, split, drop_last)
         self._loader = self._build()
-        self._running: Iterator[Drawn | Ended] | None = None  # torch's iterator: has the workers and what they prefetch
+        self._running: Iterator[Drawn | StreamEnd] | None = (
+            None  # torch's iterator: has the workers and what they prefetch
+        )
         self.iteration = 0
         """The number of the only iteration that may go on."""
 
-    def start(self, position: Position) -> Iterator[Drawn | Ended]:
+    def start(self, position: Position) -> Iterator[Drawn | StreamEnd]:
         """Begin to fetch, from ``position`` to the end of its epoch."""
         self._requests.start = position
         self._running = iter(self._loader)
@@ -56,7 +63,7 @@ class Fetcher:
         self._source.close()
         self._loader = self._build()
 
-    def _build(self) -> DataLoader[Drawn | Ended]:
+    def _build(self) -> DataLoader[Drawn | StreamEnd]:
         return DataLoader(
             self._source,
             batch_size=None,  # one request is one micro-batch
@@ -79,7 +86,7 @@ class Fetcher:
 class _Requests:
     """The sampler of torch's loader: the micro-batches of this rank from ``start`` to the end of the epoch."""
 
-    def __init__(self, order: Order | None, split: Split, drop_last: bool) -> None:
+    def __init__(self, order: SampleOrder | None, split: Split, drop_last: bool) -> None:
         self.order = order
         self.split = split
         self.drop_last = drop_last
@@ -93,7 +100,7 @@ class _Requests:
             yield Request(position)
             position = position.following(self.split.accumulation)
 
-    def _indexed(self, position: Position, order: Order) -> Iterator[Request]:
+    def _indexed(self, position: Position, order: SampleOrder) -> Iterator[Request]:
         indices, size = order.indices(position.epoch), self.split.global_batch
         while position.batch < self.split.batches(len(indices), self.drop_last):
             batch = indices[position.batch * size : (position.batch + 1) * size]

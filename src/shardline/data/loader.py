@@ -9,9 +9,9 @@ from typing import Any
 from torch.utils.data import IterableDataset, default_collate
 
 from shardline.data.checks import check_dataset, check_end, check_fits, check_numbers, check_sharded
-from shardline.data.draw import Drawn, Ended, Indexed, Streamed
+from shardline.data.draw import Drawn, Indexed, Streamed, StreamEnd
 from shardline.data.fetch import Fetcher
-from shardline.data.order import Order
+from shardline.data.order import SampleOrder
 from shardline.data.split import Position, Split
 from shardline.data.state import LoaderState
 from shardline.errors import DataError, UsageError
@@ -120,7 +120,7 @@ class Loader:
             split = Split(global_batch // world_size, accumulation, world_size=1, rank=0)
         check_fits(split, micro_batch, world_size, global_batch)
 
-        order = None if iterable else Order(dataset, sampler, seed, shuffle)
+        order = None if iterable else SampleOrder(dataset, sampler, seed, shuffle)
         source = (
             Streamed(dataset, self.collate_fn, seed, split, drop_last)
             if iterable
@@ -191,9 +191,9 @@ class Loader:
         if state.handed is not None and start != Position(start.epoch):
             self._tell_once(start)
         running = fetcher.start(start)
-        over = Ended(state.length(start.epoch) or 0)
+        over = StreamEnd(state.length(start.epoch) or 0)
         try:
-            while not isinstance(item := next(running, over), Ended):
+            while not isinstance(item := next(running, over), StreamEnd):
                 self._hand_out(item)
                 yield item.batch
                 if fetcher.iteration != mine:

@@ -14,7 +14,7 @@ from shardline.data.seeds import derive, outer_states_kept, seed_all
 from shardline.errors import DataError
 from shardline.runtime.modes import outside_modes
 
-__all__ = ["Order", "permutation"]
+__all__ = ["SampleOrder", "permutation"]
 
 
 @outside_modes
@@ -33,7 +33,7 @@ def _listed(indices: list[int]) -> torch.Tensor:
     return torch.tensor(indices, dtype=torch.int64)
 
 
-class Order:
+class SampleOrder:
     """Indices of each epoch: a sampler's, else a permutation, else 0, 1, 2 and so on."""
 
     def __init__(self, dataset: Any, sampler: Iterable[int] | None, seed: int, shuffle: bool) -> None:

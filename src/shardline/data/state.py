@@ -6,7 +6,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-from shardline.data.order import Order
+from shardline.data.order import SampleOrder
 from shardline.data.split import Position, Split
 from shardline.errors import DataError
 
@@ -42,7 +42,7 @@ class LoaderState:
     def __init__(
         self,
         dataset: Any,
-        order: Order | None,
+        order: SampleOrder | None,
         split: Split,
         *,
         seed: int,

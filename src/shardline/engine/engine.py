@@ -36,7 +36,7 @@ from shardline.errors import UsageError
 from shardline.events import Events, Notice
 from shardline.features.compiling import compile_blocks
 from shardline.optim import lr
-from shardline.optim.options import Options
+from shardline.optim.options import OptimizerOptions
 from shardline.plan.placement import STAGES, Placement
 from shardline.runtime.modes import outside_modes
 from shardline.runtime.topology import Topology
@@ -118,7 +118,7 @@ class Engine(Wrapper, Getters, Saving):
         self._intake = Intake(config, self._window, self.window_start, notices)
         self._calls = Calls(model, precision, comm.device, notices)
         intake = self._intake
-        alike = Alike([Options(lambda: optimizer), LoaderPlace(lambda: intake.loader)])
+        alike = Alike([OptimizerOptions(lambda: optimizer), LoaderPlace(lambda: intake.loader)])
         make_boundary = partial(Boundary, scaler=self.scaler, config=config, progress=self.progress, alike=alike)
         self.trainables = Trainables(
             model, layout, optimizer, groups, config, precision, comm,

@@ -251,7 +251,7 @@ class _LoopOptimizer:
         self._before = {name: vars(outer)[name] for name in self._methods(outer, engine) if name in vars(outer)}
         for name, method in self._methods(outer, engine).items():
             setattr(outer, name, MethodType(method, outer))
-        outer.state = _Elsewhere(dict)
+        outer.state = _StateOfEngine(dict)
         # Else a GradScaler leaves unscaling to the step, and gives the optimizer what only fused kernels read.
         self._before["_step_supports_amp_scaling"] = getattr(outer, "_step_supports_amp_scaling", False)
         outer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
@@ -317,7 +317,7 @@ class _LoopOptimizer:
         self.outer.state = defaultdict(dict)
 
 
-class _Elsewhere(defaultdict[Any, Any]):
+class _StateOfEngine(defaultdict[Any, Any]):
     """``optimizer.state`` while an engine has it: reading it of a parameter is an error, as none of it is here."""
 
     def __missing__(self, key: Any) -> Any:

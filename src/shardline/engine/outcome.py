@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from shardline.engine.notices import Notices
-from shardline.engine.report import Ended, Reporter
+from shardline.engine.report import Reporter, StepFigures
 from shardline.engine.trainables import Trainables
 from shardline.optim import lr
 from shardline.sharding.precision import LossScaler, Precision
@@ -34,7 +34,7 @@ class _Before:
 class _Pending:
     """A step whose verdict the host has not read. ``undo`` takes the scheduler's step after it back."""
 
-    ended: Ended
+    ended: StepFigures
     scheduler: Any = None
     undo: Callable[[], bool] | None = None
 

@@ -15,13 +15,13 @@ from shardline.events import Events, PhaseTimes, StepDone, StepSkipped
 from shardline.runtime.memory import peak_bytes
 from shardline.sharding.step import HostVerdict
 
-__all__ = ["Ended", "Reporter"]
+__all__ = ["Reporter", "StepFigures"]
 
 _LATE = "gradients of a unit came after its reduction; it is reduced at the end of backward from now on"
 
 
 @dataclass(frozen=True)
-class Ended:
+class StepFigures:
     """What is known of a step when it ends; the names are those of :class:`StepDone`."""
 
     step: int
@@ -64,14 +64,16 @@ class Reporter:
             torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
-    def ended(self, step: int, *, loss: Tensor | None, lr: list[float | Tensor], loss_scale: float | None) -> Ended:
+    def ended(
+        self, step: int, *, loss: Tensor | None, lr: list[float | Tensor], loss_scale: float | None
+    ) -> StepFigures:
         """Step number ``step`` is over; :meth:`tell` follows when its verdict is known."""
         now = time.perf_counter()
         seconds, self._last_step = now - self._last_step, now
         phases, self._seconds = self._seconds, {}
-        return Ended(step, loss, lr, loss_scale, seconds, phases)
+        return StepFigures(step, loss, lr, loss_scale, seconds, phases)
 
-    def tell(self, ended: Ended, host: HostVerdict, *, loss_scale: float | None) -> None:
+    def tell(self, ended: StepFigures, host: HostVerdict, *, loss_scale: float | None) -> None:
         """What became of a step that was not refused; ``loss_scale`` is that of the step after it."""
         if host.skipped:
             why = _LATE if host.late else "gradients that are not finite"

@@ -35,7 +35,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardline.errors import ModelError, UsageError
 from shardline.names import join
-from shardline.sharding.parameter import Record, make_ordinary, seal
+from shardline.sharding.parameter import ParamRecord, make_ordinary, seal
 
 __all__ = ["empty_weights", "fill", "is_on_meta"]
 
@@ -265,7 +265,7 @@ class _Filling:
     # -- parameters come and go -------------------------------------------------------------------------------------
 
     def _put_away(self, param: nn.Parameter, state: _Param) -> None:
-        record = Record(state.name, 0, _Owner(partial(self._materialize, param)))
+        record = ParamRecord(state.name, 0, _Owner(partial(self._materialize, param)))
         seal(param, record, torch.empty(0, dtype=state.like.dtype, device="cpu"))
 
     def _materialize(self, param: nn.Parameter) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Options"]
+__all__ = ["OptimizerOptions"]
 
 _PLAIN = (float, bool, str, type(None))
 
@@ -38,7 +38,7 @@ class _Group:
         return self.text
 
 
-class Options:
+class OptimizerOptions:
     """Reads the scalar options of every param group: learning rates, betas, weight decay, and those of the user's own.
 
     An option is left out if it is no number, string, boolean or None, no tuple of them and no tensor of one element.

@@ -1,7 +1,7 @@
 """What ranks have agreed on: the orders of passes, and in which steps they do not rely on them.
 
 It changes at the end of a negotiated pass and at a step, on all ranks alike. What a rank did in a negotiated pass is a
-:class:`Record`; where all ranks made the same, it becomes the order of the next passes of its kind.
+:class:`PassRecord`; where all ranks made the same, it becomes the order of the next passes of its kind.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shardline.sharding.negotiation import Negotiation
 from shardline.sharding.orders import Order, fill_in
 from shardline.sharding.unit import Unit
 
-__all__ = ["Agreement", "Kind", "Record", "Signature"]
+__all__ = ["Agreement", "Kind", "PassRecord", "Signature"]
 
 _END_OF_FORWARD, _BEGIN_OF_BACKWARD, _END_OF_BACKWARD = range(3)
 
@@ -57,7 +57,7 @@ class Signature:
 
 
 @dataclass(frozen=True)
-class Record:
+class PassRecord:
     """What this rank did in a negotiated pass.
 
     Attributes:
@@ -132,7 +132,7 @@ class Agreement:
             used = [index for index in reversed(uses) if index in plan]
             self.reduce_order = fill_in(used, set(plan) - set(used), plan)
 
-    def conclude(self, record: Record) -> None:
+    def conclude(self, record: PassRecord) -> None:
         """Compare what ranks did in a negotiated pass, and remember it where they did the same. Collective."""
         kind, place = record.signature.kind, record.place
         point = _END_OF_FORWARD if kind.is_forward else _END_OF_BACKWARD
@@ -149,7 +149,7 @@ class Agreement:
         if alike and kind is Kind.BACKWARD:
             self.reduce_order = [~event for event in record.events if event < 0]
 
-    def _order_of(self, record: Record) -> Order | None:
+    def _order_of(self, record: PassRecord) -> Order | None:
         """The order of a pass that all ranks saw alike. One that did not use all units is not followed in evaluations:
         to gather the others as well would cost more than to negotiate."""
         kind, events = record.signature.kind, record.events

@@ -16,7 +16,7 @@ from shardline.sharding.flat_grads import FlatGrads, cut
 from shardline.sharding.flat_weights import FlatWeights
 from shardline.sharding.gradient import drop_grads
 from shardline.sharding.host import HostMemory
-from shardline.sharding.parameter import Record, make_ordinary, seal, show
+from shardline.sharding.parameter import ParamRecord, make_ordinary, seal, show
 from shardline.sharding.precision import Precision
 from shardline.sharding.shard import Shard
 
@@ -74,7 +74,9 @@ class Bucket:
         self.grads = FlatGrads(self.shard, self.params, comm, pool, precision, host)
         self.edits = Edits(self.params, self.weights, may_convert)
         self.divided_grad: Callable[[Bucket, int], Tensor | None] | None = None
-        self._records = {entry.param.name: Record(entry.param.name, i, self) for i, entry in enumerate(plan.entries)}
+        self._records = {
+            entry.param.name: ParamRecord(entry.param.name, i, self) for i, entry in enumerate(plan.entries)
+        }
 
     # -- what parameters show ---------------------------------------------------------------------------------------
 

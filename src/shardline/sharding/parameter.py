@@ -28,7 +28,7 @@ from shardline.errors import SealedError
 __all__ = [
     "HARMLESS",
     "Owner",
-    "Record",
+    "ParamRecord",
     "assign",
     "is_sealed",
     "left_grad",
@@ -60,7 +60,7 @@ class Owner(Protocol):
 
 
 @dataclass(frozen=True)
-class Record:
+class ParamRecord:
     """What a managed parameter knows: its name, its owner, and its index there."""
 
     name: str
@@ -68,14 +68,14 @@ class Record:
     owner: Owner
 
 
-def show(param: nn.Parameter, data: Tensor, record: Record) -> None:
+def show(param: nn.Parameter, data: Tensor, record: ParamRecord) -> None:
     """Make ``param`` a view: ``data``, in a buffer of its owner."""
     managed: Any = param
     managed.__class__, managed._shardline = _classes(param)[0], record
     assign(param, data)
 
 
-def seal(param: nn.Parameter, record: Record, like: Tensor) -> None:
+def seal(param: nn.Parameter, record: ParamRecord, like: Tensor) -> None:
     """Take ``param``'s data away, leaving its metadata true: its shape, and dtype and device of the buffer ``like``.
 
     Its owner may bring the data back when it is accessed.
@@ -102,7 +102,7 @@ def assign(param: nn.Parameter, data: Tensor) -> None:
         _DATA.__set__(param, data)
 
 
-def record_of(tensor: Tensor) -> Record | None:
+def record_of(tensor: Tensor) -> ParamRecord | None:
     """What ``tensor`` knows, if an engine manages it."""
     return tensor.__dict__.get("_shardline") if hasattr(type(tensor), "_unmanaged") else None
 
@@ -141,13 +141,13 @@ def _make_classes(original: type[nn.Parameter]) -> tuple[type[nn.Parameter], typ
 
     def read(self: Any) -> Tensor:
         alias: Tensor = inherited.__get__(self)
-        record: Record = self._shardline
+        record: ParamRecord = self._shardline
         record.owner.handed_out(record.index, alias)
         return alias
 
     def write(self: Any, value: Tensor) -> None:
         if value is not self:  # as Module.to writes where nothing changes
-            record: Record = self._shardline
+            record: ParamRecord = self._shardline
             record.owner.assigned(record.index, value)
 
     def read_grad(self: Any) -> Tensor | None:
@@ -155,7 +155,7 @@ def _make_classes(original: type[nn.Parameter]) -> tuple[type[nn.Parameter], typ
             grad = left_grad(self)
         if grad is not None or torch._guards.TracingContext.try_get() is not None:  # no compiler is to see the seal
             return grad
-        record: Record = self._shardline
+        record: ParamRecord = self._shardline
         return record.owner.grad_of(record.index)
 
     def write_grad(self: Any, value: Tensor | None) -> None:
@@ -255,7 +255,7 @@ _CASTS = {
 class _Sealed(Tensor):
     """What has no elements here: a parameter whose data is away, or the ``.data`` that was read of one."""
 
-    _shardline: Record
+    _shardline: ParamRecord
 
     @classmethod
     def __torch_function__(

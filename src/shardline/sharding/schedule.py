@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 
-from shardline.sharding.agreement import Agreement, Kind, Record, Signature
+from shardline.sharding.agreement import Agreement, Kind, PassRecord, Signature
 from shardline.sharding.negotiation import Negotiation
 from shardline.sharding.passes import Issue, Negotiated, Pass, Replayed
 from shardline.sharding.readiness import Readiness
@@ -261,7 +261,7 @@ class Schedule:
         if isinstance(current, Negotiated):
             uses = self._uses
             self._agreement.conclude(
-                Record(
+                PassRecord(
                     *self._running,
                     events=tuple(current.events),
                     kept=frozenset(current.kept),

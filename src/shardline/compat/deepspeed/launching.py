@@ -18,7 +18,7 @@ from shardline.errors import LaunchError
 from shardline.launch.run import Launch
 from shardline.runtime.accelerator import get_accelerator
 
-__all__ = ["ANNOUNCEMENT", "Options", "adapt", "run_command"]
+__all__ = ["ANNOUNCEMENT", "LauncherOptions", "adapt", "run_command"]
 
 ANNOUNCEMENT = (
     f"`import deepspeed` gives Shardline under the names of DeepSpeed {VERSION} in this run (docs/"
@@ -27,7 +27,7 @@ ANNOUNCEMENT = (
 
 
 @dataclass(frozen=True)
-class Options:
+class LauncherOptions:
     """Options of DeepSpeed's launcher beside those that Shardline's has."""
 
     include: str | None = None
@@ -44,7 +44,7 @@ class Options:
     core_list: str | None = None
 
 
-def adapt(job: Launch, options: Options) -> Launch:
+def adapt(job: Launch, options: LauncherOptions) -> Launch:
     """``job`` as DeepSpeed's launcher would start it, with the stand-in; says so on stderr.
 
     Raises:
@@ -74,7 +74,7 @@ _LINE = re.compile(r"\s*(?P<host>[^\s#]+)\s+slots=(?P<slots>\d+)\s*(#.*)?")
 _HERE = ("localhost", "127.0.0.1")
 
 
-def _slots(job: Launch, options: Options) -> tuple[list[int], dict[str, list[int]]]:
+def _slots(job: Launch, options: LauncherOptions) -> tuple[list[int], dict[str, list[int]]]:
     """The slots of this host, and those of all hosts."""
     if options.include is not None and options.exclude is not None:
         raise LaunchError("--include and --exclude are both given. Give one of them.")
