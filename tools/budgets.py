@@ -26,13 +26,6 @@ BUDGETS = {
 }
 
 EXCEPTIONS: dict[tuple[str, str], int] = {
-    # The moments of a commit in their order, each with what is true when the process dies there.
-    ("lines of a function", "checkpoint/format/commit.py: commit"): 102,
-    # One line for each option of the command.
-    ("lines of a function", "cli/run.py: add_parser"): 76,
-    # One line for each setting, or part of the engine, that is made.
-    ("lines of a function", "data/loader.py: Loader.__init__"): 71,
-    ("lines of a function", "engine/engine.py: Engine.__init__"): 63,
     # Signatures that users know from elsewhere: DeepSpeed's initialize and OneCycle, the options of a loader.
     ("parameters of a function", "compat/deepspeed/start.py: initialize"): 13,
     ("parameters of a function", "data/loader.py: Loader.__init__"): 16,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,32 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="cpu|cuda|...",
         help="what they compute on (default: the accelerator, if any); else SHARDLINE_DEVICE in the environment",
     )
+    _add_nodes(option)
+    option("--log-dir", type=Path, metavar="DIR", help="write each rank's output to files in DIR")
+    option("--max-restarts", type=int, default=0, metavar="N", help="start again after a failure, N times")
+    option(
+        "--grace",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="from a SIGTERM until ranks are killed; a step and a save must fit into it (default 600; Ctrl-C: 5)",
+    )
+    parser.add_argument(
+        "--as-deepspeed",
+        "--as_deepspeed",
+        action="store_true",
+        help="run a script written for DeepSpeed: `import deepspeed` finds Shardline, and the options of DeepSpeed's "
+        "launcher are understood",
+    )
+    _add_foreign(parser)
+    parser.add_argument("-m", "--module", action="store_true", help="SCRIPT is the name of a module")
+    parser.add_argument("script", metavar="SCRIPT")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
+    parser.set_defaults(func=_main, error=parser.error, deepspeeds={})
+
+
+def _add_nodes(option: Callable[..., None]) -> None:
+    """Options of a job on several nodes."""
     option(
         "--nnodes",
         type=_nnodes,
@@ -92,34 +118,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="FILE",
         help="the job's secret, the same on all nodes; else SHARDLINE_SECRET in the environment",
     )
-    option("--log-dir", type=Path, metavar="DIR", help="write each rank's output to files in DIR")
-    option("--max-restarts", type=int, default=0, metavar="N", help="start again after a failure, N times")
-    option(
-        "--grace",
-        type=float,
-        default=600.0,
-        metavar="SECONDS",
-        help="from a SIGTERM until ranks are killed; a step and a save must fit into it (default 600; Ctrl-C: 5)",
-    )
+
+
+def _add_foreign(parser: argparse.ArgumentParser) -> None:
+    """Options of other launchers, which are answered, or understood with ``--as-deepspeed``."""
     for answer, names in _ANSWERED.items():
         hidden: dict[str, Any] = {"nargs": "?", "dest": argparse.SUPPRESS, "help": argparse.SUPPRESS}
         parser.add_argument(*sorted(_spellings(*names)), action=_Answer, const=answer, **hidden)
-    parser.add_argument(
-        "--as-deepspeed",
-        "--as_deepspeed",
-        action="store_true",
-        help="run a script written for DeepSpeed: `import deepspeed` finds Shardline, and the options of DeepSpeed's "
-        "launcher are understood",
-    )
     for dest, (names, kind, _) in _DEEPSPEEDS.items():
         value: dict[str, Any] = {"nargs": 0, "const": True} if kind is None else {"type": kind}
         parser.add_argument(
             *sorted(_spellings(*names)), dest=dest, action=_DeepSpeeds, default=None, help=argparse.SUPPRESS, **value
         )
-    parser.add_argument("-m", "--module", action="store_true", help="SCRIPT is the name of a module")
-    parser.add_argument("script", metavar="SCRIPT")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
-    parser.set_defaults(func=_main, error=parser.error, deepspeeds={})
 
 
 def _spellings(*names: str) -> set[str]:

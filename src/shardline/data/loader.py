@@ -114,12 +114,8 @@ class Loader:
         sharded = iterable and bool(getattr(dataset, "sharded", False))
         check_numbers(global_batch, micro_batch, accumulation, rank, world_size)
         check_dataset(dataset, sampler, iterable)
-        split = Split(global_batch, accumulation, world_size, rank)
-        if sharded:  # this rank reads its own part, as a single process would
-            check_sharded(dataset, global_batch, world_size)
-            split = Split(global_batch // world_size, accumulation, world_size=1, rank=0)
+        split = _split(dataset, global_batch, accumulation, rank, world_size, sharded=sharded)
         check_fits(split, micro_batch, world_size, global_batch)
-
         order = None if iterable else SampleOrder(dataset, sampler, seed, shuffle)
         source = (
             Streamed(dataset, self.collate_fn, seed, split, drop_last)
@@ -127,22 +123,14 @@ class Loader:
             else Indexed(dataset, self.collate_fn, seed)
         )
         settings: dict[str, Any] = {
-            "num_workers": num_workers,
-            "pin_memory": pin_memory,
-            "prefetch_factor": prefetch_factor,
-            "persistent_workers": persistent_workers,
-        }
+            "num_workers": num_workers, "pin_memory": pin_memory,
+            "prefetch_factor": prefetch_factor, "persistent_workers": persistent_workers,
+        }  # fmt: skip
         self._fetcher = Fetcher(source, order, split, drop_last, settings)
         self._state = LoaderState(
-            dataset,
-            order,
-            split,
-            seed=seed,
-            global_batch=global_batch,
-            drop_last=drop_last,
-            sharded=sharded,
-            world_size=world_size,
-        )
+            dataset, order, split,
+            seed=seed, global_batch=global_batch, drop_last=drop_last, sharded=sharded, world_size=world_size,
+        )  # fmt: skip
         if self._state.batches(epoch=0) == 0:
             raise DataError(
                 f"There is no global batch in an epoch: the dataset has {self._state.length(epoch=0)} samples, the "
@@ -301,3 +289,11 @@ def length(dataset: Any) -> int | str:
         return len(dataset)
     except Exception as error:  # the loader meets it again, on every rank if it is the same on all
         return f"{type(error).__name__}: {error}"
+
+
+def _split(dataset: Any, global_batch: int, accumulation: int, rank: int, world_size: int, *, sharded: bool) -> Split:
+    if not sharded:
+        return Split(global_batch, accumulation, world_size, rank)
+    check_sharded(dataset, global_batch, world_size)
+    # this rank reads its own part, as a single process would
+    return Split(global_batch // world_size, accumulation, world_size=1, rank=0)

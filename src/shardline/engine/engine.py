@@ -128,14 +128,9 @@ class Engine(Wrapper, Getters, Saving):
         )  # fmt: skip
         every_time = STAGES[config.zero_optimization.stage].gradients is not Placement.PARTIAL
         self._backwards = Backwards(
-            self._window,
-            self.trainables,
-            self._intake,
-            self._leftovers,
-            self.scaler,
-            self._reporter,
+            self._window, self.trainables, self._intake, self._leftovers, self.scaler, self._reporter,
             every_time=every_time,
-        )
+        )  # fmt: skip
         self._outcome = Outcome(
             self.trainables, optimizer, self.progress, self.scaler, precision, self._reporter, notices
         )

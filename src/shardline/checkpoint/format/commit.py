@@ -21,7 +21,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
@@ -128,30 +128,73 @@ def commit(
     Raises:
         CheckpointError: on every rank, if any failed.
     """
-    directory = Directory(path)
-    final = directory.path / check_tag(tag)
-    lead = channel.rank == 0
-    reach("begin")
-    locks: list[Lock] = []
-    ours: list[Path] = []  # what rank 0 made and must clear away if anything fails
+    return _Commit(Directory(path), check_tag(tag), content, channel, reach, latest, keep, hold).run()
 
-    def prepare() -> dict[str, Any] | None:
-        content.ready()
+
+class _Commit:
+    """One commit. What a rank does between two exchanges is one method.
+
+    Attributes:
+        ours: what rank 0 made and must clear away if anything fails.
+        lock: held by rank 0 until the commit is over.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        tag: str,
+        content: Content,
+        channel: Channel,
+        reach: Reach,
+        latest: bool,
+        keep: int | None,
+        hold: Callable[[Lock], None],
+    ) -> None:
+        self.directory, self.tag, self.final = directory, tag, directory.path / tag
+        self.content, self.channel, self.reach = content, channel, reach
+        self.latest, self.keep, self.hold = latest, keep, hold
+        self.lock: Lock | None = None
+        self.ours: list[Path] = []
+
+    def run(self) -> Path:
+        """See :func:`commit`."""
+        channel, reach = self.channel, self.reach
+        reach("begin")
+        try:
+            plan = together(channel, f"preparing the checkpoint {self.final}", self._prepare)[0]
+            reach("prepare-barrier:after")
+            temp = self.directory.path / f"{layout.TEMP}{plan['id']}"
+            reports = together(channel, f"writing the checkpoint {self.final}", lambda: self._write_shard(temp, plan))
+            reach("shard-barrier:after")
+            together(channel, f"committing the checkpoint {self.final}", lambda: self._finish(temp, plan, reports))
+            reach("commit-barrier:after")
+        except BaseException:
+            self._clear_away()
+            raise
+        finally:
+            if self.lock is not None:
+                self.lock.busy.release()
+        return self.final
+
+    def _prepare(self) -> dict[str, Any] | None:
+        """Make the temporary directory, on rank 0; returns what all ranks must know of it."""
+        reach, directory = self.reach, self.directory
+        self.content.ready()
         reach("prepare-barrier:before")
-        if not lead:
+        if self.channel.rank != 0:
             return None
         directory.path.mkdir(parents=True, exist_ok=True)
         lock = Lock.of(directory.path)
-        hold(lock)
+        self.hold(lock)
         lock.busy.acquire()
-        locks.append(lock)
+        self.lock = lock
         reach("lock:after")
         directory.sweep()
         reach("sweep:after")
-        directory.check_free(tag, lock, latest=latest)
+        directory.check_free(self.tag, lock, latest=self.latest)
         identity = secrets.token_hex(16)
         temp = directory.path / f"{layout.TEMP}{identity}"
-        ours.append(temp)
+        self.ours.append(temp)
         temp.mkdir()
         reach("mkdir:after")
         set_mark(temp, identity)
@@ -159,66 +202,54 @@ def commit(
         newest = max((each.sequence for each in directory.checkpoints()), default=-1)
         return {"id": identity, "sequence": newest + 1, "path": str(directory.path.absolute())}
 
-    try:
-        plan = together(channel, f"preparing the checkpoint {final}", prepare)[0]
-        reach("prepare-barrier:after")
-        temp = directory.path / f"{layout.TEMP}{plan['id']}"
+    def _write_shard(self, temp: Path, plan: Mapping[str, Any]) -> list[Any]:
+        """Write this rank's tensors; returns what the manifest says of their file."""
+        reach, rank = self.reach, self.channel.rank
+        _see_mark(temp, plan["id"], plan["path"])
+        reach("shard-write:before")
+        with _opened(temp / file_name(rank), buffering=0) as file:
+            written = write(
+                file,  # type: ignore[arg-type]
+                self.content.tensors,
+                {"format": "pt", "id": plan["id"], "rank": str(rank)},
+                lambda: reach("shard-write:middle"),
+            )
+            reach("shard-write:after")
+        reach("shard-fsync:after")
+        reach("shard-barrier:before")
+        return [written.bytes, written.crc32, self.content.report]
 
-        def write_shard() -> Any:
-            _see_mark(temp, plan["id"], plan["path"])
-            reach("shard-write:before")
-            with _opened(temp / file_name(channel.rank), buffering=0) as file:
-                written = write(
-                    file,  # type: ignore[arg-type]
-                    content.tensors,
-                    {"format": "pt", "id": plan["id"], "rank": str(channel.rank)},
-                    lambda: reach("shard-write:middle"),
-                )
-                reach("shard-write:after")
-            reach("shard-fsync:after")
-            reach("shard-barrier:before")
-            return [written.bytes, written.crc32, content.report]
-
-        reports = together(channel, f"writing the checkpoint {final}", write_shard)
-        reach("shard-barrier:after")
-
-        def finish() -> None:
-            if lead:
-                files = [
+    def _finish(self, temp: Path, plan: Mapping[str, Any], reports: Sequence[Any]) -> None:
+        """Write the manifest and rename the directory, on rank 0, which has the lock."""
+        reach, lock = self.reach, self.lock
+        if lock is not None:
+            head = {
+                "format": FORMAT,
+                "version": VERSION,
+                "id": plan["id"],
+                "sequence": plan["sequence"],
+                "tag": self.tag,
+                "latest": self.latest,
+                "files": [
                     {"name": file_name(rank), "bytes": size, "crc32": crc}
                     for rank, (size, crc, _) in enumerate(reports)
-                ]
-                head = {
-                    "format": FORMAT,
-                    "version": VERSION,
-                    "id": plan["id"],
-                    "sequence": plan["sequence"],
-                    "tag": tag,
-                    "latest": latest,
-                    "files": files,
-                }
-                _write_manifest(temp, head | content.body([report for _, _, report in reports]).to_json(), reach)
-                directory.check_free(tag, locks[0], latest=latest)  # it took a while to write
-                _put_in_place(directory, temp, final, plan["id"], reach, ours, locks[0] if latest else None)
-                if keep is not None:
-                    directory.prune(keep)
-                reach("prune:after")
-            reach("commit-barrier:before")
+                ],
+            }
+            _write_manifest(temp, head | self.content.body([report for _, _, report in reports]).to_json(), reach)
+            self.directory.check_free(self.tag, lock, latest=self.latest)  # it took a while to write
+            _put_in_place(self.directory, temp, self.final, plan["id"], reach, self.ours, lock if self.latest else None)
+            if self.keep is not None:
+                self.directory.prune(self.keep)
+            reach("prune:after")
+        reach("commit-barrier:before")
 
-        together(channel, f"committing the checkpoint {final}", finish)
-        reach("commit-barrier:after")
-    except BaseException:
-        for each in ours:
+    def _clear_away(self) -> None:
+        for each in self.ours:
             with contextlib.suppress(OSError):
                 if each.is_dir():
                     dissolve(each)
                 else:
                     each.unlink()
-        raise
-    finally:
-        for lock in locks:
-            lock.busy.release()
-    return final
 
 
 def _see_mark(temp: Path, identity: str, theirs: str) -> None:
