@@ -23,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = [str(ROOT / "src"), str(ROOT / "benchmarks")]
-# what DeepSpeed compiles at first use; a place of its own, as environments that share one compile it anew by turns
+# what DeepSpeed compiles at first use; a place of its own, as environments that share one compile it again in turns
 EXTENSIONS = Path(sys.prefix) / "torch_extensions"
 # before torch is imported, and for the processes to come: one thread a rank, no accelerator
 os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -31,9 +31,9 @@ os.environ["TORCH_EXTENSIONS_DIR"] = str(EXTENSIONS)
 os.environ["PYTHONPATH"] = os.pathsep.join([*PLACES, os.environ.get("PYTHONPATH", "")])
 sys.path[:0] = PLACES
 
-import bar  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
+import targets  # noqa: E402
 from loops import ENGINES  # noqa: E402
 from models import MODELS, parts  # noqa: E402
 from suite import Case, full, heats, quick  # noqa: E402
@@ -96,7 +96,7 @@ def run_heat(case: Case, engines: Sequence[str], rounds: int, turn: int) -> tupl
 
 
 def run_starts(case: Case, engines: Sequence[str], rounds: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """Set up each of ``engines`` anew in every round: seconds of the call that makes a model an engine."""
+    """Set up each of ``engines`` again in every round: seconds of the call that makes a model an engine."""
     rows = {name: asdict(case) | {"engine": name, "rounds": []} for name in engines}
     errors = []
     for _ in range(rounds):
@@ -114,7 +114,7 @@ def run_starts(case: Case, engines: Sequence[str], rounds: int) -> tuple[list[di
 
 def compile_deepspeed() -> None:
     """Let DeepSpeed build its shared-memory operator (for inference) now, so that no figure holds a compiler's time."""
-    for lock in EXTENSIONS.glob("*/lock"):  # of a run that was killed; whoever finds one waits for ever
+    for lock in EXTENSIONS.glob("*/lock"):  # of a run that was killed; a process that finds one waits without end
         lock.unlink()
     try:
         Pair("deepspeed-0", "tiny", "fp32", 1, 1).close()
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each engine that count")
     parser.add_argument("--steps", type=int, help="steps of a turn; the default depends on the model")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench", help="folder for JSON, table and picture")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 if a figure misses its bar")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if a figure misses its target")
     args = parser.parse_args(arguments)
 
     chosen = args.engines.split(",")
@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result["errors"] += errors
     result["errors"] += report.wrong_losses(result, ours=True)
     (args.out / "results.json").write_text(json.dumps(result, indent=1))
-    figures = bar.judge(result)
+    figures = targets.judge(result)
     text = report.markdown(result, figures)
     (args.out / "results.md").write_text(text)
     report.picture(result, args.out / "bench.png")

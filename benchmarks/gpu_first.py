@@ -113,7 +113,7 @@ def _apart(runs: Sequence[tuple[list[float], float]]) -> str:
 
 
 def hand() -> None:
-    """A loop that anybody would write, with torch's optimizer and clipping."""
+    """A plain loop, with torch's optimizer and clipping."""
     import torch
     from torch.nn.utils import clip_grad_norm_
 
@@ -358,7 +358,7 @@ def recomputation() -> None:
 
 
 def streams() -> None:
-    """Accesses of two streams without an order: by torch's sanitizer on a card, by the simulated device's clocks."""
+    """Accesses of two streams without an order: by torch's sanitizer on a GPU, by the simulated device's clocks."""
     from tests.device.training import config, train
 
     if SIMULATED:

@@ -2,7 +2,7 @@
 
 Memory of a rank is resident memory above the process's base (after imports, the process group and a few steps of a
 tiny model; before the model is made). A page of shared memory counts once for all that map it. The peak is the kernel's
-own high-water mark of resident memory (``VmHWM``, begun anew by writing 5 to ``/proc/self/clear_refs``), with shared
+own high-water mark of resident memory (``VmHWM``, reset by writing 5 to ``/proc/self/clear_refs``), with shared
 memory counted like that as it is at the end of the window.
 """
 
@@ -37,7 +37,7 @@ def restart_peak() -> None:
 def touch_free_memory(size: int = 1 << 30) -> None:
     """Write to ``size`` bytes of free memory and give them back.
 
-    The host of a virtual machine may have taken free memory back; whoever touches it first then waits for the host.
+    The host of a virtual machine may have taken free memory back; the process that touches it first waits for the host.
     """
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)

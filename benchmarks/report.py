@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bar import Figure, activations_mb, limit_mb, paired, unit_cost
+from targets import Figure, activations_mb, limit_mb, paired, unit_cost
 
 ALONE = ("compute", "pure")
 """Loops without communication: each rank sees its own data only, so their loss is their own."""

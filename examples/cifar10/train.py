@@ -56,7 +56,7 @@ class RunningLoss:
         self._sums += torch.stack([loss.detach().float() * samples, torch.full_like(self._sums[1], samples)])
 
     def read(self) -> float:
-        """Return the mean and begin anew. A collective."""
+        """Return the mean and start over. A collective."""
         dist.all_reduce(self._sums)
         loss, samples = self._sums.tolist()
         self._sums.zero_()

@@ -68,7 +68,7 @@ def configure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def endless(loader: Iterable[Any]) -> Iterator[Any]:
-    """Yield the micro-batches of one epoch after another; the loader shuffles each anew."""
+    """Yield the micro-batches of one epoch after another; the loader shuffles each again."""
     while True:
         yield from loader
 

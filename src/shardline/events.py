@@ -17,7 +17,7 @@ class StepDone:
     """One optimizer step was applied. It comes when that is known: on an accelerator when the next step ends.
 
     ``loss``, ``grad_norm`` and what is in ``lr`` may be zero-dimensional tensors that are still being computed: a sink
-    reads them with ``float()`` when it shows them, so that steps nobody looks at wait for nothing.
+    reads them with ``float()`` when it shows them, so that a step that is not shown waits for nothing.
     """
 
     step: int

@@ -20,13 +20,13 @@ BENCHMARKS = ROOT / "benchmarks"
 def parts(monkeypatch):
     """The benchmark's modules, which are scripts beside each other and no package."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import bar
     import measure
     import models
     import report
     import suite
+    import targets
 
-    return {"bar": bar, "measure": measure, "models": models, "report": report, "suite": suite}
+    return {"targets": targets, "measure": measure, "models": models, "report": report, "suite": suite}
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -109,17 +109,17 @@ def test_the_formula_of_state_is_what_a_loop_holds(parts):
     moments = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
     held = sum(t.nbytes for p in model.parameters() for t in (p, p.grad)) + sum(t.nbytes for t in moments)
     numel = sum(p.numel() for p in model.parameters())
-    assert parts["bar"].state_bytes("fp32", 0, 1) * numel == held
+    assert parts["targets"].state_bytes("fp32", 0, 1) * numel == held
     for dtype in ("fp32", "bf16"):
-        alone = {parts["bar"].state_bytes(dtype, stage, 1) for stage in range(4)}
+        alone = {parts["targets"].state_bytes(dtype, stage, 1) for stage in range(4)}
         assert len(alone) == 1, "a world of one has nothing to divide"
-    assert parts["bar"].state_bytes("bf16", 3, 9) == 2
+    assert parts["targets"].state_bytes("bf16", 3, 9) == 2
 
 
 def test_ratios_are_paired_before_the_median(parts):
     """A machine that gets three times slower half-way leaves the ratio alone; bare medians would not."""
     ours, theirs = [1.0, 1.0, 3.0, 3.0, 3.0], [2.0, 2.0, 2.0, 6.0, 6.0]
-    assert parts["bar"].paired(ours, theirs) == 0.5
+    assert parts["targets"].paired(ours, theirs) == 0.5
 
 
 def row(engine, step, peak, **other):
@@ -148,7 +148,7 @@ def test_figures_stand_beside_their_limits(parts):
             row("shardline-3-gloo", 1.5, 500.0),
         ],
     }
-    found = {(f.what, f.engine): f for f in parts["bar"].judge(result)}
+    found = {(f.what, f.engine): f for f in parts["targets"].judge(result)}
     assert found["step / DeepSpeed, same stage", "shardline-3"].value == pytest.approx(0.55)
     assert found["step / DeepSpeed, same stage", "shardline-3"].holds
     assert not found["step / DeepSpeed, same stage", "shardline-3-gloo"].holds

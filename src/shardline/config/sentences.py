@@ -31,7 +31,7 @@ def found(value: object) -> str:
 
 
 def _is_literal(text: str) -> bool:
-    """A number or truth value that somebody put in quotes."""
+    """A number or truth value in quotes."""
     if text.lower() in ("true", "false"):
         return True
     try:

@@ -76,7 +76,7 @@ def check_end(state: LoaderState, start: Position, total: int, rank: int) -> Non
     if state.sharded and total != len(dataset):
         raise DataError(
             f"The dataset {name} ended after {total} samples in epoch {start.epoch} on rank {rank}, but its "
-            f"len() is {len(dataset)}, so the other ranks would wait for this one for ever. "
+            f"len() is {len(dataset)}, so the other ranks would wait for this one without end. "
             "A dataset that is split by rank must yield len() samples on each."
         )
     before = max(start.batch, 1)  # so many global batches must have been there

@@ -40,7 +40,7 @@ class Loader:
     are put back. Generators that a dataset makes for itself are not known here.
 
     **Iterable datasets** keep their own order. Each rank, and each of its workers, reads the whole stream and keeps its
-    pieces, so all ranks know where it ends; hence the stream must be the same on all ranks, a global batch must fit
+    pieces, so all ranks know where it ends. So the stream must be the same on all ranks, a global batch must fit
     into memory, and costly work belongs in ``collate_fn``, which gets this rank's samples only. A dataset that splits
     itself by ``get_worker_info()`` is told that it has the only worker. One that splits itself by *rank* must say so
     with an attribute ``sharded = True``; it needs a ``len()``, the number of samples on this rank, which must be the
@@ -253,7 +253,7 @@ class Loader:
         if state.sharded and here.batch >= (state.batches(here.epoch) or 0):
             raise DataError(
                 f"The dataset {type(self.dataset).__name__} yields more than the {len(self.dataset)} samples of its "
-                f"len() in epoch {here.epoch} on rank {self._rank}, so this rank would wait for the others for ever. "
+                f"len() in epoch {here.epoch} on rank {self._rank}, so this rank would wait without end. "
                 "A dataset that is split by rank must yield len() samples on each."
             )
         if self._failed:

@@ -64,7 +64,7 @@ class LoaderState:
         return self._normal(self.at)
 
     def advance(self, size: int) -> Position:
-        """The micro-batch at hand is handed out, of a global batch of ``size``; returns its position."""
+        """The next micro-batch is handed out, of a global batch of ``size``; returns its position."""
         here = self.at
         self.at = here.following(self.split.accumulation)
         self.handed, self.size = here, size

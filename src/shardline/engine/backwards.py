@@ -106,7 +106,7 @@ class Backwards:
 
         They become what ``engine.backward`` would have given: ``own factor / factor that was applied``, where the
         second is that of the engine which began it, and 1.0 for a plain ``loss.backward()``. A quotient of loss scales
-        is a power of two, hence exact.
+        is a power of two, so it is exact.
         """
         applied, by_accumulation = multiplied_by()
         if (applied, by_accumulation) == PLAIN:

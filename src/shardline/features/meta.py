@@ -10,7 +10,7 @@ What is repeated of the construction, in its order:
 What the constructor wrote on ``meta`` has left a number: the tensor's version. Before anything is filled the same calls
 are made on ``meta``. Where they write oftener than the constructor did, the call that is too many was none of the
 constructor's (``_init_weights`` is for users there) and its writes are dropped. Where they write less often, the
-constructor also wrote in a way that nobody can repeat: an error, unless ``init_fn`` writes that tensor.
+constructor also wrote in a way that cannot be repeated: an error, unless ``init_fn`` writes that tensor.
 
 All parameters are away meanwhile: an initialiser gets a whole one, on CPU and in the model's own dtype, at the moment
 in which it touches it, and what it touched is stored when it returns. Parameters and buffers that are real already stay
@@ -423,7 +423,7 @@ def _is_repeated(call: _Call, param: nn.Parameter, state: _Param) -> bool:
 
 @dataclass(eq=False)
 class _Owner:
-    """The owner of a parameter that is away; one that is whole is nobody's."""
+    """The owner of a parameter whose data is away; one that has its data has no owner."""
 
     sealed_access: Callable[[], bool]
 
@@ -482,7 +482,7 @@ def _without_memory(like: Tensor) -> Tensor:
 
 
 def _unset(like: Tensor) -> Tensor:
-    """A tensor like it on CPU in which a value that nobody wrote can be seen."""
+    """A tensor like it on CPU in which values that were not written can be seen."""
     value = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="cpu")
     return value.fill_(float("nan")) if like.is_floating_point() else value.zero_()
 

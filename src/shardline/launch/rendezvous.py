@@ -1,9 +1,9 @@
 """How the launchers of a job find each other, and the store at which its ranks meet.
 
-torch's own rendezvous listens on all interfaces and unpickles what it finds in its store, so whoever reaches the port
-runs code as the user. Here the launcher binds the socket itself, to the interface of the rendezvous alone, and gives it
-to the store; ranks join that store and open none. Each attempt has a new one, without the keys of the last. What
-launchers tell each other is text. Only the state of torch's dynamic rendezvous, for a number of nodes that may change,
+torch's own rendezvous listens on all interfaces and unpickles what it finds in its store, so a program that reaches
+the port runs code as the user. Here the launcher binds the socket itself, to the interface of the rendezvous alone, and
+gives it to the store; ranks join that store and open none. Each attempt has a new one, without the keys of the last.
+Messages between launchers are text. Only the state of torch's dynamic rendezvous, for a number of nodes that may change,
 is pickled: it carries a keyed hash, which is checked first.
 """
 
@@ -223,7 +223,7 @@ class ChangingNodes(DynamicRendezvousHandler):
 
 
 class SignedBackend(RendezvousBackend):
-    """A backend whose state begins with a keyed hash of the rest, which is checked before anybody unpickles it."""
+    """A backend whose state begins with a keyed hash of the rest, which is checked before it is unpickled."""
 
     def __init__(self, backend: RendezvousBackend, secret: bytes) -> None:
         self._backend = backend

@@ -35,7 +35,7 @@ from shardline.runtime.process_group import DEFAULT_PORT
 __all__ = ["Launch", "launch"]
 
 _MASTER = re.compile(r"(\[(?P<ipv6>[0-9a-fA-F:]+)\]|(?P<host>[^\s:\[\]]+))(?::(?P<port>\d{1,5}))?")
-_INTERRUPT_SECONDS = 5.0  # from Ctrl-C until ranks that have not ended are killed: somebody waits
+_INTERRUPT_SECONDS = 5.0  # from Ctrl-C until ranks that have not ended are killed: a person waits
 _SECRET = "SHARDLINE_SECRET"
 _SECRET_BYTES = 16
 
@@ -173,7 +173,7 @@ def _make_writable(log_dir: Path) -> None:
 
 
 def _secret(file: Path | None, given: str | None) -> bytes:
-    """What the launchers of a job know and nobody else: what the file holds, else what the environment gave."""
+    """The secret of the launchers of a job: what the file holds, else what the environment gave."""
     how = "Make one with `(umask 077; openssl rand -hex 32 > FILE)`, the same on every node."
     if file is not None:
         where, secret = f"--secret-file {file}", _read_own(file)

@@ -104,7 +104,7 @@ def _record(error: BaseException, code: int, file: Path) -> bool:
 
 
 def _wait_for_the_cause(folder: Path) -> None:
-    """Give a rank that let go of its peers before it has said why the time to say so.
+    """Give a rank that left its peers before it wrote its error the time to write it.
 
     The launcher ends all ranks when the first has ended.
     """

@@ -2,7 +2,7 @@
 
 The five follow DeepSpeed's clock: ``t`` is the number of applied optimizer steps less one. It is -1 at construction,
 when the first rate is written into the optimizer, and every `step` adds one. So step number n of the optimizer runs at
-``lr(n - 2)``; the warm-ups have ``lr(-1) = lr(0) = minimum``, hence their first two steps run at the minimum.
+``lr(n - 2)``; the warm-ups have ``lr(-1) = lr(0) = minimum``, so their first two steps run at the minimum.
 Formulas: DeepSpeed, ``runtime/lr_schedules.py``.
 """
 

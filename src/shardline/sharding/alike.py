@@ -37,7 +37,7 @@ class Source(Protocol):
 
         Returns:
             Numbers, strings, booleans and None, also in tuples, whose ``repr`` is the same if and only if they are; and
-            0-dim tensors on a device, whose values nobody waits for.
+            0-dim tensors on a device, whose values the host does not wait for.
         """
         ...
 
@@ -79,7 +79,7 @@ class Alike:
                 self._latest[place] = found, crc
             digest = zlib.crc32(crc.to_bytes(4, "little"), digest)
             values.append(found)
-            # A copy: by the time somebody asks, a scheduler has changed them.
+            # A copy: a scheduler changes them before they are read.
             tensors.append(torch.stack([each.detach().double() for each in watched]) if watched else None)
         return Statement(digest, _bits([each for each in tensors if each is not None]), values, tensors)
 

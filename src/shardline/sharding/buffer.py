@@ -56,7 +56,7 @@ def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
             return torch.empty(numel, dtype=dtype, device=device)
         memory = mmap.mmap(-1, size + _LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         first = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _LARGE
-        # The last piece stays in small pages: a large one would take memory that nobody uses.
+        # The last piece stays in small pages: a large one would take memory that is not used.
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE, first, size // _LARGE * _LARGE)
         return torch.frombuffer(memory, dtype=dtype, count=numel, offset=first)
@@ -104,7 +104,7 @@ class BufferPool:
         return empty(-(-size // dtype.itemsize), dtype, self.device)[:numel]
 
     def _find(self, size: int, slack: float) -> torch.UntypedStorage | None:
-        """The smallest free piece of at least ``size`` bytes, and not much more, that nobody holds."""
+        """The smallest free piece of at least ``size`` bytes, and not much more, that no tensor uses."""
         fits = [memory for memory in self._free if size <= memory.nbytes() < slack * size]
         for turn in range(_PATIENCE if fits else 0):
             unused = [memory for memory in fits if _is_unused(memory)]
@@ -113,7 +113,7 @@ class BufferPool:
             if self._wait_for_readers is not None and not turn:
                 self._wait_for_readers(_SECONDS)
             else:
-                time.sleep(1e-4)  # a transport's thread lets go a moment after its work is done
+                time.sleep(1e-4)  # a transport's thread releases its tensors a moment after its work is done
         # A user, or autograd, keeps these for longer: they are theirs now.
         self._free = [memory for memory in self._free if not any(memory is other for other in fits)]
         return None
@@ -130,11 +130,11 @@ class BufferPool:
         self._labels[buffer.untyped_storage()._cdata] = label
 
     def label_of(self, tensor: Tensor) -> Any:
-        """What the lent buffer in which ``tensor`` lies holds; None if it lies in none, or nobody said."""
+        """What the lent buffer in which ``tensor`` lies holds; None if it lies in none, or in one without a label."""
         return self._labels.get(tensor.untyped_storage()._cdata) if self._labels else None
 
     def clear(self) -> None:
-        """Let go of everything that is free."""
+        """Drop everything that is free."""
         self._free.clear()
 
 

@@ -126,7 +126,7 @@ def _attributes(value: Any) -> list[Any]:
 def _with_attributes(value: Any, parts: list[Any]) -> Any:
     other = copy.copy(value)
     for name, part in zip(_names(value), parts, strict=True):
-        object.__setattr__(other, name, part)  # past a frozen dataclass, whose copy nobody has seen yet
+        object.__setattr__(other, name, part)  # past a frozen dataclass, whose copy no other code has seen yet
     return other
 
 

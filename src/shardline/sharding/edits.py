@@ -1,7 +1,8 @@
 """What users do to the parameters of one bucket: in-place edits, writes by ``.data``, and conversions in a forward.
 
-An in-place operation raises the parameter's version. What is written by ``.data`` raises none, so whoever was handed a
-``.data`` is remembered and compared. A parameter may be converted to another dtype while a forward or backward runs.
+An in-place operation raises the parameter's version. What is written by ``.data`` raises none, so a ``.data``
+that was read is remembered and compared. A parameter may be converted to another dtype while a forward or backward
+runs.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class FlatGrads:
         return True
 
     def _pack(self, target: Tensor, factor: float, *, add: bool) -> None:
-        """Copy or add the parameters' gradients to their places in ``target``, and let go of them."""
+        """Copy or add the parameters' gradients to their places in ``target``, and free them."""
         grads, places, missing = [], [], []
         for grad, entry in zip(collect_grads(self.params), self.plan.entries, strict=True):
             if grad is None:

@@ -1,8 +1,8 @@
 """What ranks tell each other while they are not known to run the same path.
 
 They speak in rounds. In each, every rank says which unit it wants gathered, or that it waits for a reduction, or that
-it is done with the pass; then all gather what anybody wants, one unit after the other. A rank that does not need a unit
-takes part all the same, and lets it go. A pass is over when all are done with it in the same round.
+it is done with the pass; then all gather what was requested, one unit after the other. A rank that does not need a unit
+takes part all the same, and drops it. A pass is over when all are done with it in the same round.
 
 No rank waits without end: a rank that computes will speak again; gathers are those that all have just heard of, in one
 order; and a reduction is waited for only when every rank has issued it. Of the ranks that still wait for that, the one
@@ -28,7 +28,7 @@ class Negotiation:
     """The rounds of one schedule.
 
     Attributes:
-        repeated: units that some rank has used again in the same forward after it had let them go. The same everywhere.
+        repeated: units that a rank has used again in a forward after it had resharded them. The same on all ranks.
     """
 
     def __init__(self, units: Sequence[Unit], ask: Callable[[Sequence[int]], list[list[int]]]) -> None:
@@ -42,7 +42,7 @@ class Negotiation:
 
         Args:
             issued: how many reductions this rank has issued in this backward.
-            again: whether it was used, and let go, in this forward before.
+            again: whether it was used, and resharded, in this forward before.
         """
         answers = self._round(unit.index + again * len(self._units), issued)
         unit.wait_for_unshard()

@@ -17,7 +17,7 @@ class Order:
 
     Attributes:
         events: unit index ``u`` for its gather, ``~u`` (negative) for its reduction.
-        idle: units that nobody used. They are gathered for a rank that may.
+        idle: units that no rank used. They are gathered for a rank that may.
         stays: units that are not released before the pass is over.
     """
 
@@ -38,7 +38,7 @@ class Order:
         """The order that comes of ``events``, as every rank saw them.
 
         Args:
-            idle: what nobody used, to be put where ``plan``, an order of all units, has it.
+            idle: units that no rank used, to be put where ``plan``, an order of all units, has it.
             stays: what is gathered once although it was gathered again.
             ahead: whether gathers begin one use ahead.
         """

@@ -116,7 +116,7 @@ _DATA: Any = torch._C.TensorBase.data
 _GRAD: Any = torch._C.TensorBase.grad
 
 left_grad: Callable[[Tensor], Tensor | None] = _GRAD.__get__
-"""What autograd has left in ``.grad`` and nobody has collected. To be called without torch functions."""
+"""What autograd has left in ``.grad`` and was not collected yet. To be called without torch functions."""
 
 set_grad: Callable[[Tensor, Tensor | None], None] = _GRAD.__set__
 """``.grad = value`` as autograd does it."""
@@ -171,7 +171,7 @@ def _make_classes(original: type[nn.Parameter]) -> tuple[type[nn.Parameter], typ
                 collected.copy_(value)
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-        """Another like it is nobody's: ``type(param)(data)`` is how parameters are copied."""
+        """A copy has no owner: ``type(param)(data)`` is how parameters are copied."""
         return original(*args, **kwargs)
 
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:

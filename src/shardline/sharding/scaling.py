@@ -1,4 +1,4 @@
-"""What the loss of the backward that runs was multiplied by: one factor for the whole graph, by whoever began it.
+"""What the loss of the backward that runs was multiplied by: one factor for the whole graph.
 
 A graph may hold several engines (the generator's loss goes through the discriminator) and much that is no engine's.
 What enters it at its root is multiplied once; each engine that receives gradients takes the factor out and its own in.

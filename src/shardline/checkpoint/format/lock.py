@@ -92,6 +92,6 @@ def _open_lock(file: Path) -> int:
             return descriptor
         os.close(descriptor)
     raise CheckpointError(
-        f"{shown(file)} is {kind} and no regular file; whoever saves here locks a file of this name. Move it away, or "
-        f"save to another directory."
+        f"{shown(file)} is {kind} and no regular file; a process that saves here locks a file of this name. Move it "
+        f"away, or save to another directory."
     )

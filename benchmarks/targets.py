@@ -1,4 +1,4 @@
-"""The bar as data: what Shardline must reach, and the functions that hold measured figures against it."""
+"""The targets as data, and the functions that compare measured figures with them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BOTH = ("fp32", "bf16")
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the bar: a ratio of Shardline to the best of some engines, and the most it may be.
+    """One target: a ratio of Shardline to the best of some engines, and the most it may be.
 
     Attributes:
         what: in words.
@@ -21,7 +21,7 @@ class Rule:
         stages: stages of Shardline.
         against: names of engines, ``{stage}`` filled in; ``limit`` is formula + activations.
         limit: with the best transport.
-        gloo: over gloo alone; ``None`` where the bar says nothing.
+        gloo: over gloo alone; ``None`` where there is no target.
         slack: bytes by which ours may be larger although the ratio is above the limit.
     """
 
@@ -38,7 +38,7 @@ class Rule:
     slack: float = 0.0
 
 
-BAR = (
+TARGETS = (
     Rule("step / DeepSpeed, same stage", "step", (1, 2, 3), ("deepspeed-{stage}",), 0.58, 0.72, ("fp32",), EVERY),
     Rule("step / DeepSpeed, same stage", "step", (1, 2, 3), ("deepspeed-{stage}",), 0.48, 0.72, ("bf16",), EVERY),
     Rule("step / FSDP2", "step", (3,), ("fsdp2",), 0.67, 0.80, ("fp32",)),
@@ -104,8 +104,8 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def judge(result: dict[str, Any]) -> list[Figure]:
-    """Every figure of the bar that ``result`` has the measurements for."""
-    figures = [figure for rule in BAR for figure in _rule(rule, result)]
+    """Every figure with a target that ``result`` has the measurements for."""
+    figures = [figure for rule in TARGETS for figure in _rule(rule, result)]
     return figures + list(_units(result))
 
 
@@ -131,7 +131,7 @@ def _where(case: dict[str, Any]) -> str:
 def _ratio(
     rule: Rule, result: dict[str, Any], case: dict[str, Any], name: str, stage: int
 ) -> tuple[float, float] | None:
-    """(Ratio to the best opponent, difference); ``None`` if somebody was not measured."""
+    """(Ratio to the best opponent, difference); ``None`` if one of them was not measured."""
     table = "starts" if rule.quantity == "set-up" else "runs"
     rows = [row for row in result.get(table, []) if all(row[key] == value for key, value in case.items())]
     ours = next((row for row in rows if row["engine"] == name), None)
