@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from shardline.comm import Comm
-from shardline.sharding.buffer import Pool
+from shardline.sharding.buffer import BufferPool
 from shardline.testing import run_distributed
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def measure(megabytes: int, rounds: int) -> Times:
 
 
 def cases_of(comm: Comm, size: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    pool, world = Pool(CPU, comm.wait_for_readers), comm.data.size
+    pool, world = BufferPool(CPU, comm.wait_for_readers), comm.data.size
     shard = size // dtype.itemsize // world
     boundaries = [shard * rank for rank in range(world + 1)]
     own, gradients = pool.borrow(shard, dtype).zero_(), pool.borrow(shard * world, dtype).zero_()

@@ -12,7 +12,7 @@ from torch import nn
 
 from shardline.comm import DONE, Comm, Group, digest
 from shardline.errors import DisagreementError
-from shardline.sharding.buffer import Pool
+from shardline.sharding.buffer import BufferPool
 
 CPU = torch.device("cpu")
 
@@ -38,14 +38,16 @@ def test_a_single_process_needs_no_process_group() -> None:
 
 def test_a_single_process_reduces_nothing() -> None:
     with pytest.raises(AssertionError, match="aliases"):
-        Comm(None, CPU).reductions.reduce(0, torch.zeros(64), [0, 64], torch.zeros(64), add=False, scratch=Pool(CPU))
+        Comm(None, CPU).reductions.reduce(
+            0, torch.zeros(64), [0, 64], torch.zeros(64), add=False, scratch=BufferPool(CPU)
+        )
 
 
 # --- transitions ------------------------------------------------------------------------------------------------------
 
 
 def talk():
-    comm, pool = comm_here(), Pool(CPU)
+    comm, pool = comm_here(), BufferPool(CPU)
     for unit, numel in ((4, 128), (7, 256)):
         comm.gathers.gather(unit, torch.zeros(numel), [0, numel // 2, numel]).wait()
     comm.reductions.reduce(4, torch.ones(128), [0, 64, 128], torch.zeros(64), add=False, scratch=pool).wait()
@@ -96,7 +98,7 @@ def test_another_line_between_the_same_ranks(ranks) -> None:
 
 def gathers_and_reductions_cross():
     """Gathers and reductions each keep an order; how the two mix may differ between ranks."""
-    comm, pool = comm_here(), Pool(CPU)
+    comm, pool = comm_here(), BufferPool(CPU)
     buffer, out = torch.full((128,), float(comm.data.rank)), torch.zeros(64)
 
     def gather():

@@ -23,7 +23,7 @@ from shardline.comm.control_page import ControlPage, Peer
 from shardline.comm.peer_memory import PeerMemoryTransport, Peers, attach
 from shardline.comm.transport import AllToAllTransport
 from shardline.errors import DisagreementError, LostRankError, UsageError
-from shardline.sharding.buffer import Pool
+from shardline.sharding.buffer import BufferPool
 from tests.comm.sharing import exchange, leave, peers_here
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reading each other is for Linux")
@@ -116,7 +116,7 @@ def both_transports(numel, dtype, out_dtype, add):
     found = []
     for transport in ("auto", "gloo"):
         comm = Comm(dist.group.WORLD, CPU, transport=transport)
-        pool, rank, size = Pool(CPU, comm.wait_for_readers), comm.data.rank, comm.data.size
+        pool, rank, size = BufferPool(CPU, comm.wait_for_readers), comm.data.rank, comm.data.size
         boundaries = [numel * part // size // 64 * 64 for part in range(size)] + [numel]
         low, high = boundaries[rank], boundaries[rank + 1]
         source = torch.randn(numel, generator=torch.Generator().manual_seed(rank)).to(dtype)
@@ -152,7 +152,7 @@ def test_the_bits_are_those_of_gloo(ranks, dtype, out_dtype, add) -> None:
 
 def rank_0_is_late(others):
     """Rank 1 starts a gather alone, and then waits for something else; rank 0 cannot go on before it is carried out."""
-    comm, pool = Comm(dist.group.WORLD, CPU), Pool(CPU)
+    comm, pool = Comm(dist.group.WORLD, CPU), BufferPool(CPU)
     buffer, out = torch.full((2 * LARGE,), float(comm.data.rank)), torch.zeros(LARGE)
 
     def reduce():
@@ -339,7 +339,7 @@ def test_a_rank_that_is_killed_in_training_takes_the_others_along_and_leaves_not
 def pool_lends_again():
     """Rank 0 is through with a reduction whose buffer rank 1 has not read; then it takes a buffer again."""
     comm = Comm(dist.group.WORLD, CPU)
-    pool, out = Pool(CPU, comm.wait_for_readers), torch.zeros(LARGE)
+    pool, out = BufferPool(CPU, comm.wait_for_readers), torch.zeros(LARGE)
     source = pool.borrow(2 * LARGE, torch.float32).fill_(comm.data.rank + 1.0)
     address = source.data_ptr()
     if not comm.data.rank:
@@ -519,7 +519,7 @@ def elsewhere():
     with torch.device("meta"):
         comm = Comm(dist.group.WORLD, CPU)
         source, out = torch.ones(2 * LARGE, device="cpu"), torch.zeros(LARGE, device="cpu")
-        comm.reductions.reduce(0, source, [0, LARGE, 2 * LARGE], out, add=False, scratch=Pool(CPU)).wait()
+        comm.reductions.reduce(0, source, [0, LARGE, 2 * LARGE], out, add=False, scratch=BufferPool(CPU)).wait()
         kind = type(comm.gathers).__name__
         comm.close()
     return kind, out.sum().item()

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shardline.sharding.buffer import Pool
+from shardline.sharding.buffer import BufferPool
 from shardline.sharding.saved_tensors import SavedTensors, SavedWeight
 
 
 def one_unit() -> tuple[SavedTensors, Any, Tensor, list[Any]]:
     """A unit of one bucket, whose parameters of 8 and 4 elements begin at 0 and 64; its buffer; units brought here."""
-    pool = Pool(torch.device("cpu"))
+    pool = BufferPool(torch.device("cpu"))
     full = pool.borrow(128, torch.float32).copy_(torch.arange(128.0))
     entries = [SimpleNamespace(offset=at, param=SimpleNamespace(name=name)) for at, name in ((0, "a"), (64, "b"))]
     bucket = SimpleNamespace(

@@ -14,7 +14,7 @@ from shardline.optim import prepare
 from shardline.plan import make_plan
 from shardline.plan.describe import describe_modules, describe_params
 from shardline.plan.placement import STAGES
-from shardline.sharding.buffer import Pool
+from shardline.sharding.buffer import BufferPool
 from shardline.sharding.precision import Precision
 from shardline.sharding.step import StepReport, Update, Verdict
 from shardline.sharding.unit import Unit
@@ -131,7 +131,7 @@ def make(make_optimizer, compute=torch.float32, model_dtype=torch.float32, mixed
     comm, precision = Comm(None, CPU), Precision(compute=compute)
     specs, params = describe_params(model, precision, {"weight": 0, "bias": 0})
     plan = make_plan(specs, describe_modules(model), 1)
-    unit = Unit(plan.units[0], params, STAGES[1], comm, Pool(CPU), precision, lambda unit: False)
+    unit = Unit(plan.units[0], params, STAGES[1], comm, BufferPool(CPU), precision, lambda unit: False)
     unit.allocate()
     for bucket in unit.buckets:
         for entry in bucket.plan.entries:

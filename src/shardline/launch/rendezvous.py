@@ -1,10 +1,10 @@
 """How the launchers of a job find each other, and the store at which its ranks meet.
 
 torch's own rendezvous listens on all interfaces and unpickles what it finds in its store, so a program that reaches
-the port runs code as the user. Here the launcher binds the socket itself, to the interface of the rendezvous alone, and
-gives it to the store; ranks join that store and open none. Each attempt has a new one, without the keys of the last.
-Messages between launchers are text. Only the state of torch's dynamic rendezvous, for a number of nodes that may change,
-is pickled: it carries a keyed hash, which is checked first.
+the port runs code as the user. Here the launcher binds the socket itself, to the interface of the rendezvous alone,
+and gives it to the store; ranks join that store and open none. Each attempt has a new one, without the keys of the
+last. Messages between launchers are text. Only the state of torch's dynamic rendezvous, for a number of nodes that
+may change, is pickled: it carries a keyed hash, which is checked first.
 """
 
 from __future__ import annotations
