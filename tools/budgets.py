@@ -26,10 +26,12 @@ BUDGETS = {
 }
 
 EXCEPTIONS: dict[tuple[str, str], int] = {
-    # Signatures that users know from elsewhere: DeepSpeed's initialize and OneCycle, the options of a loader.
+    # Signatures that users know from elsewhere: DeepSpeed's initialize, MoE and OneCycle, the options of a loader.
+    ("parameters of a function", "compat/deepspeed/experts.py: MoE.__init__"): 16,
     ("parameters of a function", "compat/deepspeed/start.py: initialize"): 13,
     ("parameters of a function", "data/loader.py: Loader.__init__"): 16,
     ("parameters of a function", "engine/initialize.py: initialize"): 15,
+    ("parameters of a function", "moe/layer.py: MoE.__init__"): 14,
     ("parameters of a function", "optim/lr.py: OneCycle.__init__"): 15,
     ("parameters of a function", "optim/muon.py: MuonAdamW.__init__"): 14,
 }

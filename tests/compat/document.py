@@ -39,6 +39,20 @@ UNCHANGED = (
         "`safe_get/set_full_optimizer_state`, `set_z3_leaf_modules`, `RepeatingLoader`, `checkpointing`",
         "test_engine.py",
     ),
+    (
+        "scripts like DeepSpeed's examples",
+        "CIFAR-10 (also `--moe`, bf16, fp16), BERT with LAMB and fp16 (saved, resumed), a GAN of two engines in fp16, "
+        "a residual network with `StepLR` (saved, resumed at another stage)",
+        "test_scripts.py",
+    ),
+    (
+        "how gradients come about",
+        "plain `backward`, gradients given for outputs, several backwards, `no_sync`, boundaries by hand, "
+        "`scale_wrt_gas`, `engine.scale`, `safe_get/set_full_grad`, their norm at every stage; freezing; parts of a "
+        "checkpoint, another number of ranks; schedules, loaders",
+        "test_behaviour.py",
+    ),
+    ("`deepspeed.moe`", "top-1 and top-2 gating, param groups of experts", "test_experts.py"),
     ("the launcher", "`--num_gpus`, `--include`, `--hostfile`, `--module`, `--local_rank`", "test_launching.py"),
 )
 """What runs as it is, what of it was tried, and the test (below tests/compat)."""
@@ -51,7 +65,8 @@ DIFFERENCES = (
     ("`optimizer` that `initialize` returns", "a ZeRO optimizer",
      "a proxy whose `step()` is `engine.step()`; `engine.optimizer` is torch's, whose own `step()` raises"),
     ("`engine.step()` without a backward", "does nothing, or fails inside", "`UsageError`"),
-    ("`safe_get_full_grad` on several ranks", "the averaged gradient", "refused: `engine.before_step(hook)`"),
+    ("`MoE` in evaluation", "draws random numbers as in training", "draws none"),
+    ("`MoE` with `ep_size` above 1", "experts in groups of ranks", "refused: stage 3 divides them over all ranks"),
     ("`safe_*_local_*`", "1/world of each parameter", "refused: ranks hold whole parameters and fragments"),
     ("masters in bf16 and fp16", "start from the rounded weights", "start from the weights as they were given"),
     ("order of `training_data`", "`DistributedSampler`", "Shardline's loader: reshuffled each epoch, nothing repeated"),

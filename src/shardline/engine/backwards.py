@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
 
 from shardline.engine.intake import Intake
 from shardline.engine.leftovers import Leftovers
 from shardline.engine.report import Reporter
 from shardline.engine.trainables import Trainables
 from shardline.runtime.modes import leave_modes, outside_modes
+from shardline.sharding.hooks import watch_root
 from shardline.sharding.precision import LossScaler
 from shardline.sharding.scaling import PLAIN, multiplied, multiplied_by
 from shardline.sharding.window import Window
@@ -75,6 +79,25 @@ class Backwards:
                 if each is not self:
                     each.collect_unseen()
 
+    def scaled(self, loss: Tensor) -> Tensor:
+        """``loss`` times the loss scale, in fp32 where it is fp16: to begin a plain ``.backward()`` with."""
+        factor, running = self._scaler.scale, ExitStack()
+
+        def begin() -> None:
+            for each in list(_IN_USE.values()):
+                each.collect_unseen()
+            running.enter_context(multiplied(factor, by_accumulation=True))
+
+        def end() -> None:
+            for each in list(_IN_USE.values()):
+                if not each._trainables.schedule.in_backward:
+                    each.collect_unseen()
+            running.close()
+
+        scaled = (loss.float() if loss.dtype is torch.float16 else loss) * factor
+        watch_root(scaled, begin, end)
+        return scaled
+
     @outside_modes
     def _begin(self, *, factor: float) -> None:
         reducing = self._reduces_now()
@@ -130,6 +153,19 @@ class Backwards:
         self._window.join(reducing=reducing)
         self._trainables.schedule.begin_backward(reducing=reducing, factor=1.0)
         self.end()
+
+    @outside_modes
+    def complete(self) -> bool:
+        """Reduce all that this window holds, before it ends, and say whether there was anything. Collective."""
+        boundary = self._trainables.check_trains("using gradients")
+        collected = self.collect_unseen()
+        if self._window.is_complete:
+            return False
+        if not collected and not self._window.backwards and boundary.update.comm.data.size > 1:
+            self.join()
+        boundary.complete(self._window)
+        self._window.is_complete = True
+        return True
 
     def discard(self, *, steps: int = 0) -> None:
         """Forget what the window has accumulated; it begins again, ``steps`` micro-steps into it."""

@@ -97,18 +97,11 @@ class LoopWindow(Window):
 
     Args:
         batches: how many it mostly has.
-
-    Attributes:
-        is_complete: whether everything since the last backward was reduced, what came late included.
     """
 
     def __init__(self, batches: int) -> None:
         self._expected = batches
         super().__init__(1)
-
-    def restart(self, *, steps: int = 0) -> None:
-        super().restart(steps=steps)
-        self.is_complete = False
 
     @property
     def at_boundary(self) -> bool:
@@ -116,10 +109,6 @@ class LoopWindow(Window):
         if self.boundary is not None:
             return self.boundary
         return self._batches + (self.state is State.FORWARD) >= self._expected
-
-    def join(self, *, reducing: bool) -> None:
-        self.is_complete = False
-        super().join(reducing=reducing)
 
     def end_as_sum(self) -> int:
         if not self._weighted:
@@ -158,7 +147,7 @@ class InPlaceEngine(Engine):
         self._loop: _LoopOptimizer | None = None
         self._has_stepped = False
         super().__init__(model, layout, optimizer, groups, config, *args)
-        self._grads = WindowGrads(self.trainables, self._window, self.comm, self.scaler, self._complete)
+        self._grads = WindowGrads(self.trainables, self._window, self.comm, self.scaler, self._backwards.complete)
         self.trainables.serve_loop(self._watch, self._grads.stand_in)
         if self.precision.cast_inputs:
             casting = model.register_forward_pre_hook(ModuleHook(self._cast), prepend=True, with_kwargs=True)
@@ -181,19 +170,6 @@ class InPlaceEngine(Engine):
         return LossScaler()  # the loop's GradScaler scales
 
     # -- gradients between backward and step --------------------------------------------------------------------------
-
-    @outside_modes
-    def _complete(self) -> bool:
-        """Reduce all that this window holds; whether there was anything. Collective."""
-        window, trainables = self._window, self.trainables
-        collected = self._backwards.collect_unseen()
-        if window.is_complete:
-            return False
-        if not collected and not window.backwards and self.comm.data.size > 1:
-            self._backwards.join()
-        trainables.check_trains("using gradients").complete(window)
-        window.is_complete = True
-        return True
 
     @outside_modes
     def clip_grad_norm_(self, max_norm: float) -> Tensor:

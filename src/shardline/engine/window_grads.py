@@ -18,7 +18,9 @@ from torch import Tensor
 from shardline.comm import Comm
 from shardline.engine.trainables import Trainables
 from shardline.errors import UsageError
+from shardline.plan.placement import Placement
 from shardline.sharding.bucket import Bucket
+from shardline.sharding.buffer import view
 from shardline.sharding.containers import tensors_in
 from shardline.sharding.parameter import HARMLESS
 from shardline.sharding.precision import LossScaler
@@ -188,6 +190,18 @@ class WindowGrads:
         for piece in self._pieces_of(name):
             piece.copy_(memory[start - entry.offset :][: piece.numel()])
         self._norms.clear()
+
+    def whole(self, name: str) -> Tensor | None:
+        """A copy of one parameter's average: of its shape, in the dtype in which gradients are added up. Collective.
+
+        None where no backward gave any.
+        """
+        self._complete()
+        unit, bucket, entry = self._trainables.layout.where(name)
+        if bucket.grads.reduced is None:
+            return None
+        own = bucket.shard.own(bucket.grads.reduced)
+        return view(bucket.weights.gather(unit.index, own, Placement.SHARDED), entry) / self._average()
 
     def zero(self, name: str) -> None:
         """Forget what the window has gathered for one parameter."""

@@ -329,6 +329,16 @@ def watch_outputs(
             tensor.register_hook(entered)
 
 
+def watch_root(root: Tensor, begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """Have ``begin`` called when a backward begins at ``root``, and ``end`` when all of it is over."""
+
+    def entered(grad: Tensor) -> None:
+        begin()
+        Variable._execution_engine.queue_callback(end)
+
+    root.register_hook(entered)
+
+
 @outside_modes
 def _accumulates(param: nn.Parameter) -> bool:
     """Whether the backward that runs now fills ``.grad``, as opposed to ``torch.autograd.grad``."""

@@ -54,6 +54,7 @@ class Window:
         backwards: how many were begun.
         loss: sum of the reported losses (0-dim).
         divided: by what the gradients, which are sums, were divided already.
+        is_complete: whether everything since the last backward was reduced, what came late included.
     """
 
     def __init__(self, unit: int) -> None:
@@ -67,7 +68,7 @@ class Window:
         self.gradients = Gradients.NONE
         self.steps, self.weight, self.samples, self.backwards = steps, 0.0, 0, 0
         self.loss: Tensor | None = None
-        self.divided = 1.0
+        self.divided, self.is_complete = 1.0, False
         self._weighted = False  # the user gave a weight
         self._shares = 0.0  # of all backwards, in full batches
         self._batches = 0  # backwards that followed a forward
@@ -116,6 +117,7 @@ class Window:
     def join(self, *, reducing: bool) -> None:
         """The reductions of a backward begin, which this rank may have had none of."""
         self.gradients = Gradients.REDUCED if reducing else Gradients.LOCAL
+        self.is_complete = False
         if self.state is not State.ENDED:
             self._enter(State.ACCUMULATING)
 
@@ -150,7 +152,7 @@ class Window:
             How many micro-steps it seems to hold that no call of ``step`` has counted.
         """
         if not self._weighted:
-            self.weight = self.unit * (self._shares / self.backwards if self.backwards else 1.0)
+            self.weight = self.unit * (self._shares / self.backwards if self.backwards else 1.0) / self.divided
         uncounted = max(min(self._batches, self.unit) - self.steps, 0)
         self.steps += uncounted
         self.end()

@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, DistributedSampler
 
 from shardline.engine import Engine
+from shardline.engine.window_grads import WindowGrads
 from shardline.errors import UsageError
 
 __all__ = [
@@ -30,7 +32,6 @@ DeepSpeedSchedulerCallable = Callable[[Optimizer], Any]
 NOT_OFFERED = {
     "allreduce_gradients": "engine.backward and engine.step reduce by themselves",
     "coalesce_grad_reduction": "use engine.no_sync(), which works at every stage",
-    "deepspeed_io": "give initialize the dataset as training_data, or bring a loader",
     "offload_states": "states stay where they are between phases",
     "reload_states": "states stay where they are between phases",
     "set_custom_curriculum_learning_schedule": "order the dataset, or bring a loader",
@@ -63,6 +64,10 @@ class DeepSpeedEngine(Engine):
 
     _ended_window = False  # by the last call of step
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.window_grads = WindowGrads(self.trainables, self._window, self.comm, self.scaler, self._backwards.complete)
+
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:  # type: ignore[override]
@@ -72,18 +77,36 @@ class DeepSpeedEngine(Engine):
         self._ended_window = boundary
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss that a plain ``.backward()`` shall start from: ``loss`` itself, since gradients are scaled later.
-
-        Raises:
-            UsageError: in fp16, where the loss has to be scaled.
-        """
-        if self.fp16_enabled():
-            raise UsageError("engine.scale(loss) is not offered in fp16. Call engine.backward(loss), which scales it.")
-        return loss
+        """The loss that a plain ``.backward()`` shall start from: ``loss`` times the loss scale."""
+        self.trainables.check_trains("scale()")
+        return self._backwards.scaled(loss) if self.fp16_enabled() else loss
 
     def last_step_skipped(self) -> bool:
         """Whether the last call of :meth:`step` ended a window and changed nothing."""
         return self._ended_window and not self.was_step_applied()
+
+    def deepspeed_io(
+        self,
+        dataset: Any,
+        batch_size: int | None = None,
+        route: str = "train",
+        pin_memory: bool = True,
+        data_sampler: Any = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_local_io_workers: int | None = None,
+    ) -> DataLoader[Any]:
+        """torch's loader of ``dataset`` for this rank, shuffled for ``route`` "train"."""
+        if data_sampler is None:
+            data_sampler = DistributedSampler(dataset, self.world_size, self.global_rank, shuffle=route == "train")
+        return DataLoader(
+            dataset,
+            self.train_micro_batch_size_per_gpu() if batch_size is None else batch_size,
+            sampler=data_sampler,
+            num_workers=num_local_io_workers or 0,
+            collate_fn=collate_fn,
+            pin_memory=pin_memory and self.device.type != "cpu",
+            drop_last=self.config.data_loader.drop_last,
+        )
 
     # -- counters, which scripts also write -------------------------------------------------------------------------
 

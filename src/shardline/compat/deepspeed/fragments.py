@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -13,7 +14,6 @@ from shardline.sharding.buffer import flat
 from shardline.sharding.fragments import collect_states, full_weights, local_fragments
 from shardline.sharding.unit import Unit
 
-_SET_GRADS = "change gradients in engine.before_step(hook): averaged and unscaled, this rank's fragments of each"
 _LOCAL = "a rank does not hold 1/world of each parameter, but whole ones and fragments: use the full variant"
 
 
@@ -70,18 +70,28 @@ def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_stat
 
 
 def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
-    """The gradient of ``param`` between backward and step, where it is whole on this rank.
+    """The gradient of ``param`` between backward and step, averaged over the ranks and unscaled, whole, in its shape.
 
-    Raises:
-        UsageError: where it is not, or is still to be reduced.
+    A copy, in the dtype in which gradients are added up. None where no backward gave any.
     """
     found = _engine_of(param)
-    if found is not None and found[0].world_size > 1:
-        raise UsageError(
-            f"safe_get_full_grad is not offered on several ranks: the gradient of {found[1]!r} is not reduced yet, or "
-            f"divided. Read it in engine.before_step(hook): averaged and unscaled, this rank's fragments of each."
-        )
-    return param.grad
+    if found is None:
+        return param.grad
+    engine, name = found
+    return engine.window_grads.whole(name) if param.requires_grad and engine.optimizer is not None else None
+
+
+def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
+    """Make the whole ``value``, the same on every rank, that gradient."""
+    engine, name = _needed(param, "safe_set_full_grad")
+    engine.window_grads.put(name, value)
+
+
+def safe_update_full_grad_vectorized(params: Iterable[nn.Parameter], update_func: Callable[..., Tensor]) -> None:
+    """Replace the gradients of ``params`` by ``update_func(gradient, parameter)``, one after the other."""
+    for param in params:
+        if (grad := safe_get_full_grad(param)) is not None:
+            safe_set_full_grad(param, update_func(grad, param))
 
 
 def _refuse(name: str, why: str) -> Any:
@@ -91,8 +101,6 @@ def _refuse(name: str, why: str) -> Any:
     return call
 
 
-safe_set_full_grad = _refuse("safe_set_full_grad", _SET_GRADS)
-safe_update_full_grad_vectorized = _refuse("safe_update_full_grad_vectorized", _SET_GRADS)
 safe_get_local_fp32_param = _refuse("safe_get_local_fp32_param", _LOCAL)
 safe_get_local_grad = _refuse("safe_get_local_grad", _LOCAL)
 safe_get_local_optimizer_state = _refuse("safe_get_local_optimizer_state", _LOCAL)

@@ -81,6 +81,16 @@ class EngineOptimizer(DeepSpeedOptimizer, Optimizer):
         return self._engine.dynamic_loss_scale()
 
     @property
+    def scale_window(self) -> int:
+        """Good steps after which the loss scale doubles."""
+        return self._engine.scaler.window
+
+    @property
+    def cur_iter(self) -> int:
+        """Steps, skipped ones included."""
+        return self._engine.global_steps
+
+    @property
     def _global_grad_norm(self) -> float | Tensor | None:
         return self._engine.get_global_grad_norm()
 

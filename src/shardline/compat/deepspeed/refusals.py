@@ -15,7 +15,8 @@ _SEQUENCE = "there is no sequence parallelism"
 _COMPRESSION = "nothing is quantized or pruned while training"
 _ONE_BIT = "communication is not compressed: use Adam, AdamW or Lamb"
 _HYBRID = "there is no hybrid engine: generate inside deepspeed.zero.GatheredParameters"
-_EXPERTS = "mixtures of experts are not offered yet: train the model's own layer, and list it in leaf_module at stage 3"
+_EXPERTS = "experts are not spread over groups of ranks: leave ep_size at 1, and stage 3 divides them over all ranks"
+_EXPERT_PARTS = "deepspeed.moe.layer.MoE is one module here"
 _DATA = "data efficiency is not offered: order the dataset, or bring a loader"
 _KERNELS = "DeepSpeed's kernels are not offered: torch's own optimizers and attention take their place"
 _NVME = "nothing is kept on NVMe"
@@ -48,6 +49,8 @@ NAMES: dict[str, dict[str, str]] = {
         "TiledLinearReturnBias": "torch's own linear layer is used as it is",
         "ZeRoTraceMode": _INTERNAL,
     },
+    "moe.experts": {"Experts": _EXPERT_PARTS},
+    "moe.sharded_moe": {"MOELayer": _EXPERT_PARTS, "TopKGate": _EXPERT_PARTS},
     "ops.adam": {"ZenFlowSelectiveAdamW": "the optimizer step is never delayed or split by importance"},
     "runtime.pipe.topology": {
         "PipeModelDataParallelTopology": _PIPELINE,
@@ -59,7 +62,6 @@ NAMES: dict[str, dict[str, str]] = {
         "UlyssesSPDataLoaderAdapter": _SEQUENCE,
     },
     "utils.groups": {
-        "initialize": "groups of ranks are the engine's own: pass mesh= to shardline.initialize",
         "_get_sequence_parallel_group": _SEQUENCE,
         "_get_sequence_parallel_rank": _SEQUENCE,
         "_get_sequence_parallel_world_size": _SEQUENCE,
@@ -81,7 +83,7 @@ MODULES: dict[str, str] = {
     "linear": "DeepSpeed's LoRA layers are not offered: use PEFT",
     "model_implementations": _INFERENCE,
     "module_inject": _INFERENCE,
-    "moe": _EXPERTS,
+    "moe.mappings": _TENSOR,
     "monitor": _MONITOR,
     "nebula": "checkpoints are written by Shardline alone",
     "nvme": _NVME,

@@ -11,6 +11,7 @@ from shardline.compat.deepspeed.engine import ENGINES, DeepSpeedEngine
 from shardline.compat.deepspeed.leaves import leaf_names
 from shardline.compat.deepspeed.optimizer import EngineOptimizer
 from shardline.compat.deepspeed.refusals import Refused
+from shardline.compat.deepspeed.schedules import maker as schedule_maker
 from shardline.compat.deepspeed.zero import give_status
 from shardline.data import Loader
 from shardline.engine.initialize import initialize as _initialize
@@ -64,14 +65,14 @@ def initialize(
         optimizer,
         model_parameters,
         training_data,
-        lr_scheduler,
+        schedule_maker(settings) if lr_scheduler is None else lr_scheduler,
         distributed_port,
         mpu,
         dist_init_required,
         collate_fn,
         settings,
+        engine_class=DeepSpeedEngine,
     )
-    plain.__class__ = DeepSpeedEngine  # its methods are all that is new; initialize makes the class below it
     engine = cast(DeepSpeedEngine, plain)
     ENGINES.add(engine)
     if engine.zero_optimization_stage() == 3:

@@ -12,7 +12,7 @@ from typing import Any
 
 from shardline.compat.deepspeed import refusals
 
-__all__ = ["ALIASES", "FILES", "NAMES", "is_module", "resolve", "submodules"]
+__all__ = ["ALIASES", "FILES", "NAMES", "SCHEDULE_OPTIONS", "is_module", "resolve", "submodules"]
 
 PACKAGE = "shardline.compat.deepspeed"
 
@@ -64,16 +64,37 @@ _TO_FP32 = dict.fromkeys(
     ),
     "zero_to_fp32",
 )
+SCHEDULE_OPTIONS = (
+    "lr_range_test_min_lr", "lr_range_test_step_rate", "lr_range_test_step_size", "lr_range_test_staircase",
+    "cycle_first_step_size", "cycle_first_stair_count", "cycle_second_step_size", "cycle_second_stair_count",
+    "decay_step_size", "cycle_min_lr", "cycle_max_lr", "decay_lr_rate", "cycle_min_mom", "cycle_max_mom",
+    "decay_mom_rate", "warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type", "warmup_min_ratio",
+    "cos_min_ratio", "total_num_steps",
+)  # fmt: skip
+"""Options of schedules; each is also a constant of its name in capitals."""
 _SCHEDULES = dict.fromkeys(
     (
-        "VALID_LR_SCHEDULES",
         "LRRangeTest",
         "OneCycle",
         "WarmupLR",
         "WarmupDecayLR",
         "WarmupCosineLR",
     ),
-    "shardline.optim.lr",
+    "schedules",
+)
+_CONSTANTS = dict.fromkeys(
+    (
+        *(name.upper() for name in SCHEDULE_OPTIONS),
+        "LR_RANGE_TEST",
+        "ONE_CYCLE",
+        "WARMUP_COSINE_LR",
+        "WARMUP_DECAY_LR",
+        "WARMUP_LINEAR_RATE",
+        "WARMUP_LOG_RATE",
+        "WARMUP_LR",
+        "get_lr_from_config",
+    ),
+    "schedules",
 )
 _GROUPS = dict.fromkeys(
     (
@@ -81,8 +102,20 @@ _GROUPS = dict.fromkeys(
         "_get_data_parallel_rank",
         "_get_data_parallel_world_size",
         "_get_model_parallel_world_size",
+        "initialize",
     ),
     "groups",
+)
+_EXPERTS = dict.fromkeys(
+    (
+        "configure_moe_param_groups",
+        "has_moe_layers",
+        "is_moe_param",
+        "is_moe_param_group",
+        "split_params_into_different_moe_groups_for_optimizer",
+        "split_params_into_shared_and_expert_params",
+    ),
+    "experts",
 )
 _OPTIMIZER = {"DeepSpeedOptimizer": "optimizer"}
 _ENGINE = {"DeepSpeedEngine": "engine", "DeepSpeedOptimizerCallable": "engine", "DeepSpeedSchedulerCallable": "engine"}
@@ -110,13 +143,17 @@ NAMES: dict[str, dict[str, str]] = {
         "logger": "logging",
         "version": "_version:VERSION",
         **_ENGINE,
-        **{name: f"shardline.optim.lr:{name}" for name in _SCHEDULES if name != "VALID_LR_SCHEDULES"},
+        **_SCHEDULES,
     },
     "checkpoint": {},
     "checkpoint.utils": {"clone_tensors_for_torch_save": "saving"},
     "git_version_info": {"git_branch": "constants", "git_hash": "constants", "version": "_version:VERSION"},
     "launcher": {},
     "launcher.runner": {"DEEPSPEED_ENVIRONMENT_NAME": "constants"},
+    "moe": {},
+    "moe.layer": {"MoE": "experts"},
+    "moe.sharded_moe": {"top1gating": "experts", "top2gating": "experts"},
+    "moe.utils": _EXPERTS,
     "ops": {},
     "ops.adagrad": {"DeepSpeedCPUAdagrad": "optimizers"},
     "ops.adam": {"DeepSpeedCPUAdam": "optimizers", "FusedAdam": "optimizers"},
@@ -133,7 +170,7 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "runtime.dataloader": {"RepeatingLoader": "loader"},
     "runtime.engine": _ENGINE,
-    "runtime.lr_schedules": _SCHEDULES,
+    "runtime.lr_schedules": {"VALID_LR_SCHEDULES": "shardline.optim.lr", **_CONSTANTS, **_SCHEDULES},
     "runtime.utils": {"clip_grad_norm_": "torch.nn.utils", "see_memory_usage": "logging"},
     "runtime.zero": _ZERO,
     "runtime.zero.config": {"ZeroStageEnum": "constants"},
