@@ -342,8 +342,11 @@ def steps_of(engine: Any, count: int, first: int = 0) -> None:
         engine.step()
 
 
-ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 1e-3, "warmup_num_steps": 6, "warmup_type": "linear"}}}  # fmt: skip
+WARMUP = {"warmup_min_lr": 1e-3, "warmup_num_steps": 6, "warmup_type": "linear"}
+ADAM = {
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+    "scheduler": {"type": "WarmupLR", "params": WARMUP},
+}
 
 
 def saved(folder: str) -> dict[str, Tensor]:

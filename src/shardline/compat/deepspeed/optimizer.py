@@ -88,7 +88,7 @@ class EngineOptimizer(DeepSpeedOptimizer, Optimizer):
     @property
     def cur_iter(self) -> int:
         """Steps, skipped ones included."""
-        return self._engine.global_steps
+        return self._engine.progress.global_steps
 
     @property
     def _global_grad_norm(self) -> float | Tensor | None:
