@@ -113,6 +113,7 @@ class Backwards:
             with self._reporter.phase("reduce"):
                 self._trainables.schedule.end_backward()
             if (boundary := self._trainables.boundary) is not None:
+                self._trainables.bring_states()  # here, where activations are gone
                 boundary.update.seal(scale_is_out=self._leftovers.grad_scale is not None)
 
     @outside_modes

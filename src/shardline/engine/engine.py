@@ -28,6 +28,7 @@ from shardline.engine.optimizer_state import OptimizerState
 from shardline.engine.outcome import Outcome
 from shardline.engine.report import Reporter
 from shardline.engine.saving import Saving
+from shardline.engine.serving import Serving
 from shardline.engine.state import EngineState
 from shardline.engine.trainables import Trainables
 from shardline.engine.weights import full_state_dict, gathered, units_of
@@ -66,7 +67,7 @@ class Handle:
             self.hooks.remove(self.hook)
 
 
-class Engine(Wrapper, Getters, Saving):
+class Engine(Wrapper, Getters, Saving, Serving):
     """A model that trains itself over many ranks. Made by :func:`shardline.initialize`.
 
     It is an ``nn.Module`` whose child ``module`` is the user's model; attributes that it does not have are the model's.
@@ -317,6 +318,7 @@ class Engine(Wrapper, Getters, Saving):
         scheduler = self.lr_scheduler
         try:
             self._outcome.act(ending=True)
+            self.trainables.bring_states()
             self.checkpoints.before_step()
             before = self._outcome.look(self._window.mean_loss())
             self.trainables.hooks.unpin()  # its graphs are of weights that now change
@@ -425,6 +427,7 @@ class Engine(Wrapper, Getters, Saving):
             )
         self.comm.messages.agree({f"the loaded state of {name!r}": state.steps for name, state in states.items()})
         self._outcome.act()
+        self.trainables.bring_states()
         if self.optimizer is not None and options is not None:
             for group, loaded in zip(self.optimizer.param_groups, options, strict=True):
                 group.update(loaded)

@@ -113,6 +113,7 @@ class Saving:
         if custom_load_fn is not None:
             raise UsageError("custom_load_fn is not supported. Load weights inside gathered_parameters(write=True).")
         self.trainables.averages.check_hidden("load_checkpoint()")
+        self.trainables.bring_states()
         path, state = self.checkpoints.load(
             load_dir,
             None if tag is None else str(tag),

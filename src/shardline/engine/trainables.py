@@ -20,7 +20,7 @@ from shardline.sharding.averages import Averages
 from shardline.sharding.boundary import Boundary
 from shardline.sharding.bucket import Bucket
 from shardline.sharding.build import Layout, group_parameters, needs_full_params, regroup, resting_stage
-from shardline.sharding.fragments import ParamState
+from shardline.sharding.fragments import ParamState, is_per_element
 from shardline.sharding.hooks import Hooks
 from shardline.sharding.precision import Precision
 from shardline.sharding.schedule import Schedule
@@ -44,6 +44,7 @@ class Trainables:
         groups: the param group of every parameter that the optimizer was given, frozen ones too, by first name.
         frozen_states: the optimizer state of frozen parameters, whole on every rank.
         averages: the moving averages of the weights.
+        states_are_away: whether masters and optimizer state wait in host memory for training to go on.
         is_closed: whether the model has its own parameters again.
     """
 
@@ -76,7 +77,7 @@ class Trainables:
         self._config, self._precision, self._comm = config, precision, comm
         self._on_forward, self._on_call, self._make_boundary = on_forward, on_call, make_boundary
         self._contents = Contents(model)
-        self.is_closed = False
+        self.states_are_away = self.is_closed = False
         self._arrange()
 
     def _arrange(self) -> None:
@@ -240,6 +241,30 @@ class Trainables:
             state_dict=state_dict,
             load_state_dict=load_state_dict,
         )
+
+    def move_states(self, *, away: bool) -> int:
+        """Move masters, averages and optimizer state to host memory, or to where they belong.
+
+        What is there already stays, and so do masters that are the weights themselves. Returns the bytes that moved.
+        """
+        self.states_are_away, moved = away, 0
+        for unit in self.layout.units:
+            home = torch.device("cpu") if away else unit.state_device
+            for bucket in unit.trainable:
+                runs = [run for run in self.layout.runs if run.bucket is bucket]
+                moved += bucket.move_masters(runs, home)
+                for run in runs:
+                    state = {} if self._optimizer is None else self._optimizer.state.get(run.param, {})
+                    for key, value in state.items():
+                        if is_per_element(value, run.param) and value.device != home:
+                            state[key] = value.to(home)
+                            moved += value.nbytes
+        return moved
+
+    def bring_states(self) -> None:
+        """Have the states where a step needs them."""
+        if self.states_are_away:
+            self.move_states(away=False)
 
     def note_new_weights(self, notices: Notices) -> None:
         """The weights were updated: graphs of the old ones are void."""

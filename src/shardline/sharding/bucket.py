@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from shardline.comm import Comm
@@ -134,3 +135,21 @@ class Bucket:
         low, high = self.shard.states
         for run in self.plan.runs(low, high):
             yield RunTensors(run, self, cut(master, run, low), tuple(self.plan.fragments(run.start, run.stop)))
+
+    def move_masters(self, runs: Iterable[RunTensors], device: torch.device) -> int:
+        """Bring masters and averages to ``device``, and with them ``runs``, this rank's runs here.
+
+        Masters that are the weights themselves stay. Returns the bytes that moved.
+        """
+        weights, moved = self.weights, 0
+        if weights.average is not None and weights.average.device != device:
+            weights.average = weights.average.to(device)
+            moved += weights.average.nbytes
+        if weights.master is None or weights.masters_are_weights or weights.master.device == device:
+            return moved
+        weights.master.data = weights.master.to(device)  # the tensor stays: runs are views of it, and would keep it
+        if weights.before_edit is not None:
+            weights.before_edit = weights.before_edit.to(device)
+        for run in runs:
+            run.param.data = cut(weights.master, run.run, self.shard.states[0])
+        return moved + weights.master.nbytes

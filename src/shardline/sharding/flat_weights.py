@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 
 import torch
@@ -84,12 +84,30 @@ class FlatWeights:
 
     def gather(self, unit: int, part: Tensor, placement: Placement) -> Tensor:
         """``part``, a buffer in ``placement``, in full on every rank, where it is. Collective where it is sharded."""
+        return self._start(unit, part, placement)().to(part.device)
+
+    def start_full(self, unit: int, *, masters: bool) -> Callable[[], Tensor]:
+        """Start to bring the weights here in full, apart from ``full``; what is returned waits for them.
+
+        It may give the buffer at rest. ``masters``: in their dtype, where there are any. Collective where sharded.
+        """
+        stage = self.shard.stage
+        if masters and self.master is not None:
+            return self._start(unit, self.master, stage.states)
+        return self._start(unit, self.resting, stage.weights)
+
+    def _start(self, unit: int, part: Tensor, placement: Placement) -> Callable[[], Tensor]:
         if placement is Placement.REPLICATED or self.comm.shard.size == 1:
-            return part
+            return lambda: part
         full = torch.empty(self.shard.plan.size, dtype=part.dtype, device=self.comm.device)
         self.shard.own(full).copy_(part)
-        self.comm.gathers.gather(unit, full, self.shard.plan.boundaries).wait()
-        return full.to(part.device)
+        work = self.comm.gathers.gather(unit, full, self.shard.plan.boundaries)
+
+        def wait() -> Tensor:
+            work.wait()
+            return full
+
+        return wait
 
     # -- values come in ---------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ __all__ = [
     "StateFragment",
     "collect_states",
     "full_weights",
+    "is_per_element",
     "local_fragments",
     "put_states",
 ]
