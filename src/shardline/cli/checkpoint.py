@@ -1,4 +1,4 @@
-"""``shardline checkpoint list|inspect|verify|export|prune``: look at checkpoints and tend them, in one process.
+"""``shardline checkpoint list|inspect|verify|export|prune``: inspect and manage checkpoints, in one process.
 
 Nothing here needs a GPU, and only ``export`` imports torch, for its dtypes.
 """

@@ -21,7 +21,7 @@ class BatchError(ValueError):
 
 @dataclass(frozen=True)
 class Batch:
-    """The solved triangle; ``origins`` tells for each computed key how."""
+    """The solved triangle; ``origins`` has, for each computed key, how it was computed."""
 
     train: int
     micro: int

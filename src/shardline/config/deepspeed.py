@@ -81,7 +81,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
 
 
 def is_comment(name: object) -> bool:
-    """Whether a key of this name is one: people write remarks so, since JSON has no place for them."""
+    """Whether a key of this name is a comment, which JSON has no syntax for."""
     return isinstance(name, str) and name.startswith(("_", "//"))
 
 

@@ -37,7 +37,7 @@ DTYPE_SPELLINGS = {
 
 
 def _whole(value: Any) -> Any:
-    """JSON has one kind of number: 5e8 and 1e5 are floats to Python and whole numbers to everybody else."""
+    """JSON has one kind of number: Python reads 5e8 and 1e5 as floats, and users mean integers."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

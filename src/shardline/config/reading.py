@@ -1,4 +1,4 @@
-"""Reading what the user wrote against the schema: every problem is noted, and the rest is read on."""
+"""Reading what the user wrote against the schema: every problem is noted, and reading goes on."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Reading:
         return tree
 
     def _settled(self, at: str, value: Any) -> bool:
-        """Whether the tables of DeepSpeed's names say all there is to say about this key."""
+        """Whether the tables of DeepSpeed's names handle this key completely."""
         if (ineffective := NO_EFFECT.get(at)) is not None:
             if value not in (None, AUTO) and not ineffective.accepts(value):
                 self._wrong(at, value, ineffective.schema())

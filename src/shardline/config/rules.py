@@ -1,4 +1,4 @@
-"""Combinations that cannot work although each key alone is fine."""
+"""Combinations of keys that cannot work, although each key alone can."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Calls:
         return self._precision.cast(args), self._precision.cast(kwargs)
 
     def output(self, output: Any) -> Any:
-        """What the model returned, in fp32 where it ran under autocast: for what is computed of it."""
+        """What the model returned, in fp32 where it ran under autocast."""
         dtype = self._precision.autocast
         if dtype is None:
             return output
@@ -72,7 +72,7 @@ class Calls:
 
     @property
     def watches(self) -> bool:
-        """Whether calls past the engine lack anything, so that :meth:`see` wants to know of them."""
+        """Whether calls past the engine lack anything, so that :meth:`see` is needed."""
         return self._precision.autocast is not None or self._precision.cast_inputs
 
     def see(self, is_model: bool, given: Any) -> None:

@@ -1,4 +1,4 @@
-"""What an engine tells of itself, under the names that DeepSpeed gave these methods and properties."""
+"""Figures of an engine, under DeepSpeed's names for them."""
 
 from __future__ import annotations
 

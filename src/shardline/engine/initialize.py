@@ -264,7 +264,7 @@ class _WayBack:
 
 
 def _notices(engine: Engine, *, offloads: bool, recomputes: bool) -> Iterator[str]:
-    """What the user should know of the machine and the configuration."""
+    """Notices about the machine and the configuration."""
     settings, on_host = engine.config, engine.comm.device.type == "cpu"
     zero = settings.zero_optimization
     yield from filter(None, (engine.topology.notice, engine.comm.notice, _advice(engine, engine.topology)))
@@ -279,7 +279,7 @@ def _notices(engine: Engine, *, offloads: bool, recomputes: bool) -> Iterator[st
 
 
 def _advice(engine: Engine, topology: Topology) -> str | None:
-    """What costs more than it must where gradients travel between hosts."""
+    """A notice where gradients between hosts cost more than they must."""
     if topology.world_size == topology.local_world_size or engine.comm.data.size == 1 or engine.optimizer is None:
         return None
     larger = any(

@@ -1,4 +1,4 @@
-"""Compiles a model block by block, so that what is compiled never holds a hook that gathers.
+"""Compiles a model block by block, so that no compiled region holds a hook that gathers.
 
 Blocks of one class and shape share one compilation: with no hook inside, nothing in them differs but their tensors.
 """
@@ -47,7 +47,7 @@ class _Compiled:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether what runs inside ``module`` is compiled: by :func:`compile_blocks`, or as ``torch.compile(module)``."""
+    """Whether the forward of ``module`` is compiled: by :func:`compile_blocks`, or as ``torch.compile(module)``."""
     return isinstance(module.__dict__.get("forward"), _Compiled) or "_orig_mod" in module._modules
 
 

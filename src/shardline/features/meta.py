@@ -7,14 +7,14 @@ What is repeated of the construction, in its order:
 * A module with ``_init_weights`` ends its construction with it: over all modules inside it as ``nn.Module.apply``
   visits them, or as Hugging Face's models do, where each module gets the nearest such method above it, and once.
 
-What the constructor wrote on ``meta`` has left a number: the tensor's version. Before anything is filled the same calls
-are made on ``meta``. Where they write oftener than the constructor did, the call that is too many was none of the
-constructor's (``_init_weights`` is for users there) and its writes are dropped. Where they write less often, the
-constructor also wrote in a way that cannot be repeated: an error, unless ``init_fn`` writes that tensor.
+The version of a tensor on ``meta`` counts the constructor's writes. Before anything is filled the same calls are made
+on ``meta``. Where they write more often than the constructor did, the extra call was not made by the constructor
+(``_init_weights`` is for users there), and its writes are dropped. Where they write less often, the constructor also
+wrote in a way that cannot be repeated: an error, unless ``init_fn`` writes that tensor.
 
-All parameters are away meanwhile: an initialiser gets a whole one, on CPU and in the model's own dtype, at the moment
-in which it touches it, and what it touched is stored when it returns. Parameters and buffers that are real already stay
-as they are; only ``init_fn`` can change them.
+Parameters have no data meanwhile. An initialiser gets a full one, on CPU and in the model's own dtype, when it first
+uses it, and what it used is stored when it returns. Parameters and buffers that are real already stay as they are; only
+``init_fn`` can change them.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class _Call:
 
     Attributes:
         module: the module that it initialises.
-        spares: whether it gets parameters to waste for those that ``module`` shares with an earlier one, which wrote
+        spares: whether it gets scratch parameters for those that ``module`` shares with an earlier one, which wrote
             them: it drew random numbers before the weights were tied.
         final: whether it comes after all that constructors write.
         dropped: the parameters that it did not write in the construction.
@@ -283,7 +283,7 @@ class _Filling:
     def _run(
         self, initialise: Callable[[], Any], accept: Callable[[nn.Parameter, _Param], bool], *, final: bool = False
     ) -> None:
-        """Call ``initialise`` with whatever it touches whole, and store of this what ``accept`` says."""
+        """Call ``initialise``, give it in full what it uses, and store the parts that ``accept`` names."""
         here: dict[nn.Parameter, tuple[int, int]] = {}
         kept: set[nn.Parameter] = set()
         self._here = here
@@ -358,7 +358,7 @@ class _Filling:
         for call in self._calls:
             with self._spared(call, _unset):
                 self._run(call.initialise, partial(_is_repeated, call), final=call.final)
-        for module, name, tensor, value in self._real_buffers:  # their constructors knew better
+        for module, name, tensor, value in self._real_buffers:  # their constructors gave them values
             module._buffers[name] = tensor
             with torch.no_grad():
                 tensor.copy_(value)

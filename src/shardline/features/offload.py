@@ -1,7 +1,8 @@
 """Host memory as the place of masters, reduced gradients and optimizer state, while the model computes on a device.
 
-A shard of reduced gradients goes down when its sum is complete, on a stream of its own, while backward goes on; weights
-go up in their own dtype, in order with what the device does next. Nothing else passes between the two places.
+A shard of reduced gradients is copied to the host when its sum is complete, on a stream of its own, while backward goes
+on. Weights are copied to the device in their own dtype, in order with what the device does next. Nothing else is
+copied.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Activation checkpointing by configuration: blocks run again in the backward instead of keeping what they made.
+"""Activation checkpointing by configuration: blocks run again in the backward instead of keeping their activations.
 
 What runs again is the whole call of a block, the engine's hooks around it included: a sharded block is gathered for it
 as for any other use. A block may write into the lists and objects that it gets (a key/value cache), so each later run
@@ -97,8 +97,8 @@ class _Runs:
     """The runs of one call: the first on the arguments themselves, later ones on copies of what they were before.
 
     Attributes:
-        tensors: the tensors among the positional arguments. Whoever calls the runs passes them: they may have been in
-            host memory in between.
+        tensors: the tensors among the positional arguments. The caller of a run passes them: they may have been in host
+        memory in between.
     """
 
     def __init__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ _FIRST_WORD_SECONDS = 10.0  # nodes of one job usually start within seconds of e
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where this launcher meets the others, and who they are."""
+    """The address at which launchers meet, and how many there are."""
 
     host: str
     """What node 0 listens on; of a single node, where its ranks meet."""
@@ -299,7 +299,7 @@ def _meet_ranks(store: Store, meeting: Meeting, rank: int) -> tuple[TCPStore | N
 
 @contextmanager
 def _in_words(meeting: Meeting) -> Iterator[None]:
-    """What goes wrong between launchers, as a sentence."""
+    """Turn errors between launchers into sentences."""
     try:
         yield
     except RendezvousGracefulExitError as error:
@@ -322,7 +322,7 @@ def _in_words(meeting: Meeting) -> Iterator[None]:
 
 
 class _Patience:
-    """Waits in small steps, says once what for, and gives up in the end."""
+    """Waits in small steps, reports once what it waits for, and raises at its limit."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds

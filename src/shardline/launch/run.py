@@ -101,7 +101,7 @@ def launch(job: Launch) -> int:
             stream.reconfigure(line_buffering=True)
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):
-            # the agent narrates every failure and signal; what a user needs of that is printed below, once
+            # the agent logs every failure and signal; what a user needs is printed once, below
             logging.getLogger(name).setLevel(logging.CRITICAL)
     runner = ["-m", "shardline.launch.runner", *(["-m"] if job.module else []), job.script, *job.arguments]
     scratch = Path(tempfile.mkdtemp(prefix="shardline-run-"))
@@ -148,7 +148,7 @@ def _check(job: Launch) -> Meeting:
     if job.log_dir is not None:
         _make_writable(job.log_dir)
     host, port = (LOOPBACK, 0) if job.master is None else _address(job.master)
-    inherited = os.environ.pop(_SECRET, None)  # the ranks need it not, and what they start or log the less
+    inherited = os.environ.pop(_SECRET, None)  # neither the ranks nor what they start need it
     secret = _secret(job.secret_file, inherited) if changing else b""
     return Meeting(host, port, (job.nnodes, most), job.node_rank, job.join_timeout, secret)
 
@@ -336,7 +336,7 @@ def _signals(grace: float) -> Iterator[None]:
         timer = threading.Timer(grace if number == signal.SIGTERM else _INTERRUPT_SECONDS, _kill_children)
         timer.daemon = True
         timer.start()
-        for name in previous:  # a second Ctrl-C must not cut the ending short
+        for name in previous:  # a second Ctrl-C must not interrupt this
             signal.signal(name, signal.SIG_IGN)
         raise SignalException(f"got signal {number}", signal.Signals(number))
 
@@ -387,7 +387,7 @@ def _first(failures: Mapping[int, ProcessFailure], records: Mapping[int, _Record
         return silent[0]
     first = min(records, key=lambda rank: records[rank])
     for rank in silent:
-        # C libraries abort when a peer is lost; who aborted after that did not come first
+        # C libraries abort when a peer is lost; a rank that aborted after that was not the first
         consequence = -failures[rank].exitcode == signal.SIGABRT and not records[first].lost_peer
         if failures[rank].pid in records[first].gone and not consequence:
             return rank

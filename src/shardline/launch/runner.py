@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
             if _exit_code(error) != 0:
                 raise
         saves = sys.modules.get("shardline.checkpoint.engine.background")
-        if saves is not None:  # a save that failed since the script's last word is its failure
+        if saves is not None:  # a save that failed in the background after the script's last statement makes it fail
             saves.finish()
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
@@ -75,7 +75,7 @@ def _exit_code(error: BaseException) -> int:
 
 
 def _record(error: BaseException, code: int, file: Path) -> bool:
-    """Write the error in torch elastic's format, and beside it what tells whose failure was the first.
+    """Write the error in torch elastic's format, with what the launcher needs to find the first failure.
 
     Returns:
         Whether another rank, which has not ended yet, is to blame.

@@ -17,7 +17,7 @@ def square_sum(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
     """The sum of squares of all elements of ``gradients`` (1-D each) as a float64 scalar on ``device``.
 
     It is not finite exactly when an element is not, or when the norm of a row passes 1.8e19 (its square the largest
-    fp32), which is as bad: one pass answers for the clip factor and for the overflow.
+    fp32), which must skip the step, too. So one pass gives the clip factor and the overflow flag.
     """
     norms: list[Tensor] = []
     for gradient in gradients:

@@ -1,4 +1,4 @@
-"""The methods of the returned optimizer mean what they mean with an engine: its gradients are not where it thinks."""
+"""Routes the methods of the returned optimizer through the engine, which holds its gradients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def guard(
         stepping: whether the engine itself steps the optimizer now; at other times ``step`` raises `UsageError`.
         zero_grad: discards the gradients of the window.
         add_group: is given the original ``add_param_group`` and the group.
-        state_dict, load_state_dict: take the place of the optimizer's: its own know nothing of whole parameters.
+        state_dict, load_state_dict: replace the optimizer's own, which handle this rank's runs only.
     """
     original, add = optimizer.step, optimizer.add_param_group
 

@@ -1,8 +1,8 @@
-"""The stage table and the transition table: what each ZeRO stage holds whole, and which collective changes that.
+"""The stage table and the transition table: the placements of each ZeRO stage, and the collectives that change them.
 
 A tensor is in one of three placements over the ranks of a group. A **stage** is a row of :data:`STAGES` that says in
-which placement weights, gradients and optimizer state rest; :func:`transition` says what talking a change of placement
-costs. All of the engine's communication follows from these two tables (Rajbhandari et al. 2020, "ZeRO").
+which placement weights, gradients and optimizer state rest; :func:`transition` says which collectives a change of
+placement needs. All of the engine's communication follows from these two tables (Rajbhandari et al. 2020, "ZeRO").
 """
 
 from __future__ import annotations

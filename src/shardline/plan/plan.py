@@ -298,7 +298,7 @@ class Plan:
 
 @dataclass
 class _Candidate:
-    """A unit in the making."""
+    """A candidate for a unit."""
 
     roots: list[str]
     block: bool  # one of the model's repeated blocks, as opposed to a leaf outside of them
@@ -415,7 +415,7 @@ def _merge(candidates: list[_Candidate], min_numel: int, max_numel: int, chosen:
 
 
 def _buckets(params: Sequence[ParamSpec], world_size: int, param_aligned: bool) -> Iterator[BucketPlan]:
-    """One bucket for each parameter that is to be alone; one for each dtype and trainability among the others."""
+    """A bucket for each parameter that gets its own; one for each dtype and trainability among the others."""
     own = {param.name for param in params if world_size == 1 and param.trainable and param.numel >= _OWN_BUCKET_NUMEL}
     kinds: dict[tuple[torch.dtype, bool], list[ParamSpec]] = {}
     for param in params:

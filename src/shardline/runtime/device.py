@@ -41,7 +41,7 @@ class Accelerators:
 
     @classmethod
     def seen(cls) -> Accelerators:
-        """What torch shows."""
+        """What torch reports."""
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return cls() if found is None else cls(found.type, torch.accelerator.device_count())
 
@@ -53,7 +53,7 @@ def usable(seen: Accelerators, asked: str | None = None) -> tuple[Accelerators, 
         asked: the device that the user wants, such as "cpu", "cuda" or "cuda:1".
 
     Raises:
-        LaunchError: it is no device, or none that is here.
+        LaunchError: it is not a device, or not one of this machine.
     """
     wanted = _parse(asked)
     if wanted is not None and wanted.type == "cpu":
@@ -80,9 +80,9 @@ def choose_device(
 ) -> torch.device:
     """The device of one process.
 
-    What was asked for comes first, then the accelerator on which the script put the model, if that was a choice: on
-    number 0 every rank's model ends up by ``.cuda()``. Else local ranks take devices in turn, so that several share one
-    where there are not enough; a launcher that shows each process a device of its own shows it as number 0.
+    The device that was asked for comes first. Then the accelerator on which the script has put the model, unless that
+    is number 0, where ``.cuda()`` puts the model of every rank. Else local ranks take devices in turn, and share them
+    where there are not enough. (A launcher that shows each process one device shows it as number 0.)
 
     Args:
         here: what may be used.
@@ -118,12 +118,12 @@ def device_of(model: nn.Module) -> torch.device | None:
 
 @dataclass(frozen=True)
 class RankDevice:
-    """Where one rank computes, as the other ranks need to know it."""
+    """The device of one rank, as the other ranks need to know it."""
 
     kind: str
     """The device's type."""
     identity: str
-    """The same for two ranks exactly if they share a device; of CPUs it says nothing."""
+    """The same for two ranks exactly if they share a device; empty for a CPU."""
 
     @classmethod
     def of(cls, device: torch.device) -> RankDevice:

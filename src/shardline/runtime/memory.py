@@ -21,7 +21,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def resident_bytes() -> int:
-    """Bytes of this process that are in memory now (where the system does not tell: the peak)."""
+    """Bytes of this process that are in memory now (the peak, where the system gives no current figure)."""
     if sys.platform == "linux":
         return _field("VmRSS")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -88,7 +88,7 @@ def addresses(host: str) -> list[str]:
 
 
 def own_address(host: str, port: int) -> str:
-    """The address of this machine that the host sees when it is spoken to. Nothing is sent.
+    """The address from which this machine connects to the host. Nothing is sent.
 
     Raises:
         OSError: the host is unknown, or no interface leads to it.

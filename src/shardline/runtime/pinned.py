@@ -1,4 +1,4 @@
-"""Page-locked host memory of the very size that is asked for.
+"""Page-locked host memory of exactly the size that is asked for.
 
 torch's own allocator rounds every request up to a power of two, and so takes up to twice the memory. On CUDA ordinary
 memory is registered instead.
@@ -51,8 +51,8 @@ def empty_pinned(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor
     """A flat buffer in host memory with arbitrary contents, page-locked for copies from and to ``device``.
 
     Where ``device`` is the CPU it is ordinary memory. To lock memory takes long, and to give it back waits for the
-    device: it is for what is kept. Nobody but its owner sees to it that a copy that is queued is over before it is
-    written again.
+    device: it is for what is kept.
+    The owner must make sure that a queued copy is complete before the buffer is written again.
 
     Raises:
         UsageError: the system does not lock so much.

@@ -1,4 +1,4 @@
-"""What a model must be for an engine to manage it, said before anything is changed; and that it stays so."""
+"""Checks that an engine can manage a model, before anything is changed; and that the model stays so."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WRAPPERS = {
     ("torch", "FSDPModule"): "shards parameters as well. Leave the call of fully_shard out",
     ("deepspeed", "DeepSpeedEngine"): "is another engine. Pass what it wraps: .module",
 }
-"""Classes that do an engine's work themselves, by package and name: none is imported for the sake of a look."""
+"""Classes that do an engine's work themselves, by package and name, so that none is imported for the check."""
 
 
 def check_model(model: nn.Module) -> None:
@@ -158,7 +158,7 @@ class Contents:
         self._slots = self._all()
 
     def _all(self) -> list[Any]:
-        """All modules and parameters that the modules hold, in order. Every forward looks: no Python in between."""
+        """All modules and parameters that the modules hold, in order. No Python per parameter: a forward calls it."""
         return [*chain.from_iterable(map(dict.values, chain.from_iterable(map(_CONTAINERS, self._modules))))]
 
     def _parameters(self) -> dict[str, nn.Parameter]:
@@ -168,7 +168,7 @@ class Contents:
         """See that the model still holds what it held, under the same names.
 
         Modules without parameters may come and go. Plain tensors in the place of parameters, as
-        ``torch.func.functional_call`` puts them there for a call, are the caller's affair.
+        ``torch.func.functional_call`` puts them there for a call, are left to the caller.
 
         Raises:
             ModelError: naming what is new, gone, or another.

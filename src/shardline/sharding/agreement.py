@@ -40,7 +40,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Signature:
-    """By what a pass is known before it runs, on all ranks alike: those of one signature may follow one order.
+    """What is known of a pass before it runs, on all ranks alike. Passes of one signature may follow one order.
 
     A backward needs other weights than the one before it where it comes of other forwards, or where it goes on into
     what the model was given: then the first layer's, too.
@@ -99,7 +99,7 @@ class Agreement:
         self._sharded = [unit.index for unit in units if unit.sharded]
         self._orders: dict[Signature, list[Order | None]] = {}  # by the pass's place among its like in the step
         self._passes: Counter[Signature] = Counter()  # of this step
-        self._doubt = 0  # steps that are negotiated whole
+        self._doubt = 0  # steps in which every pass is negotiated
         self._disagreements = 0
         self._differed = False  # ranks did, in this step
         self.last = frozenset(self._sharded[-1:])
@@ -139,7 +139,7 @@ class Agreement:
         alike = self._negotiation.wait_at(point, record.reductions, record.digest)
         known = self._orders.setdefault(record.signature, [])
         known += [None] * (place + 1 - len(known))
-        if not alike and not self._sharded:  # all that ranks could differ in is when they are ready
+        if not alike and not self._sharded:  # ranks can differ only in when their units are ready
             known[place] = Order(tuple(~index for index in self.reduce_order))
             return
         self._differed = self._differed or not alike
@@ -168,7 +168,7 @@ class Agreement:
         )
 
     def differ(self) -> None:
-        """Ranks wanted different units, and all know it."""
+        """Ranks requested different units, and all know it."""
         self._differed = True
 
     # -- a step -----------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ class Agreement:
         return left
 
     def distrust(self, *, ending: bool = False) -> None:
-        """Some rank left an agreed order, or had late gradients, and all know it: the next step is negotiated.
+        """Some rank left an agreed order, or had late gradients, and all know it. The next step is negotiated.
 
         Args:
             ending: whether :meth:`end_step` follows at once, so that the next step is the one after it.

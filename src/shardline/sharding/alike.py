@@ -27,7 +27,7 @@ class Source(Protocol):
     """Where values come from that must be the same on all ranks.
 
     Attributes:
-        advice: a sentence: what to do where they are not.
+        advice: a sentence that says what to do where ranks differ.
     """
 
     advice: str
@@ -62,7 +62,7 @@ class Statement:
 
 
 class Alike:
-    """The values of all ``sources``, and what ranks say when they differ."""
+    """The values of all ``sources``, and the error where ranks differ."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = sources

@@ -20,7 +20,7 @@ __all__ = ["Averages"]
 
 @dataclass
 class Averages:
-    """Those of one model, whatever its layout is.
+    """The averages of one model, in any layout.
 
     Attributes:
         followed: whether something updates them. Those that only a checkpoint brought end with the next step.
@@ -48,7 +48,7 @@ class Averages:
             )
 
     def begin(self, units: Iterable[Unit]) -> None:
-        """Let every trained parameter that has none begin with its weight."""
+        """Start an average, with the weight as its value, for every trained parameter that has none."""
         for unit in units:
             for bucket in unit.trainable:
                 if bucket.weights.average is None:

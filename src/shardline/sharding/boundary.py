@@ -21,7 +21,7 @@ __all__ = ["Boundary", "no_backward"]
 
 
 def no_backward(*, before: bool = False) -> UsageError:
-    """``before``: it is said of the step before the one that raises it."""
+    """``before``: the error is about the step before the one that raises it."""
     called = "the call of step() before this one came" if before else "step() was called"
     return UsageError(
         f"{called} without a backward since the last step, on any rank. Call engine.backward(loss) first."
@@ -33,7 +33,7 @@ class JudgedStep:
     """A step between its verdict and the consequences that ranks take together.
 
     Attributes:
-        statement: what this rank said of itself in it.
+        statement: what this rank stated in it.
         log: the collectives that this rank issued before it.
         late: some rank had late gradients, which a second round has reduced.
         host: what the host knows.
@@ -87,7 +87,7 @@ class Boundary:
         before: Callable[[], None] | None = None,
         after: Callable[[], None] | None = None,
     ) -> HostVerdict | None:
-        """Reduce what is left, judge, and apply the update unless the verdict says not to.
+        """Reduce what is left, compare reports, and apply the update unless the verdict is to skip or refuse it.
 
         The step before was acted on.
 
@@ -203,7 +203,7 @@ class Boundary:
 
     @property
     def refused(self) -> bool:
-        """Whether the last step is known to be refused, and :meth:`act_on_verdict` has not said so yet."""
+        """Whether the last step is known to be refused, and :meth:`act_on_verdict` has not raised that yet."""
         return self._last is not None and self._last.host is not None and self._last.host.refused
 
     def act_on_verdict(self, *, ending: bool = False) -> None:
@@ -238,7 +238,7 @@ class Boundary:
     def _adopt(self, host: HostVerdict, *, late: bool, ending: bool) -> None:
         """What all ranks do alike. ``late``: some rank had late gradients."""
         self.progress.leaving = self.progress.leaving or host.leaving
-        if host.left or late:  # some rank did not do what was agreed, or cannot: all are told
+        if host.left or late:  # some rank left an order or has late gradients: all ranks take note
             untrusted = self.update.comm.messages.exchange(sorted(self.schedule.untrusted))
             self.schedule.distrust({index for indices in untrusted for index in indices}, ending=ending)
 
@@ -249,7 +249,7 @@ class Boundary:
         self.schedule.reduce_now(self.update.units[index] for index in sorted(everywhere))
 
     def _differing_orders(self, log: dict[str, array[int]], what: str) -> DisagreementError:
-        """Ranks exchanged the wrong ranges: name both sides, before any weight was touched."""
+        """Ranks exchanged the wrong ranges: name both sides, before any weight was changed."""
         names = [unit.name for unit in self.update.units]
         logs = self.update.comm.messages.exchange({operation: list(units) for operation, units in log.items()})
         differing = ((operation, rank) for rank, theirs in enumerate(logs) for operation in theirs

@@ -88,7 +88,7 @@ class Bucket:
         self.edits.note_versions()
 
     def seal(self) -> None:
-        """Take the parameters' data away."""
+        """Seal the parameters."""
         self.edits.forget_handed()
         for param, record in zip(self.params, self._records.values(), strict=True):
             seal(param, record, self.weights.resting)
@@ -110,7 +110,7 @@ class Bucket:
             drop_grads(self.params)
         self.weights.clear()
         self.grads.partial = self.grads.reduced = None
-        self.params.clear()  # what they know of the bucket, and it of them, is a cycle
+        self.params.clear()  # a parameter and its bucket refer to each other: a cycle
 
     # -- parameter.Owner --------------------------------------------------------------------------------------------
 

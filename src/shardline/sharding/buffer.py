@@ -26,7 +26,7 @@ _SMALL = 1 << 16
 
 
 _SLACK = 1.75
-"""A piece may be so many times as large as what is asked for: units of nearly one size then share a few pieces."""
+"""A free buffer may be so many times larger than the request: units of nearly one size then share a few buffers."""
 
 _CLOSE = 1.1
 """The same for buffers of which many are alive at once."""
@@ -36,7 +36,7 @@ _PATIENCE = 20
 
 
 _SECONDS = 1.0
-"""To wait for other ranks that read a piece: they come by at their next transition."""
+"""To wait for other ranks that read a piece: they release it at their next transition."""
 
 
 _LARGE = 2 << 20
@@ -114,7 +114,7 @@ class BufferPool:
                 self._wait_for_readers(_SECONDS)
             else:
                 time.sleep(1e-4)  # a transport's thread releases its tensors a moment after its work is done
-        # A user, or autograd, keeps these for longer: they are theirs now.
+        # A user, or autograd, holds these for longer: do not lend them again.
         self._free = [memory for memory in self._free if not any(memory is other for other in fits)]
         return None
 

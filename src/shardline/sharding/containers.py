@@ -2,7 +2,7 @@
 
 Containers are tuples (named ones too), lists, deques, sets, dicts and what derives from them; dataclasses, attrs
 classes, ``SimpleNamespace``, and any ``Mapping`` or ``Sequence``, which hold what their attributes hold; and the types
-that are registered with torch's pytree. Modules and all other objects hold nothing, as far as the engine looks.
+that are registered with torch's pytree. The engine does not look into modules and other objects.
 """
 
 from __future__ import annotations

@@ -29,13 +29,13 @@ _ADDRESS: Callable[[Tensor], int] = Tensor.data_ptr
 
 
 class Edits:
-    """Notices what is done to ``params`` while they are shown, and brings it into ``weights``.
+    """Notices writes to ``params`` while they are shown, and brings them into ``weights``.
 
     Args:
         may_convert: whether a parameter may be converted now, and who then calls :meth:`restore_views`.
 
     Attributes:
-        standing: the name of a frozen parameter that is edited again and again and stands still.
+        standing: the name of a frozen parameter that is edited again and again and does not change.
     """
 
     def __init__(self, params: Sequence[nn.Parameter], weights: FlatWeights, may_convert: Callable[[], bool]) -> None:
@@ -94,7 +94,7 @@ class Edits:
         base, size = full.data_ptr(), full.element_size()
         addresses = [0 if offset is None else base + offset for offset in self._offsets]
         if [*map(_ADDRESS, self.params)] == addresses and not self._edited():
-            return  # whatever changes a shape raises the version
+            return  # every change of a shape raises the version
         for param, entry in zip(self.params, self.plan.entries, strict=True):
             moved = param.data_ptr() != base + entry.offset * size and entry.param.numel
             shaped = param.shape == entry.param.shape and param.stride() == entry.param.stride

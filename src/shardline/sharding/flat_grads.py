@@ -80,7 +80,7 @@ class FlatGrads:
         self._pack(self.partial, factor, add=not fresh)
 
     def _take_only_grad(self, factor: float) -> bool:
-        """Where the bucket is one parameter whose gradient lies as it does, that tensor can be ``reduced``: no copy.
+        """Where the bucket is one parameter, its gradient, if its strides fit, becomes ``reduced`` without a copy.
 
         Unless autograd gave the same memory to another parameter (views of one sum): it would be scaled twice.
         """

@@ -5,7 +5,7 @@
     master      what the optimizer updates, in fp32: a view of ``resting`` where that is fp32, else a buffer
     average     a moving average of the masters, where one is kept
 
-``master`` may live in host memory (:class:`shardline.sharding.host.HostMemory`); a refresh brings it up.
+``master`` may live in host memory (:class:`shardline.sharding.host.HostMemory`); a refresh copies it to the device.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class FlatWeights:
         return buffer
 
     def authoritative(self) -> tuple[Tensor, int, int]:
-        """The values that count, masters where there are any, and the range of the bucket that they cover."""
+        """The masters where there are any, else the weights, and the range of the bucket that they cover."""
         if self.master is not None:
             return self.master, *self.shard.states
         return self.resting, *self.shard.weights
@@ -233,5 +233,5 @@ class FlatWeights:
             self.full = None
 
     def clear(self) -> None:
-        """Let go of all memory."""
+        """Free all memory."""
         self.resting, self.full, self.master, self.average = torch.empty(0), None, None, None

@@ -139,7 +139,7 @@ def collect_states(unit: Unit, runs: Sequence[RunTensors], optimizer: Optimizer)
                         f"the state {key!r} of {type(optimizer).__name__} has another shape than its parameter, so it "
                         f"cannot move to another layout. With this optimizer, choose what is trained before initialize."
                     )
-        # A rank whose shard is empty has no state to tell what there is.
+        # A rank whose shard is empty has no state from which to learn the keys.
         everyone = unit.comm.messages.exchange([keys, {name: _plain(values) for name, values in scalars.items()}])
         held = {name: {tuple(each) for each in theirs} for keys, _ in everyone for name, theirs in keys.items()}
         plain: dict[str, dict[str, Any]] = {}

@@ -1,7 +1,7 @@
 """Gradients as users see them: in ``.grad`` until the engine collects them, and what is there from then to the step.
 
-Autograd fills ``.grad``, and the engine takes it away: into a flat buffer, summed over ranks. A collected gradient that
-is whole on this rank and has no loss scale is served, as a view: what is done to it counts. Any other is *sealed*:
+Autograd fills ``.grad``. The engine moves it into a flat buffer and sums it over ranks. A collected gradient that
+is whole on this rank and has no loss scale is returned as a view: changes of it count. Any other is *sealed*:
 reading it raises a :class:`UsageError` that names what to call. For a parameter of the model the class does so
 (:mod:`shardline.sharding.parameter`); a run of the optimizer holds a :class:`SealedGrad`.
 """
@@ -32,7 +32,7 @@ def collect_grads(params: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def drop_grads(params: Sequence[Tensor]) -> None:
-    """Let go of what autograd has left in ``.grad`` of ``params``."""
+    """Discard what autograd has left in ``.grad`` of ``params``."""
     collect_grads(params)
 
 

@@ -47,7 +47,7 @@ def _graph_here() -> _Graph:
 
 
 class ModuleHook(partial[Any]):
-    """A module hook that stays behind when the module is copied or pickled: the copy is no engine's."""
+    """A module hook that is left out when the module is copied or pickled: no engine manages the copy."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _NOTHING
@@ -57,7 +57,7 @@ class ModuleHook(partial[Any]):
 
 
 _NOTHING: Callable[..., None] = nullcontext().__exit__
-"""What is left of a hook in a copy: nothing, of the standard library, so that a pickled module needs no Shardline."""
+"""What stands for a hook in a copy: an object of the standard library, so that unpickling needs no Shardline."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Hooks:
         """If this call is the model's own forward, it begins. Returns the hooks that serve the call."""
         schedule = self.schedule
         if schedule.in_backward and torch._C._current_graph_task_id() == -1:
-            schedule.abort_backward()  # it raised an error, which autograd does not report
+            schedule.abort_backward()  # that backward raised an error, which autograd does not report
         if not is_model or schedule.in_backward or self._calls:
             return self
         current = self._on_forward()
@@ -239,7 +239,7 @@ class Hooks:
                 self.saved.pop()
 
     def explain(self, error: BaseException) -> None:
-        """Say on torch's refusal of saved-tensor hooks under ``torch.func`` whose these hooks are."""
+        """Add a note to torch's refusal of saved-tensor hooks under ``torch.func``: the hooks are the engine's."""
         if self.saved.needed and isinstance(error, RuntimeError) and "saved tensor hooks" in str(error):
             error.add_note(
                 "At stage 3 the engine has such hooks inside a forward of the model and inside gathered_parameters(). "
@@ -265,7 +265,7 @@ class Hooks:
             return True
 
     def _in_method(self) -> bool:
-        """Whether a method of one of the model's modules runs that is no administration, as those of ``nn.Module``."""
+        """Whether a method of one of the model's modules runs, other than the methods of ``nn.Module`` itself."""
         modules = {id(module) for module in self._model.modules()}
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
@@ -279,7 +279,7 @@ class Hooks:
     # -- graphs that autograd does not tell of ----------------------------------------------------------------------
 
     def _unwatched(self) -> _Graph | None:
-        """The graph that is built here without saved-tensor hooks: those that ``torch.func`` builds know none."""
+        """The graph that is built here without saved-tensor hooks: ``torch.func`` allows none."""
         if not self.saved.needed or _hooks_are_enabled() or not torch.is_grad_enabled():
             return None
         return None if self.schedule.in_backward else _graph_here()

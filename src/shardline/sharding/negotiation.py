@@ -1,12 +1,12 @@
-"""What ranks tell each other while they are not known to run the same path.
+"""Messages between ranks while they are not known to run the same path.
 
-They speak in rounds. In each, every rank says which unit it wants gathered, or that it waits for a reduction, or that
-it is done with the pass; then all gather what was requested, one unit after the other. A rank that does not need a unit
-takes part all the same, and drops it. A pass is over when all are done with it in the same round.
+There are rounds. In each, every rank requests a unit, or reports that it waits for a reduction, or that it is done with
+the pass; then all gather what was requested, one unit after the other. A rank that does not need a unit takes
+part all the same, and drops it. A pass is over when all are done with it in the same round.
 
-No rank waits without end: a rank that computes will speak again; gathers are those that all have just heard of, in one
-order; and a reduction is waited for only when every rank has issued it. Of the ranks that still wait for that, the one
-which has issued the fewest reductions has all of its own issued everywhere, so it goes on.
+No rank waits without end. A rank that computes will take part in the next round; gathers are those that all have just
+learned of, in one order; and a reduction is waited for only when every rank has issued it. Of the ranks that still wait
+for that, the one which has issued the fewest reductions has all of its own issued everywhere, so it goes on.
 """
 
 from __future__ import annotations
@@ -87,6 +87,6 @@ class Negotiation:
                     self._units[index].join_unshard()
             self.repeated |= {answer[0] - count for answer in answers if answer[0] >= count}
         except BaseException:
-            self._broken = True  # the others do not hear of it, so none of them would answer
+            self._broken = True  # the other ranks do not know of it, so none of them would answer
             raise
         return answers

@@ -1,9 +1,9 @@
-"""The class of a parameter while an engine manages it: a parameter that knows what was done to it.
+"""The class of a parameter while an engine manages it: a parameter that notices what is done to it.
 
 A managed parameter is *shown*, its data a view of a flat buffer, or *sealed*, its data away. In either state its class
 is one made for the purpose from the class that it had, so a subclass of ``nn.Parameter`` stays what it is.
 
-* :func:`show` gives it its data. The class notes what no version tells: that ``.data`` was read, whose writes autograd
+* :func:`show` gives it its data. The class notes what raises no version: that ``.data`` was read, whose writes autograd
   does not count, and that ``.data`` was assigned. All else is done by torch as before, at its own speed.
 * In both states ``.grad`` is what autograd has left there and, once the engine has collected that, what its owner says.
 * :func:`seal` takes its data away. Shape, dtype and device stay true; reading or writing it either gathers its unit
@@ -41,13 +41,13 @@ __all__ = [
 
 
 class Owner(Protocol):
-    """Who keeps the data of parameters, and is told what users do to them.
+    """Keeps the data of parameters, and is called when users access them.
 
     ``index`` says which of the owner's parameters it is.
     """
 
     def sealed_access(self) -> bool:
-        """A sealed parameter is needed. Shows it if this is a moment at which all ranks do, and says whether it did."""
+        """A sealed parameter is accessed. Gathers it if all ranks do so now, and returns whether it did."""
 
     def handed_out(self, index: int, alias: Tensor) -> None:
         """``alias``, the ``.data`` of a shown parameter, was read: what is written to it raises no version."""
@@ -153,7 +153,7 @@ def _make_classes(original: type[nn.Parameter]) -> tuple[type[nn.Parameter], typ
     def read_grad(self: Any) -> Tensor | None:
         with torch._C.DisableTorchFunctionSubclass():
             grad = left_grad(self)
-        if grad is not None or torch._guards.TracingContext.try_get() is not None:  # no compiler is to see the seal
+        if grad is not None or torch._guards.TracingContext.try_get() is not None:  # compilers must not trace the seal
             return grad
         record: ParamRecord = self._shardline
         return record.owner.grad_of(record.index)
@@ -227,7 +227,7 @@ _FUNCTIONS = ("numel", "is_floating_point", "is_complex", "is_signed", "empty_li
 
 
 def _harmless() -> frozenset[Any]:
-    """Everything one may ask of a sealed parameter: what does not look at its elements."""
+    """Functions that work on a sealed parameter: they do not read its elements."""
     found: set[Any] = set()
     for name in _DESCRIPTORS:
         descriptor = getattr(Tensor, name, None)

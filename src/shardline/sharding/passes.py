@@ -2,8 +2,7 @@
 
 Two ranks that gather units of one size in different orders would swap weights without any error, and two that wait for
 different collectives deadlock. So what is issued is the same on all ranks, either because all follow one
-:class:`~shardline.sharding.orders.Order` to the letter, whatever they need themselves, or because they have just agreed
-on it.
+:class:`~shardline.sharding.orders.Order` exactly, whatever they need themselves, or because they have just agreed.
 
 A pass yields what is due, as calls, and the schedule makes them. That keeps the order apart from the collectives, and
 the stack between a module's hook and its all-gather short.
@@ -250,7 +249,7 @@ class Replayed(Pass):
                 if event not in self._gathered:
                     self._drop_ahead()
                 self._gathered.add(event)
-                if event in self._resident:  # it was, and this rank has let it go
+                if event in self._resident:  # it was gathered, and this rank has resharded it
                     raise self._refusal(unit)
                 yield unit.unshard
 

@@ -1,4 +1,4 @@
-"""Which dtype everything has: weights, masters, gradients, what travels, what goes in; and the loss scale of fp16."""
+"""The dtypes of weights, masters, gradients, communication and inputs; and the loss scale of fp16."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class Precision:
 
 
 _ABOUT_DTYPES = re.compile(r"dtype|scalar type|Input type")
-"""In what torch says where two tensors have not the dtypes that they should."""
+"""Part of torch's message where two tensors have different dtypes."""
 
 _NAMED = 5
 """Buffers that a message names."""

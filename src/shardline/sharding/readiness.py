@@ -1,4 +1,4 @@
-"""When the gradients of a unit are complete: what hints tell.
+"""When the gradients of a unit are complete, by hints.
 
 A hint is that the gradients of all inputs of a unit's calls are complete: then those of its parameters nearly always
 are. Gradients that come later are kept and reduced in a second round at the step, and the unit's hints are not trusted
@@ -98,7 +98,7 @@ class Readiness:
                 yield unit
 
     def was_complete(self, unit: Unit) -> bool:
-        """Whether a hint has said so."""
+        """Whether a hint has reported ``unit`` complete."""
         return unit.index in self._ready
 
     def is_ready(self, index: int) -> bool:

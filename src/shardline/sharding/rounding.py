@@ -1,4 +1,4 @@
-"""Frozen weights in low precision that are edited again and again, and stand still: rounding loses what is added."""
+"""Frozen weights in low precision that are edited again and again without effect: rounding loses what is added."""
 
 from __future__ import annotations
 

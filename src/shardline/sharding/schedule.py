@@ -88,8 +88,7 @@ class Schedule:
 
     Attributes:
         in_backward: whether a backward of the engine runs.
-        reducing: whether this backward's gradients are reduced, or only added up on this rank: in a single process
-            always that.
+        reducing: whether this backward's gradients are reduced, or only added up on this rank, as in a single process.
         factor: what gradients are multiplied by when they are collected.
     """
 

@@ -272,12 +272,13 @@ class Update:
             work.wait()
 
     def _portions(self, *, hooked: bool) -> Iterable[tuple[Sequence[Unit], Sequence[RunTensors]]]:
-        """What one call of the optimizer updates: everything; or a unit, whose weights go up while the next is updated.
+        """What one call of the optimizer updates: everything, or one unit.
 
-        An optimizer leaves out what has no gradient. Those that we know notice nothing else of being called often.
+        By units, the weights of one go to the device while the next is updated. An optimizer leaves out what has
+        no gradient; otherwise the known ones do not depend on how often they are called.
         """
-        up = any(unit.host is not None for unit in self.units)
-        if hooked or not up or not takes_grad_scale(self.optimizer) or self.optimizer._optimizer_step_post_hooks:
+        offloads = any(unit.host is not None for unit in self.units)
+        if hooked or not offloads or not takes_grad_scale(self.optimizer) or self.optimizer._optimizer_step_post_hooks:
             return [(self.units, self.runs)]
         return self._by_unit
 

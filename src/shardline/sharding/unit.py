@@ -28,7 +28,7 @@ class Residence(Enum):
     """Where a unit's full weights are, and what its parameters show."""
 
     SHARDED = "sharded"  # not here; parameters are sealed
-    GATHERING = "gathering"  # on their way; parameters are sealed
+    GATHERING = "gathering"  # being gathered; parameters are sealed
     GATHERED = "gathered"  # here; parameters are views of them
     GATHERED_SEALED = "gathered, sealed"  # here, for a use that comes soon; parameters are sealed
 
@@ -119,7 +119,7 @@ class Unit:
                 bucket.bind(bucket.weights.resting)
 
     def advance_generation(self) -> None:
-        """The weights are others than before."""
+        """The weights have changed."""
         for bucket in self.buckets:
             bucket.weights.generation += 1
 
