@@ -74,7 +74,7 @@ class ConfigError(ShardlineError, ValueError):
 
 
 class UsageError(ShardlineError, RuntimeError):
-    """A call came at a moment, or with arguments, where it has no right meaning."""
+    """A call out of order, or with arguments that cannot work."""
 
     code = "SL201"
 
@@ -104,7 +104,7 @@ class DataError(ShardlineError, ValueError):
 
 
 class DisagreementError(ShardlineError, RuntimeError):
-    """Ranks that must hold or do the same do not."""
+    """Ranks hold or do different things where they must be the same."""
 
     code = "SL601"
 

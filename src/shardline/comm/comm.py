@@ -36,7 +36,7 @@ class Comm:
         data: the ranks that train on different samples. The same ranks as ``shard`` now.
         device: of the buffers.
         gathers, reductions: the transports of the two kinds of transitions.
-        messages: what ranks tell each other at set-up.
+        messages: between ranks, at set-up.
         log: of the transitions.
         notice: what makes communication slower than it could be; None where nothing does.
     """
@@ -126,7 +126,8 @@ class Comm:
         if self._groups is not None:
             self._closed, self.gathers, self.reductions = True, CLOSED, CLOSED
             self.messages.release()
-        self._parent = self._groups = self._host = self._vector_group = None  # not the peers: they wait at the exit
+        # Not the peers: the process waits for them at its end.
+        self._parent = self._groups = self._host = self._vector_group = None
 
     def give_up(self, error: ShardlineError | None) -> None:
         """Let ranks that wait for this one raise ``error`` too; ``None`` takes it back.

@@ -1,4 +1,4 @@
-"""What a loader refuses: numbers and datasets that cannot be split, and streams that end at another place than said."""
+"""What a loader refuses: numbers and datasets that cannot be split, and streams that end too early or late."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class _Source(Dataset[Drawn | StreamEnd]):
         try:
             with outer_states_kept():
                 return self.draw(request)
-        except StopIteration as error:  # it would end the iteration that asks, and so the epoch
+        except StopIteration as error:  # it would end the iteration, and so the epoch
             where = " ".join(getattr(error, "__notes__", ()))
             raise DataError(
                 f"The dataset {type(self.dataset).__name__} or its collate_fn raised StopIteration, as next() does on "
@@ -74,7 +74,7 @@ class _Source(Dataset[Drawn | StreamEnd]):
         self.epoch = None
 
     def begin(self, epoch: int) -> None:
-        """Tell a dataset that wants to know which epoch it is."""
+        """Call the dataset's ``set_epoch``, if it has one."""
         if epoch != self.epoch:
             self.epoch = epoch
             if hasattr(self.dataset, "set_epoch"):
@@ -106,8 +106,8 @@ class Indexed(_Source):
 class Streamed(_Source):
     """Micro-batches of a dataset that can only be iterated.
 
-    Whoever draws reads the whole stream, one global batch at a time, and keeps its own piece: only so does each rank
-    know, without asking the others, where the stream ends and how many samples the last global batch has.
+    The process that draws reads the whole stream, one global batch at a time, and keeps its own piece. So each rank
+    knows, without a message, where the stream ends and how many samples the last global batch has.
     """
 
     def __init__(self, dataset: Any, collate: Collate, seed: int, split: Split, drop_last: bool) -> None:

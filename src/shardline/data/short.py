@@ -1,4 +1,4 @@
-"""Batches of a user's own loader that seem smaller than the others: worth a notice, and no more than that."""
+"""Batches of a user's own loader that seem smaller than the others: they lead to a notice only."""
 
 from __future__ import annotations
 

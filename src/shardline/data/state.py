@@ -71,7 +71,7 @@ class LoaderState:
         return here
 
     def jump(self, position: Position) -> None:
-        """Go elsewhere."""
+        """Move to another position."""
         self.at = position
         self.handed = self.size = None
 

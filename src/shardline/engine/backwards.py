@@ -1,4 +1,4 @@
-"""Where the gradients of a window come from: the engine's backwards, those of others, and what was set by hand."""
+"""The sources of a window's gradients: the engine's backwards, those of others, and what was set by hand."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Backwards:
             by_accumulation: the same.
         """
         engines = list(_IN_USE.values())
-        if factor != 1.0:  # what lies there already would be taken for a part of this backward
+        if factor != 1.0:  # a gradient that is there already would be taken for a part of this backward
             for each in engines:
                 each.collect_unseen()
         self._begin(factor=1.0)
@@ -169,6 +169,6 @@ class Backwards:
         return True
 
     def discard(self, *, steps: int = 0) -> None:
-        """Forget what the window has accumulated; it begins again, ``steps`` micro-steps into it."""
+        """Discard what the window has accumulated; it begins again, ``steps`` micro-steps into it."""
         self._trainables.drop_gradients()
         self._window.restart(steps=steps)

@@ -28,7 +28,7 @@ class EMA:
     """The moving average of the trained weights of ``engine``. Collective: every rank makes it alike.
 
     Checkpoints hold it. It goes on with the one that ``engine`` has loaded, and with one that it loads later; else it
-    begins with the weights of now. A parameter that is frozen keeps its average as it is; one that is trained later
+    begins with the present weights. A parameter that is frozen keeps its average as it is; one that is trained later
     begins with its weight. Buffers are not averaged.
 
     Args:
@@ -118,7 +118,7 @@ class EMA:
         finish_load(parts)
 
     def remove(self) -> None:
-        """Stop averaging, and forget the averages."""
+        """Stop averaging, and discard the averages."""
         trainables = self.engine.trainables
         trainables.averages.check_hidden("ema.remove()")
         self.engine.events.unsubscribe(self._see)

@@ -1,6 +1,6 @@
 """What a loop written for plain PyTorch may still do to the loss that it gives to ``engine.backward``.
 
-A loss does not tell what was done to it, but its graph does: the last few nodes multiply or divide it by a number.
+The graph of a loss shows it: its last few nodes multiply or divide by a number.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Leftovers", "grad_scale", "is_divided_by", "is_scaled_by", "is_some_
 _TIMES, _OVER = "MulBackward0", "DivBackward0"
 
 _DEPTH = 4
-"""Nodes to look at: ``scaler.scale(loss / n)`` and its kin."""
+"""Nodes to look at: ``scaler.scale(loss / n)`` and the like."""
 
 
 class Leftovers:

@@ -1,4 +1,4 @@
-"""What a model and its optimizer were before ``initialize``, and the way back where that fails."""
+"""The model and the optimizer as they were before ``initialize``, and how they are restored where that fails."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Origin:
         self._writes = [(tensor, tensor._version) for tensor in held if tensor.is_meta]
 
     def restore(self, layout: Layout, error: BaseException) -> None:
-        """Put everything back, and say on ``error`` what could not be. Collective.
+        """Put everything back; add a note to ``error`` about what could not be. Collective.
 
         Afterwards ``layout`` has no units. What was on ``meta`` is there again.
         """

@@ -40,7 +40,7 @@ class _Pending:
 
 
 class Outcome:
-    """Tells the user's side of one engine what became of its steps."""
+    """Reports the outcome of steps: to counters, the scheduler, and listeners."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Outcome:
             self._trainables.boundary.act_on_verdict(ending=ending)
 
     def forget(self) -> None:
-        """Other states were loaded: the last step counts no longer."""
+        """Other states were loaded: the last step does not count any more."""
         if self._trainables.boundary is not None:
             self._trainables.boundary.forget()
         self._last_epoch = None
@@ -89,7 +89,7 @@ class Outcome:
     # -- a step -----------------------------------------------------------------------------------------------------
 
     def look(self, loss: Tensor | None) -> _Before:
-        """What its event will tell of a step that comes now; ``loss`` is the mean of its window."""
+        """The figures of a step that comes now; ``loss`` is the mean of its window."""
         return _Before(loss, self._rates(), self._loss_scale())
 
     def follow(self, before: _Before, host: HostVerdict | None, scheduler: Any, lr_kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What each step tells the event stream: that it was done or skipped, and how long its phases took."""
+"""The events of a step: that it was done or skipped, and how long its phases took."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people call to save, load and export; :mod:`shardline.checkpoint` does it."""
+"""The engine's methods to save, load and export; :mod:`shardline.checkpoint` does it."""
 
 from __future__ import annotations
 

@@ -198,8 +198,8 @@ class Trainables:
         self._arrange()
 
     def lay_out_by_state_steps(self, state_steps: Mapping[str, int]) -> None:
-        """Lay the model out for states that are loaded next: parameters whose states have seen different numbers
-        of steps share no run."""
+        """Lay the model out for states that are loaded next: parameters whose states have seen
+        different numbers of steps share no run."""
         if self._optimizer is not None:
             self._optimizer.state.clear()
         self.frozen_states.clear()
@@ -267,7 +267,7 @@ class Trainables:
             self.move_states(away=False)
 
     def note_new_weights(self, notices: Notices) -> None:
-        """The weights were updated: graphs of the old ones are void."""
+        """The weights were updated: graphs of the old ones cannot be used."""
         torch.autograd.graph.increment_version(self.params)
         if not self.averages.followed and self.averages.exist(self.layout.units):
             self.averages.drop(self.layout.units)
@@ -287,7 +287,7 @@ class Trainables:
                     )
 
     def drop_gradients(self) -> None:
-        """Forget all gradients, also those on their way."""
+        """Discard all gradients, also those in flight."""
         self.schedule.finish_reductions()
         for unit in self.layout.units:
             unit.drop_grads()

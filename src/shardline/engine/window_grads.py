@@ -1,8 +1,8 @@
 """The gradients of a window between its backwards and its step, where no rank holds them whole.
 
-``.grad`` of a parameter is then a :class:`DividedGrad`: it has the parameter's shape and no elements. What a loop does
-to gradients between backward and step works on it as on a plain one: norms, which are global; and in-place operations
-by elements or numbers, which each rank applies to its own elements. So clipping, by torch or by hand, and
+``.grad`` of a parameter is then a :class:`DividedGrad`: it has the parameter's shape and no elements. Operations of a
+loop between backward and step work on it as on a plain one: norms, which are global; and in-place operations by
+elements or numbers, which each rank applies to its own elements. So clipping, by torch or by hand, and
 ``GradScaler.unscale_`` mean what they mean without an engine. What needs the elements raises and says what to call.
 """
 
@@ -204,7 +204,7 @@ class WindowGrads:
         return view(bucket.weights.gather(unit.index, own, Placement.SHARDED), entry) / self._average()
 
     def zero(self, name: str) -> None:
-        """Forget what the window has gathered for one parameter."""
+        """Drop what the window has gathered for one parameter."""
         _, bucket, entry = self._trainables.layout.where(name)
         if bucket.grads.partial is not None:
             bucket.grads.partial[entry.offset : entry.stop].zero_()

@@ -1,4 +1,4 @@
-"""What a run says: sinks for the event stream."""
+"""Sinks for the event stream of a run."""
 
 from shardline.observe.console import Console
 

@@ -88,5 +88,5 @@ def _at_the_end() -> None:
             os._exit(1)  # nothing that runs at the end of Python can choose the code otherwise
 
 
-# Not atexit, which processes of multiprocessing skip. Last of all: what else runs at the end has run.
+# Not atexit, which processes of multiprocessing skip. It runs last.
 _end = Finalize(None, _at_the_end, exitpriority=-1_000_000)

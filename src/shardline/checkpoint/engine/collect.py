@@ -52,7 +52,7 @@ def collect(
     found, bodies = Captured(), list[Body]()
 
     def capture() -> dict[str, Any]:
-        """What may fail on one rank: values that cannot be saved. Returns what ranks compare."""
+        """The part that may fail on one rank only: values that cannot be saved. Returns what ranks compare."""
         capture_tensors(found, parts, frozen=frozen)
         tensors: dict[str, Tensor] = {}
         extra = capture_extra(parts.module, tensors)  # on every rank: it may be collective
@@ -92,7 +92,7 @@ def _body(
     *,
     within: bool,
 ) -> Body:
-    """What rank 0 says for all ranks, before they have reported; the tensors of its values are added to ``tensors``."""
+    """The manifest's body as far as rank 0 knows it; the tensors of its values are added to ``tensors``."""
     scheduler, loader = trainer.lr_scheduler, trainer.training_dataloader
     if not isinstance(client_state, Mapping):
         raise UsageError(f"client_state is a {type(client_state).__name__}; it must be a dict.")

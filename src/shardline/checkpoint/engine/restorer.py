@@ -1,4 +1,4 @@
-"""Loads a checkpoint into one engine: all that can be refused is refused first, then everything is changed."""
+"""Loads a checkpoint into one engine: everything is checked first, then everything is changed."""
 
 from __future__ import annotations
 

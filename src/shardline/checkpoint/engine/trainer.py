@@ -1,4 +1,4 @@
-"""What saving and loading need of an engine: the only way in which they look at one."""
+"""The interface of an engine that saving and loading use."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Trainer(Protocol):
         ...
 
     def lay_out_by_state_steps(self, steps: Mapping[str, int]) -> None:
-        """Lay the model out so that only parameters of one age share a run. Collective."""
+        """Lay the model out so that only parameters whose states have seen as many steps share a run. Collective."""
         ...
 
     def go_on_from(self, counters: Mapping[str, int]) -> None:

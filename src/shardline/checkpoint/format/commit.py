@@ -51,7 +51,7 @@ _MARK_SECONDS = 2.0  # a network file system may show a new directory a moment l
 
 
 class Channel(Protocol):
-    """What ranks say to each other: JSON values."""
+    """Messages between ranks: JSON values."""
 
     @property
     def rank(self) -> int: ...

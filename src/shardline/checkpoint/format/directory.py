@@ -145,8 +145,8 @@ def _is_empty(folder: Path) -> bool:
 def dissolve(folder: Path, home: Path | None = None, middle: Callable[[], None] = lambda: None) -> None:
     """Delete what a save wrote to ``folder``, and the folder; what else is in it moves to ``home``.
 
-    The mark goes last, so that one who is killed here is followed by another. ``middle`` is called after the first
-    file.
+    The mark is deleted last, so that a later process can finish a deletion that was interrupted. ``middle`` is called
+    after the first file.
     """
     entries = list(folder.iterdir())
     ours = [each for each in entries if _is_written(each.name) and is_regular(each)]
@@ -249,7 +249,7 @@ class Directory:
         return [each.tag for each in self.checkpoints()]
 
     def pending(self) -> str | None:
-        """The tag of a checkpoint that is in its place, while the job was killed before ``latest`` could say so."""
+        """The tag of a checkpoint that is in its place although the job was killed before ``latest`` was written."""
         for intent, identity, _ in self._named(INTENT):
             tag = _intended(intent)
             with contextlib.suppress(CheckpointError):
