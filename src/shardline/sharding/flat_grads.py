@@ -68,7 +68,7 @@ class FlatGrads:
         """Move the parameters' ``.grad``, times ``factor``, into ``partial``; if nothing is reduced, ``reduced``."""
         if self.is_local:
             fresh = self.reduced is None
-            if fresh and self._take_only_grad(factor):
+            if fresh and self._use_only_grad(factor):
                 return
             if self.reduced is None:
                 self.reduced = self._empty()
@@ -79,7 +79,7 @@ class FlatGrads:
             self.partial = self.pool.borrow(self.plan.size, self.dtype, lasting=True)
         self._pack(self.partial, factor, add=not fresh)
 
-    def _take_only_grad(self, factor: float) -> bool:
+    def _use_only_grad(self, factor: float) -> bool:
         """Where the bucket is one parameter, its gradient, if its strides fit, becomes ``reduced`` without a copy.
 
         Unless autograd gave the same memory to another parameter (views of one sum): it would be scaled twice.
