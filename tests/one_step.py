@@ -1,4 +1,4 @@
-"""What an installed Shardline must be able to do, with nothing of the repository at hand: train one step."""
+"""What an installed Shardline must be able to do, without the repository: train one step."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The engine against the twin over stage x precision x accumulation x world x optimizer; a part of it by default.
 
 Tolerances are `harness.TOLERANCE`: fp32 within 1e-5 of each weight, bf16 and fp16 within 2% and 0.5% of the distance it
-was moved; on a world of one, and between the stages without accumulation, bit by bit.
+was moved; on a single process, and between the stages without accumulation, bit by bit.
 """
 
 from __future__ import annotations

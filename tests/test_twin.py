@@ -1,4 +1,4 @@
-"""The twin is the specification, so it is itself held against loops that nobody could write differently."""
+"""The twin is the specification, so it is itself compared with the plainest loops."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 What Shardline computes on N ranks is, by definition, what this file computes on one. Nothing here is clever: a master
 copy of each parameter, a sum of gradients, one division, a plain ``torch.optim`` step. Two habits are the engine's own
-and make a world of one comparable bit by bit: masters are flat and padded to a multiple of 64 elements (fused kernels
+and make a single process comparable bit by bit: masters are flat and padded to a multiple of 64 elements (fused kernels
 round their vector body and their scalar tail differently); and a loss is divided by the accumulation steps, so that
 what is left of the average, the loss scale and clipping are ONE divisor, which is 1 in the plainest case.
 """

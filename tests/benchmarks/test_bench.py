@@ -112,7 +112,7 @@ def test_the_formula_of_state_is_what_a_loop_holds(parts):
     assert parts["targets"].state_bytes("fp32", 0, 1) * numel == held
     for dtype in ("fp32", "bf16"):
         alone = {parts["targets"].state_bytes(dtype, stage, 1) for stage in range(4)}
-        assert len(alone) == 1, "a world of one has nothing to divide"
+        assert len(alone) == 1, "a single process has nothing to divide"
     assert parts["targets"].state_bytes("bf16", 3, 9) == 2
 
 

@@ -1,4 +1,4 @@
-"""The runner of the first minutes on a card: what hangs, dies or says nothing costs its section and shows. No GPU."""
+"""The runner of the first minutes on a GPU: a section that hangs, dies or prints nothing is reported. Needs no GPU."""
 
 from __future__ import annotations
 

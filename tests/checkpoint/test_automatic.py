@@ -322,7 +322,7 @@ from tests.checkpoint import cases
 built = cases.engine(cases.config(0, 1, checkpoint={"dir": sys.argv[1], "save_on_sigterm": True}))
 cases.train(built, 1)
 print("in a step", flush=True)
-time.sleep(7)  # longer than anybody waited
+time.sleep(7)  # longer than any wait
 cases.train(built, 10)
 """
 

@@ -151,7 +151,7 @@ def test_what_is_no_manifest(saved, wrong):
 
 
 def test_every_field_has_a_type_and_a_range(saved, capsys):
-    """In one test, as each is cheap: values that no save writes, signed anew."""
+    """In one test, as each is cheap: values that no save writes, with a right checksum."""
     good = content(saved / "two")
     for field, value in EACH:
         data = json.loads(json.dumps(good))

@@ -152,7 +152,7 @@ def test_groups_that_are_others(ranks, tmp_path):
 
 
 def hostile(path):
-    """A manifest whose options are none of this optimizer, signed anew."""
+    """A manifest whose options are none of this optimizer, with a right checksum."""
     from tests.checkpoint.test_forms import content, sign
 
     run(FIRST, "cosine", 2, path, False)

@@ -147,7 +147,7 @@ def test_the_bits_are_those_of_gloo(ranks, dtype, out_dtype, add) -> None:
         assert all(same and torch.equal(whole, results[0][1]) for same, whole in results)
 
 
-# --- nobody waits for ever --------------------------------------------------------------------------------------------
+# --- no rank waits without end ----------------------------------------------------------------------------------------
 
 
 def rank_0_is_late(others):
@@ -515,7 +515,7 @@ def test_what_was_interrupted_is_not_started_again(ranks) -> None:
 
 
 def elsewhere():
-    """Tensors are made on another device unless somebody says where."""
+    """Tensors are made on another device unless one is given."""
     with torch.device("meta"):
         comm = Comm(dist.group.WORLD, CPU)
         source, out = torch.ones(2 * LARGE, device="cpu"), torch.zeros(LARGE, device="cpu")

@@ -1,4 +1,4 @@
-"""Seeds are spread and fixed for ever; states outside come back."""
+"""Seeds are spread and never change; states outside come back."""
 
 from __future__ import annotations
 

@@ -765,7 +765,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
 // -- what NCCL is to the engine -----------------------------------------------------------------------------------------
 
 // Like ProcessGroupNCCL: each collective runs on a stream of the group's own, behind what the caller's stream holds;
-// `wait` makes the caller's stream wait, and lets go of the tensors that the work kept alive. The bytes travel over gloo,
+// `wait` makes the caller's stream wait, and releases the tensors that the work kept alive. The bytes travel over gloo,
 // so `wait` also keeps the host; for who waits for whom that is the same, since a stream that waits holds back every
 // collective that is issued after it.
 struct SimWork final : c10d::Work {

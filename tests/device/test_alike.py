@@ -1,4 +1,4 @@
-"""What must be the same on all ranks, on a device: nobody waits for an option there, and a difference is named."""
+"""What must be the same on all ranks, on a device: no option there is waited for, and a difference is named."""
 
 from __future__ import annotations
 

@@ -285,7 +285,7 @@ def test_optimizers_and_schedules_in_every_form(ranks, case) -> None:
 
 
 def attached(stage):
-    """A scheduler that hung on the optimizer before, and one that nobody told the engine of."""
+    """A scheduler that was attached to the optimizer before, and one that the engine was not given."""
     model = seeded(Mlp)
     optimizer = sgd(model.parameters())
     given, silent = LambdaLR(optimizer, halve), StepLR(optimizer, 2, gamma=0.1)

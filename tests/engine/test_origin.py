@@ -23,7 +23,7 @@ class Parts(Mlp):
 
 
 class Scaled(nn.Module):
-    """On `meta` nobody can know what its constructor wrote."""
+    """On `meta` it cannot be known what its constructor wrote."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -118,14 +118,14 @@ def test_a_block_of_several_units_is_compiled_in_parts(ranks) -> None:
 
 
 def _kept_after_forward(compiled):
-    """Pieces of memory that gathers used, and how many of them somebody still holds once the forward is over."""
+    """Pieces of memory that gathers used, and how many of them are still held once the forward is over."""
     engine = start(lambda: Mlp(width=160), Setup().config(3))
     if compiled:
         engine.compile(backend="aot_eager")
     pool = engine.trainables.layout.pool
     for _ in range(2):
         loss = mse(engine, engine.module, regression(4, width=160))
-        deadline = time.monotonic() + 5  # a transport's thread lets go a moment after its work is done
+        deadline = time.monotonic() + 5  # a transport's thread releases it a moment after its work is done
         while (held := _held(pool)) and time.monotonic() < deadline:
             time.sleep(0.01)
         found = len(pool._free), held, [unit.residence.value for unit in engine.trainables.layout.units if unit.sharded]

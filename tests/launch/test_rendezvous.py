@@ -54,7 +54,7 @@ class Forged:
 
 @pytest.fixture(scope="module")
 def forge():
-    """Writes a state of the rendezvous from another process, as anybody who reaches the port may."""
+    """Writes a state of the rendezvous from another process, as any program that reaches the port may."""
     code = (
         "import sys, torch.distributed as dist\n"
         "for line in sys.stdin:\n"

@@ -404,10 +404,10 @@ def record(time, lost_peer=False, gone=()):
         ([(1, 1), (0, 1)], {0: record(2.0), 1: record(1.0, lost_peer=True)}, 0),  # slow to leave
         ([(1, 1), (0, 1)], {0: record(1.0, lost_peer=True), 1: record(2.0, lost_peer=True)}, 0),
         ([(0, 1), (1, -9)], {0: record(1.0, gone=[101])}, 1),
-        ([(0, 1), (1, -15)], {0: record(1.0, gone=[101])}, 1),  # by somebody else
+        ([(0, 1), (1, -15)], {0: record(1.0, gone=[101])}, 1),  # by another process
         ([(0, 1), (1, -9)], {0: record(1.0)}, 0),
         ([(0, 1), (1, -15), (2, -9)], {0: record(1.0, gone=[101, 102])}, 2),
-        ([(1, -6), (0, 1)], {0: record(1.0, gone=[101])}, 0),  # aborted when rank 0 let go of it
+        ([(1, -6), (0, 1)], {0: record(1.0, gone=[101])}, 0),  # aborted when rank 0 closed it
         ([(1, -6), (0, 1)], {0: record(1.0, lost_peer=True, gone=[101])}, 1),
         ([(1, -15), (0, 3)], {}, 0),
         ([(1, -15)], {}, 1),

@@ -211,7 +211,7 @@ def test_every_holder_of_a_parameter_uses_its_unit(model, world, low, high, whol
 @given(model=models(), world=st.integers(1, 4), other=st.integers(1, 4))
 @example(model=([], [ModuleSpec("", "Any", False, ())]), world=1, other=2)
 def test_offsets_do_not_depend_on_the_world(model, world, other) -> None:
-    """Where every parameter is too small to be alone in a world of one."""
+    """Where every parameter is too small for a bucket of its own on a single process."""
     plans = [make_plan(*model, size) for size in (world, other)]
     where = [{p.name: (plan.where(p.name)[0].index, plan.where(p.name)[2].offset) for p in model[0]} for plan in plans]
     assert where[0] == where[1]

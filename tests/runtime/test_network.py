@@ -22,7 +22,7 @@ def test_a_store_listens_on_its_address_alone(host):
     other.set("key", "value")
     assert store.get("key") == b"value"
     del other, store
-    assert listening() == []  # and it is closed when it is let go
+    assert listening() == []  # and it is closed with its last reference
 
 
 def test_the_port_of_a_closed_store_is_free_at_once():

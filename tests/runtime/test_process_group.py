@@ -60,7 +60,7 @@ def test_a_world_needs_an_address(environment, cpu):
 
 
 def test_bad_rank_argument(environment):
-    with pytest.raises(LaunchError, match="Rank 2 in a world of 2"):
+    with pytest.raises(LaunchError, match="Rank 2 of 2 processes"):
         process_group.init_distributed(rank=2, world_size=2)
 
 

@@ -1,4 +1,4 @@
-"""The pool lends nothing that somebody still holds, and views lie where they should."""
+"""The pool lends nothing that is still held, and views lie where they should."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_what_somebody_holds_is_not_lent(keep: str) -> None:
     gc.collect()
     if keep == "autograd":
         return
-    assert not pool._free, "what somebody kept is forgotten, not piled up: it goes when its holder does"
+    assert not pool._free, "what is still held leaves the pool: it is freed with its holder"
 
 
 def test_the_best_fitting_piece_is_lent_and_none_that_is_much_too_large() -> None:

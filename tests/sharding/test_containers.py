@@ -35,7 +35,7 @@ class Frozen:
 
     def __post_init__(self) -> None:
         if isinstance(self.x, Tensor) and self.x.dtype is not torch.float32:
-            raise AssertionError("a copy is not made anew")
+            raise AssertionError("a copy is not made by the constructor")
 
     @cached_property
     def double(self) -> Any:

@@ -82,7 +82,7 @@ def test_fragments_and_states_are_those_of_plain_training(ranks, name, world, st
             assert grad is None and float(state["step"]) == 2.0
             assert torch.equal(state["exp_avg"], states[key][0]["exp_avg"][low:high])
     copies = world if stage == 0 else 1
-    assert all(bool((count == copies).all()) for count in seen.values()), "each element is somebody's, once"
+    assert all(bool((count == copies).all()) for count in seen.values()), "each element belongs to one fragment"
 
 
 def take(name, config):

@@ -275,7 +275,7 @@ def test_a_parameter_as_input_is_right(ranks) -> None:
 
 
 def forgotten_graphs(config):
-    """Outputs that nobody differentiates are freed at once, without the garbage collector."""
+    """Outputs that are not differentiated are freed at once, without the garbage collector."""
     engine = start(Mlp, config)
     gc.collect()
     gc.disable()

@@ -1,4 +1,4 @@
-"""Ranks on any paths issue the same collectives in the same order, wait for nothing for ever, and lose no gradient.
+"""Ranks on any paths issue the same collectives in the same order, never deadlock, and lose no gradient.
 
 Ranks are threads of one process here, units write down what they are asked, and a wire stands in for collectives: it
 sees at once when ranks meet with different ones, and when all of them wait.

@@ -107,7 +107,7 @@ class Drive:
         return [[want, issued, digest], [want, issued, digest + (not self.alike)]]
 
     def take(self, *words: str) -> list[str]:
-        """The log so far, without other operations, and begin anew."""
+        """The log so far, without other operations, and clear it."""
         found = [entry for entry in self.log if not words or entry.split()[0] in words]
         self.log.clear()
         return found

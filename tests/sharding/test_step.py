@@ -121,7 +121,7 @@ OPTIMIZERS = {
 
 
 def make(make_optimizer, compute=torch.float32, model_dtype=torch.float32, mixed=False):
-    """An update over a linear layer in a world of one, and that layer in plain PyTorch; ``mixed``: its bias is fp32."""
+    """An update over a linear layer in one process, and that layer in plain PyTorch; ``mixed``: its bias is fp32."""
     torch.manual_seed(0)
     model, plain = nn.Linear(8, 4).to(model_dtype), nn.Linear(8, 4).to(model_dtype)
     if mixed:
@@ -161,7 +161,7 @@ def test_a_step_is_the_step_of_averaged_and_clipped_gradients(name, known) -> No
         grads = give_gradients(model, unit, times=4.0)
         judged = verdict((float(update.squares()), 4, 0, 0, 0, 4), clip=0.3)
         if not known and update.needs_host(False):
-            return  # nobody asks for this
+            return  # no test calls this
         update.apply(judged, judged.read() if known else None, 0.3, None)
         unit.drop_grads()
         for key, p in plain.named_parameters():

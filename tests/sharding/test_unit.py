@@ -60,7 +60,7 @@ def same(got, expected, dtype=FP32):
     return all(torch.equal(got[name].float(), value.to(dtype).float()) for name, value in expected.items())
 
 
-# --- a world of one: everything is an alias ---------------------------------------------------------------------------
+# --- a single process: everything is an alias -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -203,7 +203,7 @@ def test_data_edits_are_adopted_as_long_as_somebody_holds_it(stage) -> None:
     assert torch.equal(bucket.weights.master[:low], kept[:low]) and model.columns._version == version
     del held
     unit.adopt()
-    assert not bucket.edits.changed(), "nobody can write to it any more: it is not looked at again"
+    assert not bucket.edits.changed(), "it cannot be written to any more: it is not looked at again"
 
 
 @pytest.mark.parametrize("change", [lambda p: p.t_(), lambda p: p.unsqueeze_(0), lambda p: p.set_(torch.ones(9, 11))])
@@ -461,7 +461,7 @@ def test_edits_of_gathered_weights_by_data(ranks) -> None:
 
 
 def early_release():
-    """A gather that is under way is let go without an answer; the next one is right."""
+    """A gather in flight is dropped; the next one is right."""
     unit, model, before = make(3)
     unit.unshard()
     states = [unit.residence.value]

@@ -203,7 +203,7 @@ def test_data(ranks):
 
 
 def use_at_one(config):
-    """On a world of one, and below stage 3, nothing is sealed."""
+    """On a single process, and below stage 3, nothing is sealed."""
     engine = start(Mlp, config)
     state = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     loaded = str(engine.module.load_state_dict(engine.module.state_dict()))

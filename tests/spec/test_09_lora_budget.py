@@ -257,7 +257,7 @@ def test_peak_of_a_step_at_stage_3(ranks, reshard):
     unit = 4 * 2 * (128 * 128 + 128)
     setup = Setup(zero={"reshard_after_forward": reshard, "stage3_prefetch_bucket_size": unit // 4})
     activations = 3 * unit
-    # Buffers that were given back, but that a thread of gloo has not let go of when the next one is taken: how many
+    # Buffers that were given back, but that a thread of gloo still holds when the next one is borrowed: how many
     # depends on the moment (1 to 9 were seen).
     lingering = 10 * unit
     allowed = 4 * depth * unit / world + (2 + 2 + 2) * unit + (0 if reshard else depth * unit) + activations + lingering

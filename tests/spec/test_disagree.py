@@ -144,7 +144,7 @@ def options_differ(config, late):
     import shardline
 
     engine = start(Mlp, config)
-    if late:  # as on an accelerator: nobody waits for the verdict
+    if late:  # as on an accelerator: no rank waits for the verdict
         engine.trainables.boundary.reads_at_once = False
     one_step(engine)
     said = []
@@ -156,7 +156,7 @@ def options_differ(config, late):
         try:
             one_step(engine)
             assert late, "the step was applied"
-            if dist.get_rank() == 1:  # a question that one rank asks keeps nobody waiting
+            if dist.get_rank() == 1:  # one rank reads the verdict, and no other waits
                 assert not engine.was_step_applied() and engine.skipped_steps == 0
             one_step(engine)
         except shardline.errors.DisagreementError as error:
@@ -170,7 +170,7 @@ def options_differ(config, late):
     group["lr"] += dist.get_rank()
     notices = []
     engine.events.subscribe(lambda event: notices.append(getattr(event, "message", "")))
-    if late:  # nobody asks any more
+    if late:  # no rank reads any more
         one_step(engine)
     group["lr"] -= dist.get_rank()
     moved = not torch.equal(engine.full_state_dict()["head.weight"], before["head.weight"])

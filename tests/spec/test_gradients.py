@@ -49,7 +49,7 @@ def backward(engine, seed=0):
 
 
 def refused(config):
-    """What each use says, in the middle of a window and at its end; then the step is as if nobody had tried."""
+    """What each use raises, in the middle of a window and at its end; the step is then as without it."""
     engine = start(Mlp, config)
     clean = all(param.grad is None for param in engine.parameters())
     said = {}
@@ -207,7 +207,7 @@ def test_nothing_is_left_of_what_is_discarded(ranks, world, stage) -> None:
 
 
 def compiled_between(config):
-    """A block that is compiled anew, for another batch size, while gradients are collected."""
+    """A block that is compiled again, for another batch size, while gradients are collected."""
     torch._dynamo.reset()
     engine = start(Mlp, config)
     engine.compile(backend="eager", dynamic=False)

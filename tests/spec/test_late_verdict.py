@@ -44,7 +44,7 @@ SCHEDULES: dict[str, Any] = {
 
 
 class Halved:
-    """A scheduler of the user's whose steps nobody can take back."""
+    """A scheduler of the user's whose steps cannot be undone."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer, self.steps = optimizer, 0

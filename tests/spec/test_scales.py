@@ -1,4 +1,4 @@
-"""fp16: one scale for each backward, whoever began it and whatever lies in its graph."""
+"""fp16: one scale for each backward, whatever began it and whatever lies in its graph."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def address_of_rank_zero(launched: Launched, default_port: int, env: Mapping[str
         port = port or 20000 + (_integer(env, "SLURM_JOB_ID") if "SLURM_JOB_ID" in env else 0) % 10000
     if not host:
         raise LaunchError(
-            "A world of more than one process needs the address of rank 0, but MASTER_ADDR is not set. "
+            "A job of more than one process needs the address of rank 0, but MASTER_ADDR is not set. "
             "Start the script with `shardline run` or torchrun, or set MASTER_ADDR and MASTER_PORT on every process."
         )
     return host, port or default_port

@@ -100,7 +100,7 @@ def init_distributed(
     rank = launched.rank if rank < 0 else rank
     world_size = launched.world_size if world_size < 0 else world_size
     if not 0 <= rank < world_size:
-        raise LaunchError(f"Rank {rank} in a world of {world_size}: a rank is at least 0 and below the world size.")
+        raise LaunchError(f"Rank {rank} of {world_size} processes: a rank is at least 0 and below the world size.")
 
     timeout = timeout or DEFAULT_TIMEOUT
     one_host = is_on_one_host(launched, world_size)
