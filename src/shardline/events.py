@@ -75,7 +75,7 @@ Event = StepDone | StepSkipped | PhaseTimes | Notice
 class Events:
     """Calls every subscribed sink with every event, in order of subscription, in the thread of the emitter.
 
-    A sink that raises ends the training: what it would have said must not be lost in silence.
+    A sink that raises ends the training: its output must not be lost silently.
     """
 
     def __init__(self) -> None:

@@ -143,7 +143,7 @@ class Comm:
         """Return when no other rank reads what this rank sent in transitions that it has waited for.
 
         Call it before a buffer at rest from which others gathered is written. ``patience``: seconds after which to
-        return all the same.
+        return in any case.
         """
         if self._peers is not None:
             self._peers.wait_for_readers(patience)

@@ -32,8 +32,8 @@ class Loader:
     the smaller last global batch of each epoch) and nothing is repeated.
 
     **Iterating** gives the rest of the current epoch from the current position and then moves on to the next epoch. An
-    interrupted iteration is continued by the next one from where it stopped. To look at a batch and
-    train on it all the same, load the state of before. ``set_epoch(n)`` leaves an epoch early.
+    interrupted iteration is continued by the next one from where it stopped. To look at a batch and train on it
+    later, load the state from before. ``set_epoch(n)`` leaves an epoch early.
 
     **Randomness**: ``dataset[i]`` is called with the generators of Python, NumPy (if imported) and torch's CPU seeded
     from (seed, epoch, i), ``collate_fn`` from (seed, epoch, global batch, place of the piece in it); the states outside

@@ -49,7 +49,7 @@ class EngineState:
 
     @property
     def client_state(self) -> dict[str, Any]:
-        """The user's values that saves at every so many steps take along."""
+        """The user's values, which automatic saves include."""
         return self._engine.client_state
 
     @client_state.setter

@@ -28,7 +28,7 @@ __all__ = ["compiled_call", "recompute_blocks", "recomputed_blocks"]
 
 
 def recomputed_blocks(model: nn.Module, every: int) -> list[nn.Module]:
-    """Every so many of ``model``'s blocks, from the first on.
+    """Every n-th of ``model``'s blocks, from the first on.
 
     Raises:
         ModelError: if the model has no blocks.

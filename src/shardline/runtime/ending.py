@@ -56,7 +56,8 @@ def _flush() -> None:
     for file in [*files, sys.stdout, sys.stderr]:
         with suppress(Exception):  # closed, a broken pipe, a full disk: another error ends the process
             file.flush()
-    ctypes.pythonapi.fflush(None)
+    with suppress(AttributeError):  # Windows
+        ctypes.pythonapi.fflush(None)
 
 
 @cache

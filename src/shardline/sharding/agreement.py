@@ -42,7 +42,7 @@ class Kind(Enum):
 class Signature:
     """What is known of a pass before it runs, on all ranks alike. Passes of one signature may follow one order.
 
-    A backward needs other weights than the one before it where it comes of other forwards, or where it goes on into
+    A backward needs other weights than the one before it where it belongs to other forwards, or where it goes on into
     what the model was given: then the first layer's, too.
 
     Attributes:

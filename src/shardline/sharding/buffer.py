@@ -26,7 +26,7 @@ _SMALL = 1 << 16
 
 
 _SLACK = 1.75
-"""A free buffer may be so many times larger than the request: units of nearly one size then share a few buffers."""
+"""How many times larger than the request a free buffer may be: units of nearly one size then share a few buffers."""
 
 _CLOSE = 1.1
 """The same for buffers of which many are alive at once."""

@@ -51,7 +51,7 @@ class FlatWeights:
         self.before_edit: Tensor | None = None
 
     def allocate(self) -> None:
-        """Make weights and masters, still without values but for the gaps, which are zero."""
+        """Make weights and masters, without values yet; gaps are zero."""
         low, high = self.shard.weights
         self.resting = self._clear_gaps(empty(high - low, self.dtype, self.comm.device), low)
         if not self.shard.plan.trainable:

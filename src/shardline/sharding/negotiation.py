@@ -2,7 +2,7 @@
 
 There are rounds. In each, every rank requests a unit, or reports that it waits for a reduction, or that it is done with
 the pass; then all gather what was requested, one unit after the other. A rank that does not need a unit takes
-part all the same, and drops it. A pass is over when all are done with it in the same round.
+part, too, and drops it. A pass is over when all are done with it in the same round.
 
 No rank waits without end. A rank that computes will take part in the next round; gathers are those that all have just
 learned of, in one order; and a reduction is waited for only when every rank has issued it. Of the ranks that still wait

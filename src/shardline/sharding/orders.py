@@ -35,7 +35,7 @@ class Order:
         plan: Sequence[int],
         ahead: bool,
     ) -> Order:
-        """The order that comes of ``events``, as every rank saw them.
+        """The order made from ``events``, as every rank recorded them.
 
         Args:
             idle: units that no rank used, to be put where ``plan``, an order of all units, has it.

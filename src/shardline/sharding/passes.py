@@ -136,9 +136,9 @@ class Negotiated(Pass):
 class Replayed(Pass):
     """A pass by an agreed order.
 
-    A rank that needs units otherwise issues all the same what the others issue, and in the same order: gathers that it
-    passes over, which it keeps while there is room, since it may merely need them later; and reductions, with zeros for
-    gradients that it does not have yet.
+    A rank that uses units in another way still issues what the others issue, in the same order: gathers that it passes
+    over, which it keeps while there is room, since it may need them later; and reductions, with zeros for gradients
+    that it does not have yet.
 
     Args:
         resident: units that are here on every rank from before this pass: their first gather is none.

@@ -8,7 +8,7 @@ from torch import Tensor
 __all__ = ["Standstill"]
 
 _EDITS = 50
-"""Edits to watch. What a moving average adds in one edit may be lost and come with a later one; not in so many."""
+"""Edits to watch. What a moving average adds in one edit may be lost and appear later, but not over so many edits."""
 
 _SAMPLE = 4096
 """Elements to watch."""
