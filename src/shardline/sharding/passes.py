@@ -293,9 +293,9 @@ class Replayed(Pass):
             self._keep(unit)
 
     def _refusal(self, unit: Unit) -> DisagreementError:
-        again = " again after it was released" if unit.index in self.order.events else ""
+        needed = "is needed again after it was released" if unit.index in self.order.events else "is needed"
         return DisagreementError(
-            f"unit {unit.name!r} is needed{again}: all ranks had run this pass alike, without that, so the other ranks "
+            f"unit {unit.name!r} {needed}: all ranks had run this pass alike, without that, so the other ranks "
             f"do not send it. Run forwards that use a module a different number of times by rank, or from step to "
             f"step, inside engine.gathered_parameters()."
         )
