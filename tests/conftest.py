@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import threading
@@ -164,4 +165,14 @@ def _children() -> set[Any]:
     if sys.platform != "linux":
         return set()
     files = Path("/proc/self/task").glob("*/children")
-    return {int(pid) for file in files for pid in file.read_text().split()}
+    own = {int(pid) for file in files for pid in file.read_text().split()}
+    return {pid for pid in own if not _serves(pid)} | {rank.pid for rank in multiprocessing.active_children()}
+
+
+def _serves(pid: int) -> bool:
+    """Whether it is one of multiprocessing's own, which stay for the next process that is started."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return b"multiprocessing.forkserver" in command or b"multiprocessing.resource_tracker" in command

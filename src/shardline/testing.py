@@ -9,11 +9,13 @@
         assert run_distributed(gather, 2, 10) == [[10, 11], [10, 11]]
 
 Each rank is a process of its own with one thread, a process group over the loopback interface and the variables that
-torchrun sets. :class:`Pool` keeps the processes warm, so that a case costs milliseconds instead of an import of torch.
+torchrun sets. :class:`Pool` keeps the processes warm, so that a case costs milliseconds. Processes are forked from one
+that has imported torch (multiprocessing's forkserver), so that new ones cost milliseconds, too.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import gc
@@ -23,16 +25,17 @@ import os
 import pickle
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from types import ModuleType, TracebackType
 from typing import IO, Any
 
@@ -77,7 +80,8 @@ def run_distributed(
     Args:
         fn: a function at the top level of a module, so that the processes can import it.
         timeout: seconds for everything, the start of the processes included.
-        env: environment variables for the processes, on top of this one's; set before torch is imported there.
+        env: environment variables for the processes, on top of this one's. They are then new interpreters, in which
+            these are set before torch is imported.
 
     Returns:
         What each rank returned, by rank.
@@ -96,10 +100,23 @@ def run_distributed(
 class _Rank:
     """One process as seen by its pool."""
 
-    process: subprocess.Popen[bytes]
+    process: BaseProcess
     pipe: Connection
     stacks: IO[bytes]
-    """An anonymous file into which the process writes its Python stacks when asked by SIGUSR1."""
+    """A file into which the process writes its Python stacks when asked by SIGUSR1."""
+
+    def kill(self) -> None:
+        """End it, and what it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)  # it begins a session of its own ...
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)  # ... once it runs
+
+    @property
+    def pid(self) -> int:
+        if self.process.pid is None:
+            raise AssertionError("a rank is a process that was started")
+        return self.process.pid
 
 
 @dataclass(frozen=True)
@@ -132,8 +149,8 @@ class Pool:
     starts new ones. Before each case Python and torch are seeded with 0, after it the environment, the working
     directory and torch's default dtype are put back.
 
-    ``preload`` names modules that each process imports before it makes its process group, such as one that registers a
-    backend.
+    ``env`` and ``preload`` give each process a new interpreter, in which these variables are set before torch is
+    imported, and these modules imported before the process group is made, such as one that registers a backend.
     """
 
     world_size: int
@@ -149,7 +166,7 @@ class Pool:
     @property
     def pids(self) -> list[int]:
         """Process ids by rank; empty before the first case and after :meth:`close`."""
-        return [rank.process.pid for rank in self._ranks]
+        return [rank.pid for rank in self._ranks]
 
     def __enter__(self) -> Pool:
         return self
@@ -167,9 +184,10 @@ class Pool:
 
     def start(self) -> None:
         """Start the processes and their process group, unless they run."""
-        if self._ranks and all(rank.process.poll() is None for rank in self._ranks):
+        if self._ranks and all(rank.process.is_alive() for rank in self._ranks):
             return
         self.close()
+        atexit.register(self.close)  # before multiprocessing's own exit, which waits for processes that still run
         try:
             for number in range(self.world_size):
                 self._ranks.append(_spawn(number, self.world_size, self.env or {}, self.preload))
@@ -184,13 +202,13 @@ class Pool:
     def close(self) -> None:
         """End the processes and everything they started. The pool can be used again."""
         for rank in self._ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(rank.process.pid, signal.SIGKILL)
+            rank.kill()
         for rank in self._ranks:
-            rank.process.wait()
+            rank.process.join()
             rank.pipe.close()
             rank.stacks.close()
         self._ranks = []
+        atexit.unregister(self.close)
 
     def _run(
         self,
@@ -235,7 +253,7 @@ class Pool:
             # in slices, because a dead rank's pipe stays open as long as a process that it forked
             wait([rank.pipe for rank in waiting.values()], timeout=max(0.0, min(0.1, give_up - time.monotonic())))
             for number, rank in list(waiting.items()):
-                dead = rank.process.poll() is not None
+                dead = not rank.process.is_alive()
                 try:
                     if rank.pipe.poll():
                         reports[number] = pickle.loads(rank.pipe.recv_bytes())
@@ -248,7 +266,8 @@ class Pool:
             if died or any(report.failed_at is not None for report in reports.values()):
                 give_up = min(give_up, time.monotonic() + _GRACE_SECONDS)
         for number in died:  # before those that raised: losing a peer makes the others raise, never the reverse
-            code = self._ranks[number].process.wait()
+            self._ranks[number].process.join()
+            code = self._ranks[number].process.exitcode or 0
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
             raise RankFailed(f"Rank {number} of {self.world_size} {how} while {what} ran.", number)
         failures = [(report.failed_at, n) for n, report in reports.items() if report.failed_at is not None]
@@ -280,9 +299,9 @@ def _unpickle_error(data: bytes | None) -> BaseException | None:
 
 
 def _stacks(rank: _Rank) -> str:
-    if rank.process.poll() is not None:
+    if not rank.process.is_alive():
         return "(ended)"
-    rank.process.send_signal(signal.SIGUSR1)
+    os.kill(rank.pid, signal.SIGUSR1)
     size, deadline = -1, time.monotonic() + 2.0
     while time.monotonic() < deadline:  # until the dump is there and has stopped growing
         before, size = size, os.fstat(rank.stacks.fileno()).st_size
@@ -294,18 +313,7 @@ def _stacks(rank: _Rank) -> str:
     return "\n\n".join(thread for thread in threads if " in _receive\n" not in thread)  # less the inbox below
 
 
-_BOOTSTRAP = """\
-import os, sys
-os.environ.update({env!r})
-sys.path[:] = {path!r}
-from shardline.testing import _serve
-_serve({number}, {world_size}, {pipe}, {stacks}, {preload})
-"""
-
-
 def _spawn(number: int, world_size: int, env: Mapping[str, str], preload: Sequence[str]) -> _Rank:
-    ours, theirs = Pipe()
-    stacks = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the pool)
     variables = {
         "RANK": number,
         "WORLD_SIZE": world_size,
@@ -317,34 +325,51 @@ def _spawn(number: int, world_size: int, env: Mapping[str, str], preload: Sequen
         "OMP_NUM_THREADS": 1,
         **env,
     }
-    code = _BOOTSTRAP.format(
-        env={name: str(value) for name, value in variables.items()},
-        path=[os.path.abspath(entry) for entry in sys.path],
-        number=number,
-        world_size=world_size,
-        pipe=theirs.fileno(),
-        stacks=stacks.fileno(),
-        preload=list(preload),
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    context: SpawnContext | ForkServerContext
+    if env or preload:
+        context = multiprocessing.get_context("spawn")
+    else:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, "torch._dynamo"])  # which every optimizer's first step imports
+    ours, theirs = context.Pipe()
+    stacks = tempfile.NamedTemporaryFile()  # noqa: SIM115 (closed with the pool)
+    process = context.Process(
+        target=_serve,
+        args=(number, world_size, theirs, stacks.name, environment, list(preload)),
+        name=f"rank {number} of {world_size}",
     )
-    # A session of its own: killing its process group also ends what the rank started, such as loader workers.
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.DEVNULL,
-        pass_fds=(theirs.fileno(), stacks.fileno()),
-        start_new_session=True,
-    )
+    with _environment(environment):  # a new interpreter reads it
+        process.start()
     theirs.close()
     return _Rank(process, ours, stacks)
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        _set_environment(before)
+
+
+def _set_environment(variables: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
 
 
 # ---------------------------------------------------------------------------------------- inside the ranks' processes
 
 
-def _serve(number: int, world_size: int, pipe_fd: int, stacks_fd: int, preload: Sequence[str]) -> None:
+def _serve(
+    number: int, world_size: int, pipe: Connection, stacks: str, environment: Mapping[str, str], preload: Sequence[str]
+) -> None:
     """Main loop of a rank: join the group, then run cases until the parent closes the pipe."""
-    pipe = Connection(pipe_fd)
-    os.set_inheritable(pipe_fd, False)
-    faulthandler.register(signal.SIGUSR1, file=stacks_fd, all_threads=True)
+    os.setsid()  # killing its process group also ends what the rank starts, such as loader workers
+    _set_environment(environment)
+    faulthandler.register(signal.SIGUSR1, file=open(stacks, "ab"), all_threads=True)  # noqa: SIM115 (as long as it runs)
     torch.set_num_threads(1)
     try:
         for module in preload:
@@ -419,8 +444,7 @@ def _run_case(case: _Case) -> _Report:
     except BaseException as error:  # SystemExit too: a case that exits has not returned
         return _failure(error)
     finally:
-        os.environ.clear()
-        os.environ.update(environment)
+        _set_environment(environment)
         os.chdir(directory)
         torch.set_default_dtype(dtype)
     return _Report(value)
