@@ -301,7 +301,7 @@ def test_a_script_whose_last_save_failed_does_not_end_well(tmp_path):
     assert done.stderr.count(f"shardline: {SAID}") == 2 and "No space left on device" in done.stderr
 
 
-@pytest.mark.parametrize("launcher", ["shardline", "torchrun"])
+@pytest.mark.parametrize("launcher", ["shardline", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_a_job_whose_last_save_failed_does_not_end_well(tmp_path, launcher):
     """Only rank 1 could not write: both ranks say so, and end with a code other than 0."""
     options = {

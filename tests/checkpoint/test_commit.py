@@ -52,7 +52,7 @@ def kill(tmp_path, point, rank, mode, background):
 
 
 @pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("mode", ["first", "next", "overwrite"])
+@pytest.mark.parametrize("mode", [pytest.param("first", marks=pytest.mark.slow), "next", "overwrite"])
 def test_killed_anywhere(tmp_path, mode, background):
     """Every point on every rank that passes it: 11 on both ranks, 23 on rank 0; also in a thread while others work."""
     for number, (point, rank) in enumerate(

@@ -170,6 +170,7 @@ def run(script, tmp_path, *options):
     return done
 
 
+@pytest.mark.timeout(300)
 def test_a_few_steps_of_the_script_lower_the_loss_leave_a_picture_and_are_not_done_twice(tmp_path):
     options = ["--steps=8", "--eval-every=8", "--sample=20", f"--out={tmp_path}"]
     done = run("train.py", tmp_path, *options)
@@ -188,7 +189,8 @@ def test_a_few_steps_of_the_script_lower_the_loss_leave_a_picture_and_are_not_do
     assert len(table) == 4 and set(table) <= set(again.stdout.splitlines())
 
 
-@pytest.mark.parametrize(("first", "then"), [(1, 1), pytest.param(2, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("first", "then"), [(1, 1), (2, 3)])
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_killed_run_ends_at_the_same_loss(tmp_path, first, then):
     out = tmp_path / "runs"

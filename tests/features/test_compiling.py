@@ -69,8 +69,12 @@ def _compare(case, dtype, *ways):
     return [[_job(case, stage, setup, *way) for way in ways] for stage in STAGES]
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+MORE = [("fp32", 1), ("bf16", 1), ("bf16", 2)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "world"), [("fp32", 2), *(pytest.param(*way, marks=pytest.mark.slow) for way in MORE)]
+)
 def test_compiled_is_the_same_at_every_stage(ranks, dtype, world) -> None:
     for result in ranks(_compare, world, "gpt", dtype, (False,), (True,)):
         for (losses, state, none), (compiled_losses, compiled_state, graphs) in result:

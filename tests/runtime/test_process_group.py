@@ -176,8 +176,13 @@ def two_processes(script):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads")
 @pytest.mark.parametrize(
     "end",
-    ["", "engine.destroy(); dist.destroy_process_group()", "raise SystemExit(0)"],
-    ids=["nothing destroyed", "destroyed by the script", "exit"],
+    [
+        pytest.param("", id="nothing destroyed"),
+        pytest.param(
+            "engine.destroy(); dist.destroy_process_group()", id="destroyed by the script", marks=pytest.mark.slow
+        ),
+        pytest.param("raise SystemExit(0)", id="exit", marks=pytest.mark.slow),
+    ],
 )
 def test_no_thread_of_a_process_group_outlives_what_runs_at_exit(end):
     script = (
@@ -190,7 +195,9 @@ def test_no_thread_of_a_process_group_outlives_what_runs_at_exit(end):
             assert (process.returncode, out) == (0, "left: []\n"), err
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["made here", "made by the caller"])
+@pytest.mark.parametrize(
+    "own", [pytest.param(True, id="made here"), pytest.param(False, id="made by the caller", marks=pytest.mark.slow)]
+)
 def test_after_an_uncaught_error_a_process_ends_though_its_peer_never_joins_a_collective(own):
     script = (
         "import sys, torch, torch.distributed as dist, shardline\n"

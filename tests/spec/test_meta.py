@@ -221,7 +221,7 @@ def measure_meta(config):
     return _most - before
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_never_whole(ranks, world):
     """At each module's initialisation a rank holds its shard of what is done and two units at most, not the model."""
     unit = 4 * (WIDTH * WIDTH + WIDTH)
