@@ -13,7 +13,7 @@ COMPILED := command -v $${CXX:-g++} >/dev/null || { echo "SKIPPED, no C++ compil
 (Debian: g++), or name yours in CXX."; exit 0; };
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo demo-resume cifar10 test test-full test-faults test-deepspeed test-device test-late test-gpu gpu-first gpu-wheels docs dist bench bench-quick check format clean
+.PHONY: help .venv demo demo-resume cifar10 test test-full test-faults test-deepspeed test-integrations test-device test-late test-gpu gpu-first gpu-wheels docs dist bench bench-quick check format clean
 
 help:  ## this list
 	@grep -hE '^[a-z.][a-z0-9.-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -56,7 +56,10 @@ test-faults: .venv  ## checkpoints with the full matrices: layouts, kills, damag
 test-deepspeed: .venv-integrations/.installed  ## scripts written for DeepSpeed, with the real Transformers, Accelerate, PEFT, TRL, Lightning
 	CUDA_VISIBLE_DEVICES= .venv-integrations/bin/python -m pytest -m "not gpu" tests/compat $(ARGS)
 
-# The trainers that are built on DeepSpeed, in an environment of their own.
+test-integrations: .venv-integrations/.installed  ## Shardline in Transformers' Trainer, Accelerate, Lightning, PEFT and TRL, with the real packages
+	CUDA_VISIBLE_DEVICES= .venv-integrations/bin/python -m pytest -m "not gpu" tests/integrations $(ARGS)
+
+# The trainers, in an environment of their own.
 .venv-integrations/.installed: pyproject.toml constraints.txt tests/compat/constraints.txt
 	@echo "Installing the trainers into .venv-integrations ..."
 	@test -x .venv-integrations/bin/python || $(PYTHON) -m venv .venv-integrations

@@ -128,6 +128,34 @@ def grown_at(stage):
     return grown(sharded(stage))
 
 
+def scheduled(folder, stage, *, resumed):
+    """The schedule runs between the step and the save: what is saved is the rate of the next step."""
+    model = seeded(Mlp)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    engine = sharded(stage)(model, optimizer)
+    for step in range(3):
+        train(model, optimizer, 1, seed=1000 * step)
+        scheduler.step()
+        if step == 1:
+            whole = engine.full_optimizer_state_dict()["param_groups"][0]["lr"]
+            engine.save_checkpoint(folder)
+            if resumed:
+                optimizer.param_groups[0]["lr"] = 7.0
+                engine.load_checkpoint(folder)
+    found = engine.full_state_dict(), whole, optimizer.param_groups[0]["lr"]
+    engine.destroy()
+    return found
+
+
+def test_a_rate_that_the_loop_has_set_is_saved(ranks, tmp_path):
+    for stage in (0, 3):
+        want = ranks(scheduled, 2, str(tmp_path / f"{stage}a"), stage, resumed=False)
+        got = ranks(scheduled, 2, str(tmp_path / f"{stage}b"), stage, resumed=True)
+        assert_same(got, want, 0.0)
+        assert want[0][1:] == (1e-2 / 4, 1e-2 / 8)
+
+
 # -- lower precision --------------------------------------------------------------------------------------------------
 
 

@@ -42,7 +42,7 @@ def shard(
     config: str | os.PathLike[str] | Mapping[str, Any] | Config | None = None,
     *,
     mesh: Any = None,
-) -> Engine:
+) -> InPlaceEngine:
     """Shard ``model`` and ``optimizer`` in place, for a loop that goes on as it is. Collective.
 
     The loop calls the model, ``loss.backward()``, ``optimizer.step()`` and ``optimizer.zero_grad()`` as before; a
@@ -199,6 +199,16 @@ class InPlaceEngine(Engine):
         loop.push()
         super().step(weight, boundary=boundary is None or boundary, lr_kwargs=lr_kwargs)
         loop.pull()
+
+    def full_optimizer_state_dict(self, rank0_only: bool = False) -> dict[str, Any]:
+        """As :meth:`Engine.full_optimizer_state_dict`; rates and options are those of the loop's optimizer now."""
+        self._bound().push()
+        return super().full_optimizer_state_dict(rank0_only)
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> bool:
+        """As :meth:`Engine.save_checkpoint`; rates and options are those of the loop's optimizer now."""
+        self._bound().push()
+        return super().save_checkpoint(*args, **kwargs)
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> tuple[str | None, dict[str, Any] | None]:
         """As :meth:`Engine.load_checkpoint`."""
