@@ -191,7 +191,7 @@ class WindowGrads:
             piece.copy_(memory[start - entry.offset :][: piece.numel()])
         self._norms.clear()
 
-    def whole(self, name: str) -> Tensor | None:
+    def full(self, name: str) -> Tensor | None:
         """A copy of one parameter's average: of its shape, in the dtype in which gradients are added up. Collective.
 
         None where no backward gave any.

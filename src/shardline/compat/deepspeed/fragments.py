@@ -78,7 +78,7 @@ def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
     if found is None:
         return param.grad
     engine, name = found
-    return engine.window_grads.whole(name) if param.requires_grad and engine.optimizer is not None else None
+    return engine.window_grads.full(name) if param.requires_grad and engine.optimizer is not None else None
 
 
 def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
