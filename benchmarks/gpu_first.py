@@ -323,7 +323,7 @@ def resume() -> None:
 
 
 def freezing() -> None:
-    """A weight inside of a block is frozen and thawed again: the runs are cut elsewhere, and no value changes."""
+    """A weight inside of a block is frozen and unfrozen again: the runs are cut elsewhere, and no value changes."""
     from tests.device.training import config, make, steps
 
     for dtype in ("fp32", "bf16"):

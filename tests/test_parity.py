@@ -58,13 +58,13 @@ def test_clipping(ranks, dtype, world):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_world_of_one_is_the_twin_bit_by_bit(ranks, dtype, accumulation, optimizer):
+def test_a_single_process_is_the_twin_bit_by_bit(ranks, dtype, accumulation, optimizer):
     setup = Setup(dtype, optimizer, accumulation=accumulation)
     check_bits(ranks, setup)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_world_of_one_clips_as_the_twin_bit_by_bit(ranks, dtype):
+def test_a_single_process_clips_as_the_twin_bit_by_bit(ranks, dtype):
     """Given the same norm: its last bit depends on the order in which squares are added up."""
     check_bits(ranks, Setup(dtype, "AdamW", accumulation=2, clip=0.25))
 

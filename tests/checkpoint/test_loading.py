@@ -146,7 +146,7 @@ def formats(path):
     return same and ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-# -- optimizers that see whole parameters, frozen and thawed parameters ------------------------------------------------
+# -- optimizers that see whole parameters, frozen and unfrozen parameters ----------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["Adafactor", "Muon", "SGD", "NAdam", "Lamb"])
@@ -187,19 +187,19 @@ def matrices(load, settings, at, steps, save):
     return state
 
 
-def test_frozen_and_thawed_parameters_resume_bitwise(ranks, tmp_path):
+def test_frozen_and_unfrozen_parameters_resume_bitwise(ranks, tmp_path):
     """States of different ages cannot share a run, and that of a frozen parameter waits."""
     settings = cases.config(2, 2)
-    straight = ranks(thaw, 2, None, str(tmp_path), settings)
-    resumed = ranks(thaw, 2, str(tmp_path), None, settings)
+    straight = ranks(unfreeze, 2, None, str(tmp_path), settings)
+    resumed = ranks(unfreeze, 2, str(tmp_path), None, settings)
     for one, other in zip(straight, resumed, strict=True):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
     for stage, world in ((3, 1), (0, 3)):
-        other = ranks(thaw, world, str(tmp_path), None, cases.config(stage, world))[0]
+        other = ranks(unfreeze, world, str(tmp_path), None, cases.config(stage, world))[0]
         assert other.keys() == straight[0].keys()
 
 
-def thaw(load, save, settings):
+def unfreeze(load, save, settings):
     built = cases.engine(settings)
     late, early = built.module.blocks[0][0].weight, built.module.blocks[1][0].weight
     if load is None:

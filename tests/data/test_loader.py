@@ -234,7 +234,7 @@ def test_end_of_an_epoch_is_the_start_of_the_next() -> None:
     assert run([loader]) == shuffled(101, epoch=1)  # not an empty rest
 
 
-def test_stream_left_exactly_at_its_end_begins_anew() -> None:
+def test_stream_left_exactly_at_its_end_starts_over() -> None:
     (loader,) = loaders(Numbers(24), 1, 1)
     assert len(list(islice(loader, 2))) == len(list(islice(loader, 2))) == 2
     resumed = loaders(Numbers(24), 1, 1)[0]
@@ -273,7 +273,7 @@ def test_a_state_that_is_no_position_is_refused(state: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_off_iteration_is_taken_up_and_said(workers: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_interrupted_iteration_is_continued_and_said(workers: int, caplog: pytest.LogCaptureFixture) -> None:
     (loader,) = loaders(range(101), 1, 2, num_workers=workers)
     with caplog.at_level(logging.WARNING, "shardline"):
         seen = [index for part in islice(loader, 3) for index in part.tolist()]
@@ -325,7 +325,7 @@ def test_no_worker_is_left_after_close_and_the_position_stays(stream: bool, pers
     assert multiprocessing.active_children() == []
 
 
-def test_workers_end_with_a_broken_off_iteration() -> None:
+def test_workers_end_with_an_interrupted_iteration() -> None:
     (loader,) = loaders(range(101), 1, 1, num_workers=1)
     for _ in loader:
         break

@@ -147,7 +147,7 @@ def test_it_follows_a_plain_loop_and_leaves_its_gradients(ranks) -> None:
 # -- what is trained changes ------------------------------------------------------------------------------------------
 
 
-def freeze_and_thaw(stage):
+def freeze_and_unfreeze(stage):
     """The head joins late; the first block is frozen for a while, all of it for an evaluation, and stands still."""
     model = seeded(Mlp)
     model.head.requires_grad_(False)
@@ -177,8 +177,8 @@ def freeze_and_thaw(stage):
 
 def test_what_is_frozen_keeps_its_average(ranks) -> None:
     for stage in (0, 2, 3):
-        for frozen, still, thawed, weights in ranks(freeze_and_thaw, 2, stage):
-            for pair in (frozen, still, thawed):
+        for frozen, still, unfrozen, weights in ranks(freeze_and_unfreeze, 2, stage):
+            for pair in (frozen, still, unfrozen):
                 assert_close(*pair)
             assert not torch.equal(frozen[0]["blocks.0.up.weight"], weights["blocks.0.up.weight"])
 

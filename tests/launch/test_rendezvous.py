@@ -140,7 +140,7 @@ def test_ranks_of_tests_listen_on_loopback_only(ranks):
     assert ranks(own_sockets, 2) == [(["127.0.0.1"], "lo")] * 2
 
 
-def test_a_world_of_one_listens_on_loopback_only(monkeypatch):
+def test_a_single_process_listens_on_loopback_only(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     init_distributed("gloo")

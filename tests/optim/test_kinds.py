@@ -185,7 +185,7 @@ def test_a_schedule_that_set_the_rate_to_zero_hides_nothing() -> None:
     assert kind(optimizer) == "per_parameter"
 
 
-def test_a_subclass_of_a_known_one_is_looked_at_anew() -> None:
+def test_a_subclass_of_a_known_one_is_probed_again() -> None:
     class Projected(AdamW):
         @torch.no_grad()
         def step(self, closure: Any = None) -> None:  # type: ignore[override]

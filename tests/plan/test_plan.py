@@ -221,7 +221,7 @@ def test_offsets_do_not_depend_on_the_world(model, world, other) -> None:
 
 @settings(deadline=None)
 @given(models(), st.integers(1, 400))
-def test_in_a_world_of_one_large_parameters_are_alone(model, least) -> None:
+def test_on_a_single_process_large_parameters_have_buckets_of_their_own(model, least) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("shardline.plan.plan._OWN_BUCKET_NUMEL", least)
         plan, on_two = make_plan(*model, 1), make_plan(*model, 2)

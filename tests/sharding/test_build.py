@@ -213,8 +213,8 @@ def test_an_optimizer_is_taken_over_in_place() -> None:
 # --- regroup ----------------------------------------------------------------------------------------------------------
 
 
-def freeze_and_thaw(stage):
-    """Step, freeze, step, thaw, step: the state of what was frozen waits as it was."""
+def freeze_and_unfreeze(stage):
+    """Step, freeze, step, unfreeze, step: the state of what was frozen waits as it was."""
     model = seeded(lambda: Lora(64, 2, 2))
     model.blocks[0].base.weight.requires_grad_(True)
     layout, *settled = build(model, stage, compute=torch.bfloat16)
@@ -243,7 +243,7 @@ def freeze_and_thaw(stage):
 def test_regroup_keeps_weights_and_states(ranks, world, stage) -> None:
     """Adam with constant gradients moves by the learning rate each step, if and only if its moments are kept."""
     name = "blocks.0.base.weight"
-    for seen, before, after, order in ranks(freeze_and_thaw, world, stage):
+    for seen, before, after, order in ranks(freeze_and_unfreeze, world, stage):
         assert [waiting for waiting, _ in seen] == [False, True, False]
         assert seen[1][1] < seen[0][1]
         assert set(order) == set(before)

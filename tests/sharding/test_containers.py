@@ -157,7 +157,7 @@ def test_a_container_may_hold_itself() -> None:
     assert replace_tensors(x, Tensor.half)[0].dtype is torch.float16
 
 
-def test_a_frozen_copy_is_not_made_anew() -> None:
+def test_a_frozen_copy_is_not_made_by_its_constructor() -> None:
     """Neither its constructor nor ``__post_init__`` runs; what it computed and kept is changed as well."""
     given = Frozen(torch.ones(2))
     assert given.double.dtype is torch.float32

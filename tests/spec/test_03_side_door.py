@@ -42,6 +42,6 @@ def test_in_bf16(ranks, door):
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_on_a_world_of_one(ranks, door):
+def test_on_a_single_process(ranks, door):
     build, loss_of = DOORS[door]
     check_against_twin(ranks, build, loss_of, regression, world=1, stages=(0, 3))

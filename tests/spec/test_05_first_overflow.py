@@ -135,7 +135,7 @@ def same_trace(actual, expected):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_on_a_world_of_one(ranks, stage):
+def test_on_a_single_process(ranks, stage):
     setup = setup_for("SGD", accumulation=2)
     batches = spread(regression, STEPS, setup, 1)
     twin, trace = run_twin("SGD", setup, batches)

@@ -520,7 +520,7 @@ def test_a_changed_model_and_a_second_engine_are_refused(ranks, stage):
 # --- what trains ------------------------------------------------------------------------------------------------------
 
 
-def freeze_and_thaw(names, batches, config):
+def freeze_and_unfreeze(names, batches, config):
     import shardline
 
     rank = dist.get_rank()
@@ -552,7 +552,7 @@ FROZEN = {
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("names", FROZEN)
 @pytest.mark.parametrize("stage", STAGES)
-def test_freezing_at_step_3_and_thawing_at_step_6(ranks, stage, names, optimizer):
+def test_freezing_at_step_3_and_unfreezing_at_step_6(ranks, stage, names, optimizer):
     """Meanwhile a frozen weight neither moves nor decays, and its optimizer state waits."""
     setup = Setup("fp32", optimizer, accumulation=2)
     batches = spread(regression, STEPS, setup, 2)
@@ -565,7 +565,7 @@ def test_freezing_at_step_3_and_thawing_at_step_6(ranks, stage, names, optimizer
             for batch in micro:
                 twin.backward(mse(twin, twin.model, batch))
         twin.step()
-    results = ranks(freeze_and_thaw, 2, FROZEN[names], batches, setup.config(stage))
+    results = ranks(freeze_and_unfreeze, 2, FROZEN[names], batches, setup.config(stage))
     errors = {error for error, _ in results}
     if errors != {None}:
         assert all(error and any(name in error for name in FROZEN[names]) for error in errors), errors

@@ -88,7 +88,7 @@ def test_elements_on_the_wire(ranks, build, loss_of, make, dtype, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_world_of_one_sends_nothing(ranks, stage):
+def test_a_single_process_sends_nothing(ranks, stage):
     (history,) = ranks(steps_counted, 1, Mlp, mse, regression(4), Setup(accumulation=2).config(stage))
     assert all(not counts and not elements for counts, elements in history)
 

@@ -140,7 +140,7 @@ class Backwards:
 
     @outside_modes
     def collect_unseen(self) -> bool:
-        """Collect gradients that nothing announced: of a backward through ``model.encode()``, or written by hand."""
+        """Collect gradients of backwards no hook saw (through ``model.encode()``), or that were written by hand."""
         trainables = self._trainables
         if trainables.boundary is None or not any(unit.has_uncollected() for unit in trainables.layout.units):
             return False

@@ -95,7 +95,7 @@ def match_groups(parts: Parts, reader: CheckpointReader) -> Groups:
             if half != group["use_muon"]:
                 found.notes.append(
                     f"param group {index} has use_muon = {group['use_muon']} and had {half} in the checkpoint: its "
-                    f"options stay as configured, and its state begins anew"
+                    f"options stay as configured, and its state starts empty"
                 )
                 source = None
         if source is not None:

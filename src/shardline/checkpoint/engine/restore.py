@@ -157,7 +157,7 @@ def load_averages(parts: Parts, reader: CheckpointReader, found: Match, *, wante
         averages.drop(parts.units)
         return
     if not held:
-        found.notes.append("the moving average of the weights begins anew, with the loaded ones")
+        found.notes.append("the moving average starts from the loaded weights")
     averages.drop(parts.units)
     averages.begin(parts.units)
     for unit in parts.units:
@@ -262,7 +262,7 @@ def load_optimizer(parts: Parts, reader: CheckpointReader, found: Match, groups:
     if record.kind != optimizer_name(optimizer):
         return (
             f"the checkpoint was written with the optimizer {shown(record.kind)}, and this job has "
-            f"{optimizer_name(optimizer)}: the weights were loaded, the optimizer begins anew"
+            f"{optimizer_name(optimizer)}: the weights were loaded, the optimizer starts without state"
         )
     groups.apply(optimizer.param_groups)
     optimizer.state.clear()
