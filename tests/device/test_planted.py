@@ -26,18 +26,18 @@ def offload_without_order(patch: pytest.MonkeyPatch) -> None:
             host.copy_(shard, non_blocking=True)
             return self._stream.record_event().synchronize
 
-    patch.setattr(offload.Offload, "_copy_down", copy_down)
+    patch.setattr(offload.Offload, "_start_copy", copy_down)
 
 
 def offload_read_too_soon(patch: pytest.MonkeyPatch) -> None:
     """The host reads a copy that has not arrived."""
-    copy_down = offload.Offload._copy_down
+    copy_down = offload.Offload._start_copy
 
     def start(self: offload.Offload, shard: torch.Tensor, host: torch.Tensor) -> Callable[[], None]:
         KEPT.append(copy_down(self, shard, host))
         return lambda: None
 
-    patch.setattr(offload.Offload, "_copy_down", start)
+    patch.setattr(offload.Offload, "_start_copy", start)
 
 
 def gather_not_awaited(patch: pytest.MonkeyPatch) -> None:

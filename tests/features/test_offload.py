@@ -33,7 +33,7 @@ class Late(Offload):
         self.log: list[str] = []
         Late.made.append(self)
 
-    def _copy_down(self, shard, host):
+    def _start_copy(self, shard, host):
         host.fill_(torch.nan)
         return lambda: host.copy_(shard)
 
