@@ -53,8 +53,8 @@ test-full: .venv  ## the test suite with the whole parity matrix, and what ranks
 test-faults: .venv  ## checkpoints with the full matrices: layouts, kills, damage
 	$(PYTEST) tests/checkpoint $(ARGS)
 
-test-deepspeed: .venv-integrations/.installed  ## scripts written for DeepSpeed, with the real Transformers, Accelerate, PEFT, TRL, Lightning
-	CUDA_VISIBLE_DEVICES= .venv-integrations/bin/python -m pytest -m "not gpu" tests/compat $(ARGS)
+test-deepspeed: .venv-integrations/.installed .venv-bench/.installed  ## scripts written for DeepSpeed, with the real trainers, and beside DeepSpeed itself
+	CUDA_VISIBLE_DEVICES= DEEPSPEED_PYTHON=.venv-bench/bin/python .venv-integrations/bin/python -m pytest -m "not gpu" tests/compat $(ARGS)
 
 test-integrations: .venv-integrations/.installed  ## Shardline in Transformers' Trainer, Accelerate, Lightning, PEFT and TRL, with the real packages
 	CUDA_VISIBLE_DEVICES= .venv-integrations/bin/python -m pytest -m "not gpu" tests/integrations $(ARGS)

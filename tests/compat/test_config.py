@@ -10,6 +10,7 @@ import pytest
 from shardline.compat.deepspeed.config import OFFLOAD_PARAM, read, translate
 from shardline.config import load_config
 from shardline.errors import ConfigError
+from tests.config.configs import HF_ZERO3, WORKING
 
 BATCH = {"train_micro_batch_size_per_gpu": 2}
 
@@ -60,3 +61,33 @@ def test_sources(tmp_path):
     for source, words in ((None, "type NoneType"), ("absent.json", "no configuration file"), ([], "type list")):
         with pytest.raises(ConfigError, match=words):
             read(source)
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_configurations_as_people_have_them(name):
+    settings, notices = translate(WORKING[name], on_accelerator=False)
+    load_config(settings, 2, filled_by="transformers")
+    assert notices == []
+
+
+@pytest.mark.parametrize("on_accelerator", [False, True])
+def test_presets(on_accelerator):
+    """What differs between the presets that people start from, and the verdict on each."""
+    batch = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
+    preset = {**HF_ZERO3, **batch}
+    on_host = {"device": "cpu", "pin_memory": True}
+    offloaded = {"zero_optimization": {**HF_ZERO3["zero_optimization"], "offload_param": on_host}}
+    for changed, expected in (
+        ({}, []),
+        ({"comms_config": {}, "monitor_config": {"enabled": True}}, ["comms_config, monitor_config"]),
+        ({"_tensor_parallel": "a comment"}, []),
+        (offloaded, [OFFLOAD_PARAM] if on_accelerator else []),
+        ({"zero_optimization": {"stage": 0}, "fp16": {"enabled": False}}, []),
+    ):
+        settings, notices = translate(preset | changed, on_accelerator=on_accelerator)
+        load_config(settings, 2, filled_by="transformers")
+        assert [each.rpartition(": ")[2] for each in notices] == expected
+    settings, _ = translate(preset | {"tensor_parallel": {"autotp_size": 2}}, on_accelerator=on_accelerator)
+    with pytest.raises(ConfigError, match="there is no tensor parallelism") as refusal:
+        load_config(settings, 2, filled_by="transformers")
+    assert "reasons" not in str(refusal.value)  # that one alone

@@ -92,7 +92,7 @@ def test_bert(tmp_path):
     assert (half["skipped"], half["scale"]) == (0, 256)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 3])
 def test_gan(tmp_path, stage):
     config = {"train_micro_batch_size_per_gpu": 6, "gradient_clipping": 0.0, "zero_optimization": {"stage": 0}}
     full = run("gan.py", tmp_path, config=config)
@@ -101,6 +101,17 @@ def test_gan(tmp_path, stage):
     assert half["skipped"] == 0
     for name in ("D", "G"):
         assert half[name] == pytest.approx(full[name], rel=2e-2)
+
+
+def test_calls_around_the_loop(tmp_path):
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "Adam", "params": {"lr": 1e-2}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_max_lr": 1e-2}},
+        "checkpoint": {"load_universal": True},
+        "zero_optimization": {"stage": 3, **SMALL},
+    }
+    assert len(run("surface.py", tmp_path, "--save_dir", tmp_path / "saved", config=config)["losses"]) == 3
 
 
 def test_imagenet(tmp_path):

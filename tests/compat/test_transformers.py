@@ -56,3 +56,21 @@ def test_resume_on_another_number_of_ranks(plain, tmp_path):
     checkpoint = str(tmp_path / "two" / "0" / "checkpoint-5")
     (found,) = run("trainer.py", tmp_path / "one", [{"stage": 2, "resume": checkpoint}], world=1)
     close(found, plain)
+
+
+def test_a_second_trainer_and_pretrained_weights(plain, tmp_path):
+    """``from_pretrained`` builds under ``zero.Init`` at stage 3, and trains on from what it has read."""
+    source = tmp_path / "plain"
+    (first,) = run("trainer.py", source, [{"stage": None}])
+    pretrained = str(source / "0" / "final")
+    plainly = [{"stage": None, "pretrained": pretrained}, {"stage": None, "again": True}]
+    expected, again = run("trainer.py", tmp_path / "more", plainly)
+    cases = [{"stage": stage, "pretrained": pretrained} for stage in (2, 3)] + [
+        {"stage": stage, "again": True} for stage in (2, 3)
+    ]
+    *found, after_two, after_three = run("trainer.py", tmp_path / "two", cases, world=2)
+    assert expected["losses"][0] < first["losses"][0]
+    for each in found:
+        close(each, expected)
+    for each in (after_two, after_three):
+        close(each, again)

@@ -1,4 +1,4 @@
-"""TRL's SFT and DPO (with a reference model, an engine without an optimizer): the same losses."""
+"""TRL's SFT, DPO (with a reference model, an engine without an optimizer) and GRPO, which generates as it trains."""
 
 from __future__ import annotations
 
@@ -15,3 +15,14 @@ def test_sft_and_dpo(tmp_path):
     cases = [{"stage": stage, "what": what} for what in whats for stage in (2, 3)]
     for case, found in zip(cases, run("preferences.py", tmp_path / "two", cases, world=2), strict=True):
         assert found["losses"] == pytest.approx(plain[whats.index(case["what"])]["losses"], rel=1e-4), case
+
+
+def test_grpo(tmp_path):
+    """What is generated depends on each rank's random numbers, so stages are compared with each other."""
+    cases = [{"stage": stage, "what": "grpo"} for stage in (0, 2, 3)]
+    first, *others = run("preferences.py", tmp_path, cases, world=2)
+    assert any(first["rewards"])
+    assert any(first["norms"])
+    for each in others:
+        assert each["rewards"] == pytest.approx(first["rewards"])
+        assert each["norms"] == pytest.approx(first["norms"], rel=1e-3, abs=1e-5)

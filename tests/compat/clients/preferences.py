@@ -1,4 +1,4 @@
-"""TRL's SFT and DPO on a tiny GPT-2: ``preferences.py OUT CASES``."""
+"""TRL's SFT, DPO and GRPO on a tiny GPT-2: ``preferences.py OUT CASES``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from tests.compat.clients import trainer as plain
 
@@ -30,6 +30,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def text(start: int, count: int) -> str:
     return " ".join(WORDS[(start + each) % 26] for each in range(count))
+
+
+def vowels(completions: list[str], **_: Any) -> list[float]:
+    """The reward of GRPO's completions."""
+    return [float(sum(letter in "aeiou" for letter in each)) for each in completions]
 
 
 def run(out: Path, stage: int | None, world: int, what: str) -> dict[str, Any]:
@@ -59,6 +64,14 @@ def run(out: Path, stage: int | None, world: int, what: str) -> dict[str, Any]:
         rows = [{"text": text(each, 8)} for each in range(16)]
         made = SFTTrainer(plain.model(), SFTConfig(**common), train_dataset=Dataset.from_list(rows),
                           processing_class=tokenizer())  # fmt: skip
+    elif what == "grpo":
+        rows = [{"prompt": text(each, 4)} for each in range(8)]
+        del common["max_length"]
+        grpo = GRPOConfig(**common, num_generations=2, max_completion_length=4, beta=0.1, temperature=1.0)
+        base = out / os.environ.get("RANK", "0")  # the reference model is read from where the model was read from
+        plain.model().save_pretrained(base)
+        made = GRPOTrainer(str(base), reward_funcs=vowels, args=grpo, train_dataset=Dataset.from_list(rows),
+                           processing_class=tokenizer())  # fmt: skip
     else:
         rows = [{"prompt": text(each, 4), "chosen": text(each + 4, 3), "rejected": text(each + 9, 3)}
                 for each in range(16)]  # fmt: skip
@@ -66,7 +79,8 @@ def run(out: Path, stage: int | None, world: int, what: str) -> dict[str, Any]:
                           processing_class=tokenizer())  # fmt: skip
     made.train()
     logs = made.state.log_history
-    return {"losses": [each["loss"] for each in logs if "loss" in each]}
+    names = {"losses": "loss", "rewards": "reward", "norms": "grad_norm"}
+    return {name: [float(each[key]) for each in logs if key in each] for name, key in names.items()}
 
 
 def main(out: str, cases: str) -> None:

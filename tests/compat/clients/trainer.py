@@ -103,7 +103,8 @@ def figures(trainer: Trainer) -> dict[str, Any]:
 
 
 def run(out: Path, stage: int | None, *, bf16: bool = False, from_file: bool = False, world: int = 1,
-        resume: str | None = None, **more: Any) -> dict[str, Any]:  # fmt: skip
+        resume: str | None = None, again: bool = False, pretrained: str | None = None,
+        **more: Any) -> dict[str, Any]:  # fmt: skip
     given: dict[str, Any] = {"bf16": bf16}
     if stage is not None:
         from tests.compat.clients.on_cpu import use_transformers
@@ -116,8 +117,13 @@ def run(out: Path, stage: int | None, *, bf16: bool = False, from_file: bool = F
             settings = str(file)
         given["deepspeed"] = settings
     made = arguments(out, world, **given, **more)
-    trainer = Trainer(model(), made, train_dataset=data(1, SAMPLES), eval_dataset=data(2, 8))
+    chosen = GPT2LMHeadModel.from_pretrained(pretrained) if pretrained else model()  # at stage 3 under zero.Init
+    trainer = Trainer(chosen, made, train_dataset=data(1, SAMPLES), eval_dataset=data(2, 8))
     trainer.train(resume_from_checkpoint=resume)
+    if again:  # a second train() of one Trainer fails in Transformers itself, beside any DeepSpeed
+        trainer.accelerator.free_memory()
+        trainer = Trainer(trainer.model, made, train_dataset=data(1, SAMPLES), eval_dataset=data(2, 8))
+        trainer.train()
     found = figures(trainer)
     trainer.save_model(str(out / "final"))
     if trainer.is_world_process_zero():

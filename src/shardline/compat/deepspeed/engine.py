@@ -32,8 +32,6 @@ DeepSpeedSchedulerCallable = Callable[[Optimizer], Any]
 NOT_OFFERED = {
     "allreduce_gradients": "engine.backward and engine.step reduce by themselves",
     "coalesce_grad_reduction": "use engine.no_sync(), which works at every stage",
-    "offload_states": "states stay where they are between phases",
-    "reload_states": "states stay where they are between phases",
     "set_custom_curriculum_learning_schedule": "order the dataset, or bring a loader",
     "set_data_post_process_func": "give initialize a collate_fn",
     "set_train_batch_size": "batch sizes are those of the configuration",
@@ -75,6 +73,16 @@ class DeepSpeedEngine(Engine):
         boundary = self.is_gradient_accumulation_boundary()
         super().step(boundary=boundary, lr_kwargs=lr_kwargs)
         self._ended_window = boundary
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Discard what this window has accumulated; see Shardline's engine."""
+        if self.trainables.is_closed:
+            raise UsageError(
+                "zero_grad() was called on an engine that was destroyed. A second train() of one Trainer does so: "
+                "Accelerate has let go of the engine, and makes no other. Call trainer.accelerator.free_memory(), and "
+                "make a new Trainer over trainer.model."
+            )
+        super().zero_grad(set_to_none)
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss that a plain ``.backward()`` shall start from: ``loss`` times the loss scale."""
@@ -252,6 +260,18 @@ class DeepSpeedEngine(Engine):
     ) -> bool:
         """Save everything that a resume needs; see Shardline's engine."""
         return super().save_checkpoint(save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
+
+    def offload_states(  # type: ignore[override]
+        self, include: Any = None, device: Any = "cpu", pin_memory: bool = True, non_blocking: bool = False
+    ) -> None:
+        """Move masters and optimizer state to host memory, both of them whatever ``include`` names."""
+        if device != "cpu":
+            raise UsageError(f"engine.offload_states was given device={device!r}. States go to host memory: 'cpu'.")
+        super().offload_states()
+
+    def reload_states(self, non_blocking: bool = False) -> None:  # type: ignore[override]
+        """Bring them back."""
+        super().reload_states()
 
     def empty_partition_cache(self) -> None:
         """Nothing to do: a unit is released after its last use."""

@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from shardline.errors import OptimizerError
+
 if TYPE_CHECKING:
     from shardline.compat.deepspeed.engine import DeepSpeedEngine
 
 __all__ = ["DeepSpeedOptimizer", "EngineOptimizer"]
+
+
+_PART = "part_of_rank"
 
 
 class DeepSpeedOptimizer:
@@ -58,10 +63,26 @@ class EngineOptimizer(DeepSpeedOptimizer, Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of this rank's runs; a checkpoint of the engine is what can be loaded elsewhere."""
-        return self.optimizer.state_dict()
+        """In torch's own form where this rank has all of it, else this rank's part, as DeepSpeed's is.
+
+        A part cannot be loaded; a checkpoint of the engine, or ``engine.full_optimizer_state_dict()``, can.
+        """
+        try:
+            return self.optimizer.state_dict()
+        except OptimizerError:
+            return {**Optimizer.state_dict(self.optimizer), _PART: self._engine.global_rank}
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Load a state in torch's own form, with whole tensors. Collective.
+
+        Raises:
+            OptimizerError: for a part.
+        """
+        if _PART in state_dict:
+            raise OptimizerError(
+                f"optimizer.load_state_dict was given the part of rank {state_dict[_PART]}. Load a checkpoint of the "
+                f"engine, or what engine.full_optimizer_state_dict() gives."
+            )
         self.optimizer.load_state_dict(state_dict)
 
     @property

@@ -146,6 +146,7 @@ NAMES: dict[str, dict[str, str]] = {
         **_SCHEDULES,
     },
     "checkpoint": {},
+    "checkpoint.ds_to_universal": dict.fromkeys(("main", "parse_arguments"), "universal"),
     "checkpoint.utils": {"clone_tensors_for_torch_save": "saving"},
     "git_version_info": {"git_branch": "constants", "git_hash": "constants", "version": "_version:VERSION"},
     "launcher": {},
