@@ -16,7 +16,10 @@ from tests.models import Mlp, mse, regression
 
 PACKAGE = str(Path(shardline.__file__).parent)
 MOST = 6
-"""One each: engine, hook, schedule, unit, flat buffer, transport."""
+"""One each: engine, hook, schedule, unit, flat buffer, transport.
+
+Where ranks of one host read each other's memory there is no collective: a transport executes whatever is due.
+"""
 
 
 def our_calls() -> list[str]:

@@ -58,7 +58,7 @@ class ShardedOptimizer(AcceleratedOptimizer):
         """Load it, on every rank; or see that the engine does.
 
         Raises:
-            CheckpointError: if only the checkpoint of an engine holds it, which nobody loads.
+            CheckpointError: if only the checkpoint of an engine holds it, and none is loaded.
         """
         if state_dict != self._HELD:
             self.optimizer.load_state_dict(state_dict)
