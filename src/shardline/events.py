@@ -1,32 +1,59 @@
-"""The typed stream of what happens in a run: the engine emits, sinks (console, timers, trackers) listen."""
+"""The typed stream of what happens in a run: the engine emits, sinks (console, curves, trackers) listen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Event", "Events", "Notice", "PhaseTimes", "StepDone", "StepSkipped"]
+__all__ = [
+    "CheckpointLoaded",
+    "CheckpointSaved",
+    "Event",
+    "Events",
+    "Notice",
+    "PhaseTimes",
+    "RunStarted",
+    "Scalars",
+    "StepDone",
+    "StepSkipped",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted:
+    """``initialize`` is done, and what was to be resumed is loaded."""
+
+    step: int
+    """Steps that were done before."""
+    config: Mapping[str, Any]
+    """The resolved configuration as JSON values."""
+    origins: Mapping[str, str]
+    """Where each value of it came from, by dotted path; a path that is missing holds its default."""
+    environment: Mapping[str, Any]
+    """Versions, host, device and number of ranks."""
+    units: list[dict[str, Any]]
+    """A row for each unit of the model: its name, parameters and bytes on this rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
     """One optimizer step was applied. It comes when that is known: on an accelerator when the next step ends.
 
-    ``loss``, ``grad_norm`` and what is in ``lr`` may be zero-dimensional tensors that are still being computed: a sink
-    reads them with ``float()`` when it shows them, so that a step that is not shown waits for nothing.
+    What is in ``lr`` may be a zero-dimensional tensor that is still being computed: a sink reads it with ``float()``
+    when it shows it. All other values are on the host, and none of them was waited for.
     """
 
     step: int
     """Number of this step, from 1."""
-    loss: float | Tensor | None
-    """Mean loss of the window on this rank, before scaling; None where no loss was seen."""
+    loss: float | None
+    """Mean loss of the window over all ranks, before scaling; None where no loss was seen."""
     lr: list[float | Tensor]
     """Learning rate of each param group, as used by this step."""
-    grad_norm: float | Tensor | None
+    grad_norm: float | None
     """Global L2 norm of the gradients before clipping."""
     loss_scale: float | None
     """Loss scale of this step; None without loss scaling."""
@@ -35,6 +62,22 @@ class StepDone:
     seconds: float
     """Wall time since the step before."""
     read_memory: Callable[[], int]
+    grad_norms: tuple[float, ...] = ()
+    """The same norm of each param group; empty where there is one group, or no sink."""
+    tokens: int = 0
+    """Tokens of all ranks together, where the model is given integers of shape (batch, length); else 0."""
+    flops: float | None = None
+    """Floating-point operations of this step over all ranks, where they were counted."""
+    mfu: float | None = None
+    """Share of what the devices can do that went into the model's own operations, where that is known."""
+    waited: tuple[float, ...] = ()
+    """Seconds that each rank waited for the others since the step before, by rank; empty in a single process."""
+    sent: Mapping[str, int] = field(default_factory=dict)
+    """Bytes that this rank sent in this step, by operation: gather, reduce."""
+    total_samples: int = 0
+    """Samples of all steps so far."""
+    skipped: int = 0
+    """Steps that were skipped so far."""
 
     @property
     def memory_bytes(self) -> int:
@@ -59,7 +102,35 @@ class PhaseTimes:
 
     step: int
     seconds: dict[str, float]
-    """Phase (forward, backward, reduce, gather, step) to seconds; phases overlap, so they need not add up."""
+    """Phase (forward, backward, reduce, step) to seconds. The rest of the step is the loop's own: data, evaluation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scalars:
+    """Values of the user's own, such as the loss on held-out data, to be shown beside the engine's."""
+
+    step: int
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSaved:
+    """A checkpoint is complete."""
+
+    step: int
+    path: str
+    seconds: float
+    """From the call to the last byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointLoaded:
+    """Training goes on from a checkpoint: steps after it did not happen."""
+
+    step: int
+    path: str
+    sinks: Mapping[str, Mapping[str, str]]
+    """What sinks had put into it, by name: see :meth:`shardline.observe.Sink.save`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +140,9 @@ class Notice:
     message: str
 
 
-Event = StepDone | StepSkipped | PhaseTimes | Notice
+Event = (
+    RunStarted | StepDone | StepSkipped | PhaseTimes | Scalars | CheckpointSaved | CheckpointLoaded | Notice
+)  # fmt: skip
 
 
 class Events:

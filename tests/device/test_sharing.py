@@ -16,7 +16,7 @@ import shardline
 from shardline.comm.transport import HostStagedTransport
 from shardline.errors import DisagreementError
 from shardline.events import Notice
-from shardline.observe import Console
+from shardline.observe.sinks import Sinks
 from shardline.runtime import process_group, topology
 from shardline.testing import Pool
 from tests.conftest import Ranks
@@ -41,13 +41,13 @@ def one_device() -> Iterator[Ranks]:
 
 def notices_of(settings: dict[str, Any], patch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:
     said: list[str] = []
-    attach = Console.attach
+    attach = Sinks.attach
 
-    def listen(self: Console, events: Any, *args: Any) -> None:
+    def listen(self: Sinks, events: Any, *args: Any) -> None:
         events.subscribe(lambda event: said.append(event.message) if isinstance(event, Notice) else None)
         attach(self, events, *args)
 
-    patch.setattr(Console, "attach", listen)
+    patch.setattr(Sinks, "attach", listen)
     return make(settings), said
 
 

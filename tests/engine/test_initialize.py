@@ -16,7 +16,7 @@ import shardline
 from shardline.config import load_config
 from shardline.engine.initialize import _one_config, _optimizer_and_groups, _refuse_offload_param
 from shardline.events import Notice
-from shardline.observe import Console
+from shardline.observe.sinks import Sinks
 from tests.harness import seeded
 from tests.models import Mlp, mse, regression
 
@@ -481,7 +481,7 @@ def advice(local_world_size):
     os.environ["LOCAL_WORLD_SIZE"] = str(local_world_size)
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Console, "attach", lambda self, events, *args: events.subscribe(said.append))
+        patch.setattr(Sinks, "attach", lambda self, events, *args: events.subscribe(said.append))
         for stage, dtype, own in ((0, "bf16", None), (1, "bf16", None), (0, "fp32", None), (0, "bf16", OfAll)):
             settings = {
                 "train_micro_batch_size_per_gpu": 1,

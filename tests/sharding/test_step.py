@@ -26,7 +26,8 @@ def rows(*values: tuple[float, ...]) -> torch.Tensor:
     """Per rank: squares, weight, left, late, samples, backwards (1), leaving, alike, on_device (0)."""
     order = (0, 1, 3, 4, 5, 6, 7, 2, 8, 9)  # of the columns
     full = [[*row, *[1.0, 0.0, 0.0, 0.0][len(row) - 6 :]] for row in values]
-    return torch.tensor([[row[place] for place in order] for row in full], dtype=torch.float64)
+    told = [0.0, 0.0, 0.0, 0.0]  # loss, counted, tokens, waited
+    return torch.tensor([[*(row[place] for place in order), *told] for row in full], dtype=torch.float64)
 
 
 def verdict(*values, unit_weight=1.0, loss_scale=1.0, clip=0.0, check=False) -> Verdict:
@@ -48,9 +49,24 @@ def test_a_report_is_what_it_says() -> None:
     )
     stacked = report.stack(CPU)
     assert stacked.dtype is torch.float64
-    assert stacked.tolist() == [2.5, 3.0, 1, 1, 40, 2, 1, 2**32 - 1, 2**32 - 2, 0]
-    known = replace(report, on_device=torch.tensor(9.0, dtype=torch.float64)).stack(CPU)
-    assert known.tolist() == [*stacked.tolist()[:-1], 9]
+    assert stacked.tolist() == [2.5, 3.0, 1, 1, 40, 2, 1, 2**32 - 1, 2**32 - 2, 0, 0, 0, 0, 0]
+    known = replace(report, on_device=torch.tensor(9.0, dtype=torch.float64), loss=torch.tensor([6.0]), counted=3.0)
+    known = replace(known, tokens=7, waited=0.25, groups=torch.tensor([2.0, 0.5], dtype=torch.float64))
+    assert known.stack(CPU).tolist() == [*stacked.tolist()[:9], 9, 6, 3, 7, 0.25, 2, 0.5]
+
+
+def test_what_is_told_of_a_step() -> None:
+    """The loss is the mean over all that it counts for, and each group's norm the average's, as the whole norm is."""
+    told = {"loss": [6.0, 1.0], "counted": [3.0, 1.0], "tokens": [7.0, 8.0], "waited": [0.25, 0.0]}
+    row = rows((9, 2, 5, 0, 0, 8), (16, 4, 5, 0, 0, 16))
+    row[:, 10:] = torch.tensor(list(told.values()), dtype=torch.float64).T
+    groups = torch.tensor([[5.0, 4.0], [15.0, 1.0]], dtype=torch.float64)
+    found = Verdict.of(torch.cat([row, groups], dim=1), unit_weight=2, loss_scale=8, clip=0.0, check=True)
+    host = found.read()
+    assert (host.loss, host.tokens, host.waited) == (7 / 4, 15, (0.25, 0.0))
+    assert host.group_norms == pytest.approx([math.sqrt(20) / 24, math.sqrt(5) / 24])
+    assert math.hypot(*host.group_norms) == pytest.approx(host.norm) and not host.skipped
+    assert verdict((9, 2, 5, 0, 0, 8)).read().loss is None
 
 
 def test_norm_and_average() -> None:

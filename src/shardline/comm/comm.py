@@ -176,7 +176,8 @@ class Comm:
             self.reductions.gather(None, stacked.view(-1), boundaries, own=local).wait()
             self._peers.wait_for_readers()  # all ranks are here, so what they gathered before is read by now
         else:
-            dist.all_gather(list(stacked.unbind()), local, group=self._vector_group)
+            with self.log.waiting(local.device):
+                dist.all_gather(list(stacked.unbind()), local, group=self._vector_group)
         return stacked.to(vector.device)
 
     def all_gather_ints(self, values: Sequence[int]) -> list[list[int]]:

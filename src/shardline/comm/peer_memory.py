@@ -80,7 +80,7 @@ class Peers:
         self, rank: int, page: ControlPage, peers: Sequence[Peer], timeout: timedelta, log: TransitionLog
     ) -> None:
         self.rank, self.page, self.peers, self.timeout = rank, page, list(peers), timeout.total_seconds()
-        self.pid = os.getpid()
+        self.pid, self._log = os.getpid(), log
         self.transports = [PeerMemoryTransport(self, channel, log) for channel in range(_CHANNELS)]
         for each in self.transports:
             weakref.finalize(self, _keep_unread, each.kept, each.executed, list(peers))
@@ -120,8 +120,17 @@ class Peers:
         """
         if not self.peers:
             raise UsageError("a transition was waited for after the engine that started it was destroyed.")
-        turn, nap, begin = 0, _SLEEP, time.monotonic()
-        check = begin + _LIVENESS_INTERVAL
+        advance_all()
+        if done():
+            return
+        begin = time.monotonic()
+        try:
+            self._wait(done, begin, patience)
+        finally:
+            self._log.waited += time.monotonic() - begin
+
+    def _wait(self, done: Callable[[], bool], begin: float, patience: float | None) -> None:
+        turn, nap, check = 0, _SLEEP, begin + _LIVENESS_INTERVAL
         while True:
             advance_all()
             if done():
@@ -223,7 +232,7 @@ class PeerMemoryTransport:
         self.executed, self._ring = self.count + _LINE, self.count + 2 * _LINE
 
     def gather(self, unit: int | None, buffer: Tensor, boundaries: Sequence[int], own: Tensor | None = None) -> Work:
-        self.log.record("gather", unit, boundaries[-1])
+        self.log.record("gather", unit, boundaries[-1], buffer.element_size())
         rank = self.peers.rank
         part = buffer[boundaries[rank] : boundaries[rank + 1]] if own is None else own
 
@@ -238,7 +247,7 @@ class PeerMemoryTransport:
     def reduce(
         self, unit: int, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
     ) -> Work:
-        self.log.record("reduce", unit, boundaries[-1])
+        self.log.record("reduce", unit, boundaries[-1], buffer.element_size())
         rank, full = self.peers.rank, buffer[: boundaries[-1]]
         low, high, width = boundaries[rank], boundaries[rank + 1], full.element_size()
         step = min(high - low, BLOCK)

@@ -7,6 +7,7 @@ and return a :class:`Work`. Nothing lies between a transport and torch.distribut
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Protocol
@@ -53,8 +54,10 @@ class Work:
         *then: Callable[[], object],
         hold: object = None,
         arrived: Callable[[], bool] | None = None,
+        log: TransitionLog | None = None,
     ) -> None:
-        self._handles, self._then, self._hold, self._arrived = handles, then, hold, arrived
+        """``log`` is told how long the host waits for ``handles``, where it does."""
+        self._handles, self._then, self._hold, self._arrived, self._log = handles, then, hold, arrived, log
 
     def then(self, action: Callable[[], object]) -> Work:
         """Let :meth:`wait` call ``action`` at its end. Returns the work to wait for, instead of this one."""
@@ -70,11 +73,14 @@ class Work:
         return all(handle.is_completed() for handle in self._handles)
 
     def wait(self) -> None:
+        begin = time.perf_counter()
         for handle in self._handles:
             handle.wait()
+        if self._log is not None:
+            self._log.waited += time.perf_counter() - begin
         for action in self._then:
             action()
-        self._handles, self._then, self._hold, self._arrived = (), (), None, None
+        self._handles, self._then, self._hold, self._arrived, self._log = (), (), None, None, None
 
 
 DONE = Work(())
@@ -187,7 +193,7 @@ class AllToAllTransport:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def gather(self, unit: int | None, buffer: Tensor, boundaries: Sequence[int], own: Tensor | None = None) -> Work:
-        self.log.record("gather", unit, boundaries[-1])
+        self.log.record("gather", unit, boundaries[-1], buffer.element_size())
         if own is not None:
             put(own, buffer, boundaries, self.rank)
         # One broadcast for each shard straight into its place: gloo's all-gather takes 1.6 times as long, and shards
@@ -197,12 +203,12 @@ class AllToAllTransport:
             part = buffer[boundaries[rank] : boundaries[rank + 1]]
             if part.numel():
                 handles.append(dist.broadcast(part, group_src=rank, group=self.group, async_op=True))
-        return Work(handles, hold=buffer)
+        return Work(handles, hold=buffer, log=self.log)
 
     def reduce(
         self, unit: int, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
     ) -> Work:
-        self.log.record("reduce", unit, boundaries[-1])
+        self.log.record("reduce", unit, boundaries[-1], buffer.element_size())
         # gloo's reduce-scatter is an all-reduce and a slice (2 to 3 times the time); adding here also rounds once.
         mine = boundaries[self.rank + 1] - boundaries[self.rank]
         received = scratch.borrow(mine * self.size, buffer.dtype)
@@ -215,7 +221,7 @@ class AllToAllTransport:
             add_in_order(received.view(self.size, mine).unbind(), out, add=add)
             scratch.give_back(received)
 
-        return Work([handle], add_up, hold=(buffer, received))
+        return Work([handle], add_up, hold=(buffer, received), log=self.log)
 
 
 def _the_stream_waits() -> bool:
@@ -228,7 +234,7 @@ class NcclTransport(AllToAllTransport):
     def gather(self, unit: int | None, buffer: Tensor, boundaries: Sequence[int], own: Tensor | None = None) -> Work:
         if not _equal(boundaries):
             return super().gather(unit, buffer, boundaries, own)
-        self.log.record("gather", unit, boundaries[-1])
+        self.log.record("gather", unit, boundaries[-1], buffer.element_size())
         if own is None:
             own = buffer[boundaries[self.rank] : boundaries[self.rank + 1]]
         handle = _all_gather(buffer, own, group=self.group, async_op=True)
@@ -239,7 +245,7 @@ class NcclTransport(AllToAllTransport):
     ) -> Work:
         if not _equal(boundaries):
             return super().reduce(unit, buffer, boundaries, out, add=add, scratch=scratch)
-        self.log.record("reduce", unit, boundaries[-1])
+        self.log.record("reduce", unit, boundaries[-1], buffer.element_size())
         direct = out.dtype == buffer.dtype and not add
         target = out if direct else scratch.borrow(out.numel(), buffer.dtype)
         handle = _reduce_scatter(target, buffer, group=self.group, async_op=True)

@@ -194,6 +194,7 @@ _LIVE = "a unit is released after its last use, as the recorded order says"
 _CHECKPOINTING = "acts only on calls of DeepSpeed's own checkpoint function; here enabled, every and offload say it all"
 _PRINTS = "the step line (steps_per_print) and the events of the engine say it"
 _LAYOUT = "a checkpoint is named ranges of tensors, so any layout loads any other"
+_TRANSFERS = "all gathers and reductions of the engine are counted, by operation"
 _OFFLOAD = "a detail of DeepSpeed's offload buffers"
 
 NO_EFFECT: dict[str, Ineffective] = {
@@ -211,6 +212,11 @@ NO_EFFECT: dict[str, Ineffective] = {
     "use_data_before_expert_parallelism": _boolean("there is no expert parallelism"),
     "timers": Ineffective("object", "wall_clock_breakdown is the switch for timers"),
     "aio": Ineffective("object", "it tunes NVMe offload, which is not supported"),
+    "comms_logger.prof_all": _boolean(_TRANSFERS),
+    "comms_logger.prof_ops": Ineffective("any", _TRANSFERS),
+    "comms_logger.debug": _boolean(_TRANSFERS),
+    "flops_profiler.recompute_fwd_factor": _number("what is recomputed is counted, and is no part of MFU"),
+    "flops_profiler.top_modules": _number("the table has all modules"),
     "optimizer.legacy_fusion": _boolean("there is one implementation"),
     "bf16.immediate_grad_update": _boolean("gradients are accumulated as data_types.grad_accum_dtype says"),
     "torch_autocast.lower_precision_safe_modules": Ineffective("any", "torch's autocast decides by operation"),
@@ -273,7 +279,6 @@ NO_EFFECT: dict[str, Ineffective] = {
     "checkpoint.writer": Ineffective("object", "there is one writer"),
 }
 
-_MONITOR = "write your own with engine.events.subscribe (loss, rate, norm and scale of each step), or log in your loop"
 _COMPRESSED = "communication is not compressed; communication_data_type sets the dtype of reductions"
 _ONE_BIT = f"{_COMPRESSED}, and Adam, AdamW or Lamb take its place"
 _DATA = "order your dataset or pass your own loader"
@@ -343,14 +348,9 @@ UNSUPPORTED: dict[str, Unsupported] = {
         "set the three batch keys; train_batch_size stays when the world changes", switch="enabled"
     ),
     "autotuning": Unsupported("nothing is tuned by trial runs", switch="enabled"),
-    "tensorboard": Unsupported(_MONITOR, switch="enabled"),
-    "wandb": Unsupported(_MONITOR, switch="enabled"),
-    "csv_monitor": Unsupported(_MONITOR, switch="enabled"),
-    "comet": Unsupported(_MONITOR, switch="enabled"),
-    "comms_logger": Unsupported(
-        "wall_clock_breakdown times the phases, torch.profiler the collectives", switch="enabled", present=True
+    "comet.api_key": Unsupported(
+        "checkpoints and reports hold the configuration; set COMET_API_KEY, or let Comet keep the key", off=()
     ),
-    "flops_profiler": Unsupported("torch.utils.flop_counter counts them", switch="enabled"),
     "data_efficiency": Unsupported(_DATA, switch="enabled"),
     "curriculum_learning": Unsupported(_DATA, switch="enabled"),
     "progressive_layer_drop": Unsupported("the model decides which layers run", switch="enabled"),

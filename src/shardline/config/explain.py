@@ -11,7 +11,7 @@ from shardline.config.deepspeed import ALIASES, NO_EFFECT
 from shardline.config.schema import Config
 from shardline.names import join
 
-__all__ = ["explain", "ineffective"]
+__all__ = ["explain", "flat", "ineffective"]
 
 
 def explain(config: Config) -> str:
@@ -44,3 +44,17 @@ def _rows(tree: Mapping[str, Any], origins: Mapping[str, str], path: str = "") -
             yield f"{indent}{name}: {json.dumps(value)}", origins.get(at, "default")
     for name in left:
         yield f'{indent}{name}: "auto"', origins[join(path, name)]
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """The values of a resolved configuration by dotted path."""
+
+    def walk(tree: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+        for name, value in tree.items():
+            at = join(path, name)
+            if isinstance(value, Mapping) and value:
+                yield from walk(value, at)
+            else:
+                yield at, value
+
+    return dict(walk(config.to_dict(), ""))

@@ -9,6 +9,18 @@ from pydantic import PrivateAttr
 
 from shardline.config import params
 from shardline.config.kinds import Dtype, Integer, Model, Number, OptionalInteger, Section, Strings, key
+from shardline.config.monitoring import (
+    Comet,
+    CommsLogger,
+    CsvMonitor,
+    FlopsProfiler,
+    MLflow,
+    ProgressBar,
+    RunLog,
+    Sinks,
+    TensorBoard,
+    WandB,
+)
 from shardline.config.reading import Reading
 
 __all__ = [
@@ -201,7 +213,17 @@ class Config(Section):
     checkpoint: Checkpoint = key(Checkpoint, "Saving and resuming.")
     activation_checkpointing: ActivationCheckpointing = key(ActivationCheckpointing, "Recomputing activations.")
     steps_per_print: OptionalInteger = key(None, "Print a line every so many steps; null and Infinity: never.", ge=1)
-    wall_clock_breakdown: bool = key(False, "Time forward, backward, reduce, gather and step.")
+    wall_clock_breakdown: bool = key(False, "Time forward, backward, reduce and step, and print that.")
+    progress_bar: ProgressBar = key(ProgressBar, "A progress bar.", own=True)
+    run_log: RunLog = key(RunLog, "Everything that happens in a run, in a file that a report is made of.", own=True)
+    tensorboard: TensorBoard = key(TensorBoard, "TensorBoard; needs shardline[tensorboard].")
+    wandb: WandB = key(WandB, "Weights & Biases; needs shardline[wandb].")
+    mlflow: MLflow = key(MLflow, "MLflow; needs shardline[mlflow].", own=True)
+    comet: Comet = key(Comet, "Comet; needs the package comet_ml.")
+    csv_monitor: CsvMonitor = key(CsvMonitor, "CSV files.")
+    comms_logger: CommsLogger | None = key(None, "What travels between ranks.")
+    flops_profiler: FlopsProfiler = key(FlopsProfiler, "Floating-point operations.")
+    sinks: Sinks = key(dict, "Sinks that the program has registered, by name, with their arguments.", own=True)
     seed: Integer = key(1234, "Seed of the data order and of what Shardline draws itself.", own=True, ge=0)
 
     _raw: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -233,6 +255,12 @@ class Config(Section):
     def no_effect(self) -> tuple[str, ...]:
         """Dotted keys that the user wrote, that are accepted, and that do nothing here."""
         return self._no_effect
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether a sink shows or keeps the figures of each step."""
+        monitors = (self.tensorboard, self.wandb, self.mlflow, self.comet, self.csv_monitor)
+        return bool(self.sinks or self.run_log.dir or any(each.enabled for each in monitors))
 
     def get(self, name: str, default: Any = None) -> Any:
         """Read ``raw`` like a dict, as clients of DeepSpeed's ``engine.config`` do."""

@@ -36,6 +36,7 @@ from shardline.engine.wrapper import Wrapper
 from shardline.errors import UsageError
 from shardline.events import Events, Notice
 from shardline.features.compiling import compile_blocks
+from shardline.observe.sinks import Sinks
 from shardline.optim import lr
 from shardline.optim.options import OptimizerOptions
 from shardline.plan.placement import STAGES, Placement
@@ -80,6 +81,7 @@ class Engine(Wrapper, Getters, Saving, Serving):
         config (Config): the typed configuration.
         topology (Topology): rank, world size, device of this process in the whole job.
         events: the stream of what happens; ``events.subscribe(fn)`` to listen.
+        sinks: those that the configuration asks for, on rank 0.
         trainables: what is trained, and the layout, schedule and hooks that were made for it.
         progress: how many steps and samples there were, and what the last step did.
     """
@@ -107,14 +109,14 @@ class Engine(Wrapper, Getters, Saving, Serving):
         self.events = Events()
         self.scaler = self._make_scaler(config)
         self.progress = Progress()
-        self.client_state = {}
+        self.client_state, self.sinks = {}, Sinks({}, config)
         self.window_start = WindowStart(model, comm.device)
         self._before_step: list[StepHook] = []
         self._after_step: list[StepHook] = []
         self._compiled = False
         notices = Notices(self.events)
         self._leftovers = self._leftovers_kind(notices)
-        self._reporter = Reporter(self.events, comm.device, phases=config.wall_clock_breakdown)
+        self._reporter = Reporter(self.events, comm, config)
         self._window = self._window_kind(config.gradient_accumulation_steps)
         self._intake = Intake(config, self._window, self.window_start, notices)
         self._calls = Calls(model, precision, comm.device, notices)
@@ -145,6 +147,11 @@ class Engine(Wrapper, Getters, Saving, Serving):
             load_state_dict=self._load_optimizer_state_dict,
         )
         self.on_destroy(guarded)
+
+    def attach_sinks(self, sinks: Sinks) -> None:
+        """Let ``sinks`` listen until :meth:`destroy`, or the end of the process."""
+        self.sinks = sinks
+        sinks.attach(self.events, self._outcome.finish)
 
     def attach_loader(self, loader: Loader) -> None:
         """Take ``loader`` as the engine's own: a batch counts for the samples in it, and checkpoints hold its position.
@@ -240,7 +247,7 @@ class Engine(Wrapper, Getters, Saving, Serving):
         reported = loss.detach() / divisor
         if foreign is not None:
             reported = reported / foreign
-        self._window.add_loss(reported)
+        self._window.add_loss(reported, self._intake.share())
         return reported
 
     # -- step -------------------------------------------------------------------------------------------------------
@@ -294,8 +301,7 @@ class Engine(Wrapper, Getters, Saving, Serving):
             window.end()
         else:
             self._end_as_sum()
-        with self._reporter.phase("step"):
-            self._end_window(end_of_window, lr_kwargs or {})
+        self._end_window(end_of_window, lr_kwargs or {})
         self.window_start.mark(self._intake.position)
         self.checkpoints.after_step(leave=self.progress.leaving)
 
@@ -316,21 +322,22 @@ class Engine(Wrapper, Getters, Saving, Serving):
 
     def _end_window(self, boundary: Boundary, lr_kwargs: dict[str, Any]) -> None:
         scheduler = self.lr_scheduler
-        try:
-            self._outcome.act(ending=True)
-            self.trainables.bring_states()
-            self.checkpoints.before_step()
-            before = self._outcome.look(self._window.mean_loss())
-            self.trainables.hooks.unpin()  # its graphs are of weights that now change
-            host = boundary.end(
-                self._window,
-                leaving=self.checkpoints.exit_requested,
-                at_once=scheduler is not None and not lr.can_undo(scheduler),
-                before=partial(self._call, self._before_step) if self._before_step else None,
-                after=partial(self._call, self._after_step) if self._after_step else None,
-            )
-        finally:
-            self._backwards.discard()
+        with self._reporter.phase("step"):
+            try:
+                self._outcome.act(ending=True)
+                self.trainables.bring_states()
+                self.checkpoints.before_step()
+                before = self._outcome.look()
+                self.trainables.hooks.unpin()  # its graphs are of weights that now change
+                host = boundary.end(
+                    self._window,
+                    leaving=self.checkpoints.exit_requested,
+                    at_once=scheduler is not None and not lr.can_undo(scheduler),
+                    before=partial(self._call, self._before_step) if self._before_step else None,
+                    after=partial(self._call, self._after_step) if self._after_step else None,
+                )
+            finally:
+                self._backwards.discard()
         self._outcome.follow(before, host, self.lr_scheduler, lr_kwargs)
 
     def _call(self, hooks: list[StepHook]) -> None:
@@ -504,7 +511,7 @@ class Engine(Wrapper, Getters, Saving, Serving):
             what = "a backward" if backwards == 1 else f"{backwards} backwards"
             self.events.emit(Notice(f"destroy() discards the gradients of {what}, which no step has applied"))
         self._backwards.discard()
-        self._outcome.read()
+        self._outcome.finish()
         if trainables.boundary is not None and trainables.boundary.refused:
             why = "ranks did not do the same in it, or none had a backward"
             self.events.emit(Notice(f"step {self.global_steps + 1} was not applied: {why}"))
@@ -512,6 +519,7 @@ class Engine(Wrapper, Getters, Saving, Serving):
         trainables.hooks.remove()
         while self._on_destroy:
             self._on_destroy.pop()()
+        self.sinks.close()
         trainables.close()
         self._backwards.close()
         self.comm.close()

@@ -115,6 +115,7 @@ class LoopWindow(Window):
             self.weight = 1.0 / self.divided
         uncounted = max(self._batches - self.steps, 0)
         self.steps += uncounted
+        self.counted += uncounted
         self.end()
         return uncounted
 

@@ -29,7 +29,9 @@ from shardline.events import Notice
 from shardline.features import meta
 from shardline.features.offload import Offload
 from shardline.features.recompute import recompute_blocks, recomputed_blocks
-from shardline.observe import Console
+from shardline.observe.registry import check_packages, sinks_of
+from shardline.observe.sinks import Sinks
+from shardline.observe.summary import start_of
 from shardline.optim import arrange, lr
 from shardline.optim.kinds import kind
 from shardline.plan.placement import STAGES, Placement, Stage
@@ -132,6 +134,7 @@ def initialize(
             settings, topology, comm, undo,
         )  # fmt: skip
         engine.checkpoints.resume()
+        engine.events.emit(start_of(engine.global_steps, settings, comm, engine.summary()))
         undo.pop_all()
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
@@ -152,6 +155,8 @@ def _make_engine(
 ) -> Engine:
     """An engine on ``comm``; ``undo`` gets what takes back each thing that was done for it."""
     _agree(comm, settings, training_data)
+    everywhere = _Everywhere(comm)
+    sinks = everywhere.run(partial(_sinks, settings, comm))
     _refuse_offload_param(settings, comm.device)
     precision = Precision.from_config(settings)
     again = settings.activation_checkpointing
@@ -173,7 +178,6 @@ def _make_engine(
 
     # from here on the model changes
 
-    everywhere = _Everywhere(comm)
     undo.push(_WayBack(Origin(model, training.given), layout, everywhere, made).restore)
     fill = partial(meta.fill, model, init_fn=init_fn) if meta.is_on_meta(model) else None
     load_model(model, layout, precision, comm, fill)
@@ -191,10 +195,16 @@ def _make_engine(
         return engine
 
     engine = everywhere.run(finish)
-    Console().attach(engine.events, settings, comm.data.rank)
+    engine.attach_sinks(sinks)
     for notice in _notices(engine, offloads=offload is not None, recomputes=bool(recomputed)):
         engine.events.emit(Notice(notice))
     return engine
+
+
+def _sinks(settings: Config, comm: Comm) -> Sinks:
+    """Those that ``settings`` ask for, on rank 0; packages are looked for on every rank alike."""
+    check_packages(settings)
+    return Sinks(sinks_of(settings) if comm.data.rank == 0 else {}, settings)
 
 
 def _on_sealed_access(made: Sequence[weakref.ref[Engine]], unit: Unit) -> bool:

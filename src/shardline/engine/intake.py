@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shardline.checkpoint.engine.window import WindowStart
 from shardline.config import Config
@@ -58,9 +59,11 @@ class Intake:
             self._start.mark(position)
 
     def see(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Look at what the model is given, where the loader is the user's own."""
-        if self.loader is None and torch.is_grad_enabled():
-            self._short.see(args, kwargs)
+        """Look at what the model is given: how many tokens, and where the loader is the user's own, how many rows."""
+        if torch.is_grad_enabled():
+            self._window.tokens += _tokens(args, kwargs)
+            if self.loader is None:
+                self._short.see(args, kwargs)
 
     def share(self) -> float:
         """How much this micro-step counts: 1.0, unless the loader has just handed out a smaller batch."""
@@ -96,3 +99,13 @@ class Intake:
         if self.loader is not None:
             self.position = self.loader.position
         self._batch_fraction, self._handed_out = 1.0, None
+
+
+def _tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Elements of what a model of sequences takes: ``input_ids``, or a first argument of integers in two dimensions."""
+    first = args[0] if args else kwargs.get("input_ids")
+    if isinstance(first, Mapping):
+        first = first.get("input_ids")
+    if isinstance(first, Tensor) and first.dim() == 2 and not first.is_floating_point():
+        return first.numel()
+    return 0

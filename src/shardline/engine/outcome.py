@@ -25,7 +25,6 @@ __all__ = ["Outcome"]
 class _Before:
     """What the event of a step holds that the step itself changes."""
 
-    loss: Tensor | None
     rates: list[float | Tensor]
     loss_scale: float | None
 
@@ -72,7 +71,12 @@ class Outcome:
         if host.refused:
             self._progress.global_steps -= 1
         else:
-            self._reporter.tell(pending.ended, host, loss_scale=self._loss_scale())
+            self._reporter.tell(pending.ended, host, self._progress, loss_scale=self._loss_scale())
+
+    def finish(self) -> None:
+        """No step follows, as the process may end: tell what is known late. One rank may do this alone."""
+        self.read()
+        self._reporter.finish()
 
     def act(self, *, ending: bool = False) -> None:
         """The same, and what ranks do about it together. Every rank calls this at the same place."""
@@ -88,9 +92,9 @@ class Outcome:
 
     # -- a step -----------------------------------------------------------------------------------------------------
 
-    def look(self, loss: Tensor | None) -> _Before:
-        """The figures of a step that comes now; ``loss`` is the mean of its window."""
-        return _Before(loss, self._rates(), self._loss_scale())
+    def look(self) -> _Before:
+        """The figures of a step that comes now."""
+        return _Before(self._rates(), self._loss_scale())
 
     def follow(self, before: _Before, host: HostVerdict | None, scheduler: Any, lr_kwargs: dict[str, Any]) -> None:
         """A step has ended: count it, step the scheduler unless it was skipped, and act on its verdict if it is known.
@@ -101,9 +105,7 @@ class Outcome:
             scheduler, lr_kwargs: the user's, and the arguments of its ``step``.
         """
         self._progress.global_steps += 1
-        ended = self._reporter.ended(
-            self._progress.global_steps, loss=before.loss, lr=before.rates, loss_scale=before.loss_scale
-        )
+        ended = self._reporter.ended(self._progress.global_steps, lr=before.rates, loss_scale=before.loss_scale)
         self._pending = _Pending(ended)
         if host is None or not host.skipped:
             self._trainables.note_new_weights(self._notices)

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import time
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
+from shardline.comm import Comm
+from shardline.config import Config
 from shardline.events import Events, PhaseTimes, StepDone, StepSkipped
+from shardline.observe.flops import FlopsProfiler
+from shardline.runtime.clock import Moment, now, seconds_between
 from shardline.runtime.memory import peak_bytes
 from shardline.sharding.step import HostVerdict
+from shardline.sharding.window import Progress
 
 __all__ = ["Reporter", "StepFigures"]
 
 _LATE = "gradients of a unit came after its reduction; it is reduced at the end of backward from now on"
+
+Phase = tuple[str, Moment, Moment]
 
 
 @dataclass(frozen=True)
@@ -25,11 +32,11 @@ class StepFigures:
     """What is known of a step when it ends; the names are those of :class:`StepDone`."""
 
     step: int
-    loss: Tensor | None
     lr: list[float | Tensor]
     loss_scale: float | None
     seconds: float
-    phases: dict[str, float]
+    sent: dict[str, int]
+    counted: bool
 
 
 class Reporter:
@@ -37,60 +44,104 @@ class Reporter:
 
     Args:
         events: the stream.
-        device: whose work and memory are measured.
-        phases: whether to time phases, which synchronises the device.
+        comm: of which transfers are told, and whose device is timed.
+        config: says what is measured.
     """
 
-    def __init__(self, events: Events, device: torch.device, *, phases: bool) -> None:
-        self.events, self.device = events, device
-        self._phases = phases
-        self._seconds: dict[str, float] = {}
+    def __init__(self, events: Events, comm: Comm, config: Config) -> None:
+        self.events, self._comm = events, comm
+        self._times = config.wall_clock_breakdown or config.is_observed
+        self._flops: FlopsProfiler | None = None
+        if config.flops_profiler.enabled:
+            self._flops = FlopsProfiler(config, comm.device, comm.data.size, speaks=comm.data.rank == 0)
+        self._phases: list[Phase] = []
+        self._untold: deque[tuple[int, list[Phase]]] = deque()  # phases of steps that the device may not have ended
+        self._bytes: Counter[str] = Counter()
         self._last_step = time.perf_counter()
+        self._has_told = False
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what runs within to the phase ``name``."""
-        if not self._phases:
+        """Count what runs within to the phase ``name``. Waits for no device."""
+        if not self._times and self._flops is None:
             yield
             return
-        start = self._now()
+        begin = now(self._comm.device)
         try:
-            yield
+            if self._flops is None:
+                yield
+            else:
+                with self._flops.counting(name):
+                    yield
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - start
+            self._phases.append((name, begin, now(self._comm.device)))
 
-    def _now(self) -> float:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        return time.perf_counter()
-
-    def ended(
-        self, step: int, *, loss: Tensor | None, lr: list[float | Tensor], loss_scale: float | None
-    ) -> StepFigures:
+    def ended(self, step: int, *, lr: list[float | Tensor], loss_scale: float | None) -> StepFigures:
         """Step number ``step`` is over; :meth:`tell` follows when its verdict is known."""
-        now = time.perf_counter()
-        seconds, self._last_step = now - self._last_step, now
-        phases, self._seconds = self._seconds, {}
-        return StepFigures(step, loss, lr, loss_scale, seconds, phases)
+        now_ = time.perf_counter()
+        seconds, self._last_step = now_ - self._last_step, now_
+        if self._times:
+            self._untold.append((step, self._phases))
+        self._phases = []
+        counted = self._flops is not None and self._flops.end_step()
+        return StepFigures(step, lr, loss_scale, seconds, self._sent(), counted)
 
-    def tell(self, ended: StepFigures, host: HostVerdict, *, loss_scale: float | None) -> None:
+    def _sent(self) -> dict[str, int]:
+        """Bytes that this rank sent since the last call: of each buffer the others' parts, or its own to each other."""
+        before, self._bytes = self._bytes, Counter(self._comm.log.bytes)
+        ranks = self._comm.data.size
+        return {name: (count - before[name]) * (ranks - 1) // ranks for name, count in self._bytes.items()}
+
+    def tell(self, ended: StepFigures, host: HostVerdict, progress: Progress, *, loss_scale: float | None) -> None:
         """What became of a step that was not refused; ``loss_scale`` is that of the step after it."""
         if host.skipped:
             why = _LATE if host.late else "gradients that are not finite"
             self.events.emit(StepSkipped(ended.step, why, ended.loss_scale, loss_scale))
         else:
-            read_memory = partial(peak_bytes, self.device)
-            self.events.emit(
-                StepDone(
-                    ended.step,
-                    ended.loss,
-                    ended.lr,
-                    host.norm,
-                    ended.loss_scale,
-                    host.samples,
-                    ended.seconds,
-                    read_memory,
-                )
+            self._tell_done(ended, host, progress)
+        self._tell_phases()
+        if not self._has_told:  # sinks were opened in it, which is no part of the next step
+            self._has_told, self._last_step = True, time.perf_counter()
+
+    def _tell_done(self, ended: StepFigures, host: HostVerdict, progress: Progress) -> None:
+        flops, mfu = None, None
+        if self._flops is not None:
+            if ended.counted:
+                self._flops.tell(host.samples)
+            flops, mfu = self._flops.of(host.samples, ended.seconds)
+        self.events.emit(
+            StepDone(
+                step=ended.step,
+                loss=host.loss,
+                lr=ended.lr,
+                grad_norm=host.norm,
+                loss_scale=ended.loss_scale,
+                samples=host.samples,
+                seconds=ended.seconds,
+                read_memory=partial(peak_bytes, self._comm.device),
+                grad_norms=host.group_norms,
+                tokens=host.tokens,
+                flops=flops,
+                mfu=mfu,
+                waited=host.waited if self._comm.data.size > 1 else (),
+                sent=ended.sent,
+                total_samples=progress.global_samples,
+                skipped=progress.skipped_steps,
             )
-        if self._phases:
-            self.events.emit(PhaseTimes(ended.step, ended.phases))
+        )
+
+    def _tell_phases(self, *, wait: bool = False) -> None:
+        while self._untold:
+            step, phases = self._untold[0]
+            found: dict[str, float] = {}
+            for name, begin, end in phases:
+                seconds = seconds_between(begin, end, wait=wait)
+                if seconds is None:
+                    return
+                found[name] = found.get(name, 0.0) + seconds
+            self._untold.popleft()
+            self.events.emit(PhaseTimes(step, found))
+
+    def finish(self) -> None:
+        """No step follows: tell what was to be told late."""
+        self._tell_phases(wait=True)

@@ -61,6 +61,10 @@ class EngineState:
         """Steps so far. Asking waits for nothing."""
         return self._engine.progress.global_steps
 
+    def save_sinks(self) -> dict[str, dict[str, str]]:
+        """Have sinks write what is left; returns what they need to go on with the same run, by name."""
+        return self._engine.sinks.save()
+
     def checkpoint_parts(self) -> Parts:
         """This rank's tensors, with edits adopted and the last step's verdict acted on. Collective."""
         trainables = self._trainables

@@ -74,6 +74,8 @@ class Boundary:
         self._clip = config.gradient_clipping
         self._check = config.bf16.check_grad_overflow or not config.bf16.enabled
         self.reads_at_once = update.device.type == "cpu" or scaler.dynamic
+        self._observed = config.is_observed
+        update.comm.log.timed = self._observed
         self._first = True
         self._was_late = False  # some rank had late gradients in this window, which :meth:`complete` has reduced
         self._last: JudgedStep | None = None  # not acted on yet
@@ -172,6 +174,11 @@ class Boundary:
             transitions=digest(*log.values()),
             alike=statement.digest,
             on_device=statement.on_device,
+            loss=None if window.loss is None else window.loss.double() * window.unit,
+            counted=0.0 if window.loss is None else window.counted,
+            tokens=window.tokens,
+            waited=self.update.comm.log.take_waited(),
+            groups=self.update.squares_of_groups() if self._observed else None,
         )
         verdict = Verdict.of(
             self.update.comm.all_gather_vector(report.stack(self.update.device)),

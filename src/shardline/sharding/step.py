@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
@@ -37,6 +38,11 @@ class StepReport:
         transitions: digest of the collectives issued since the last step.
         alike: digest of what must be the same on all ranks (:class:`shardline.sharding.alike.Statement`).
         on_device: the same of what only the device knows (0-dim, float64), if there is such a thing.
+        loss: sum of this rank's losses, each times what it counts for (0-dim), if any was seen.
+        counted: the sum of what they count for.
+        tokens: tokens seen.
+        waited: seconds that this rank has waited for the others since the report before.
+        groups: the squares of each param group (1-D, float64), where that is asked for: columns at the end.
     """
 
     squares: Tensor
@@ -49,6 +55,11 @@ class StepReport:
     transitions: int
     alike: int
     on_device: Tensor | None
+    loss: Tensor | None = None
+    counted: float = 0.0
+    tokens: int = 0
+    waited: float = 0.0
+    groups: Tensor | None = None
 
     def stack(self, device: torch.device) -> Tensor:
         """The columns in order (1-D, float64), on ``device``; 0.0 for what is absent."""
@@ -58,11 +69,11 @@ class StepReport:
         stacked = torch.tensor(known, dtype=torch.float64).to(device, non_blocking=True)
         for index, value in enumerate(values):
             if isinstance(value, Tensor):
-                stacked[index] = value.to(device)
-        return stacked
+                stacked[index] = value.to(device).view(())
+        return stacked if self.groups is None else torch.cat([stacked, self.groups.to(device)])
 
 
-_COLUMN = {column.name: index for index, column in enumerate(fields(StepReport))}
+_COLUMN = {column.name: index for index, column in enumerate(fields(StepReport)) if column.name != "groups"}
 _SAME = slice(_COLUMN["transitions"], _COLUMN["on_device"] + 1)
 """Columns in which a difference keeps the step from being applied. A list of them would be copied to the device."""
 
@@ -112,7 +123,7 @@ class Verdict:
     def send(self) -> Tensor:
         """Start to bring the host's part here: a later :meth:`read` waits for nothing that is queued after this."""
         host = found = torch.cat(
-            [self.reports.flatten(), torch.stack([self.norm, self.found_inf.double(), self.scale])]
+            [self.reports.flatten(), torch.stack([self.norm, self.found_inf.double(), self.average, self.scale])]
         )
         if found.device.type != "cpu":
             host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
@@ -126,8 +137,10 @@ class Verdict:
         host = self.send() if self._host is None else self._host
         if self._arrived is not None:
             self._arrived.synchronize()
-        *numbers, norm, found_inf, scale = host.tolist()
-        column = {name: numbers[index :: len(_COLUMN)] for name, index in _COLUMN.items()}
+        *numbers, norm, found_inf, average, scale = host.tolist()
+        columns = [numbers[index :: self.reports.shape[1]] for index in range(self.reports.shape[1])]
+        column = {name: columns[index] for name, index in _COLUMN.items()}
+        counted = sum(column["counted"])
         same = {name: all(value == values[0] for value in values) for name, values in column.items()}
         return HostVerdict(
             skipped=bool(found_inf),
@@ -140,12 +153,22 @@ class Verdict:
             backwards=int(sum(column["backwards"])),
             leaving=any(column["leaving"]),
             alike=same["alike"] and same["on_device"],
+            loss=sum(column["loss"]) / counted if counted else None,
+            tokens=int(sum(column["tokens"])),
+            waited=tuple(column["waited"]),
+            group_norms=tuple(math.sqrt(sum(squares)) / average for squares in columns[len(_COLUMN) :]),
         )
 
 
 @dataclass(frozen=True)
 class HostVerdict:
-    """What the host needs to know of a step."""
+    """What the host needs to know of a step, and what is told of it.
+
+    Attributes:
+        loss: mean over all ranks; None where none was seen.
+        waited: seconds that each rank has waited for the others since the step before, by rank.
+        group_norms: of the gradients of each param group, where asked for.
+    """
 
     skipped: bool
     norm: float
@@ -157,6 +180,10 @@ class HostVerdict:
     backwards: int
     leaving: bool = False
     alike: bool = True
+    loss: float | None = None
+    tokens: int = 0
+    waited: tuple[float, ...] = ()
+    group_norms: tuple[float, ...] = ()
 
     @property
     def refused(self) -> bool:
@@ -199,6 +226,19 @@ class Update:
             if bucket.grads.reduced is not None
         ]  # replicated gradients count once: each rank its own shard of them
         return square_sum(shards, self.device)
+
+    def squares_of_groups(self) -> Tensor | None:
+        """The same for each param group (1-D, float64); None where there is only one."""
+        count = len(self.optimizer.param_groups)
+        if count < 2:
+            return None
+        parts: list[list[Tensor]] = [[] for _ in range(count)]
+        for run in self.runs:
+            if (reduced := run.bucket.grads.reduced) is not None:
+                low, high = run.own_range()
+                start = run.bucket.shard.states[0]
+                parts[run.run.group].append(reduced[low - start : high - start])
+        return torch.stack([square_sum(each, self.device) for each in parts])
 
     def needs_host(self, hooked: bool) -> bool:
         """Whether a step must know on the host what its gradients are: not with fused kernels that no hook watches."""

@@ -50,9 +50,10 @@ class Window:
         state, gradients: how far it has come.
         steps: micro-steps.
         weight: what this rank's gradients count for: shares of full batches, or what the user gave.
-        samples: samples of the micro-steps.
+        samples, tokens: those of the micro-steps.
         backwards: how many were begun.
-        loss: sum of the reported losses (0-dim).
+        loss: sum of the reported losses (0-dim), each times the share of its batch.
+        counted: what these losses count for together: ``loss * unit / counted`` is their mean.
         divided: by what the gradients, which are sums, were divided already.
         is_complete: whether everything since the last backward was reduced, what came late included.
     """
@@ -66,9 +67,9 @@ class Window:
         """Begin again, ``steps`` micro-steps into the window. What was accumulated is forgotten."""
         self.state = State.ACCUMULATING if steps else State.EMPTY
         self.gradients = Gradients.NONE
-        self.steps, self.weight, self.samples, self.backwards = steps, 0.0, 0, 0
+        self.steps, self.weight, self.samples, self.tokens, self.backwards = steps, 0.0, 0, 0, 0
         self.loss: Tensor | None = None
-        self.divided, self.is_complete = 1.0, False
+        self.counted, self.divided, self.is_complete = 0.0, 1.0, False
         self._weighted = False  # the user gave a weight
         self._shares = 0.0  # of all backwards, in full batches
         self._batches = 0  # backwards that followed a forward
@@ -125,17 +126,16 @@ class Window:
         """What waited for a reduction was reduced."""
         self.gradients = Gradients.REDUCED
 
-    def add_loss(self, loss: Tensor) -> None:
+    def add_loss(self, loss: Tensor, share: float = 1.0) -> None:
+        """The loss of a batch that holds ``share`` of a full one, over ``unit``."""
+        loss = loss if share == 1.0 else loss * share
         self.loss = loss if self.loss is None else self.loss + loss
-
-    def mean_loss(self) -> Tensor | None:
-        """The mean over the micro-steps of the losses (0-dim), as they were before the division by ``unit``."""
-        return None if self.loss is None else self.loss * (self.unit / self.steps)
 
     def add_step(self, share: float, weight: float | None, samples: int) -> None:
         """A micro-step is over: its batch holds ``share`` of a full one, or counts as the user's ``weight`` says."""
         self.steps += 1
         self.weight += share if weight is None else weight
+        self.counted += share if weight is None else weight
         self._weighted = self._weighted or weight is not None
         self.samples += samples
         if self.state is not State.FORWARD:
@@ -155,6 +155,7 @@ class Window:
             self.weight = self.unit * (self._shares / self.backwards if self.backwards else 1.0) / self.divided
         uncounted = max(min(self._batches, self.unit) - self.steps, 0)
         self.steps += uncounted
+        self.counted += uncounted
         self.end()
         return uncounted
 

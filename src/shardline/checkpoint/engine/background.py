@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing.util import Finalize
 
@@ -28,14 +29,20 @@ class BackgroundSave:
     Args:
         write: writes and commits the checkpoint.
         over: called at the end, whatever happened.
+
+    Attributes:
+        seconds: how long it took; None until it is written.
     """
 
     def __init__(self, write: Callable[[], None], over: Callable[[], None]) -> None:
         self._error: BaseException | None = None
+        self.seconds: float | None = None
+        begin = time.monotonic()
 
         def run() -> None:
             try:
                 write()
+                self.seconds = time.monotonic() - begin
                 _UNREPORTED.pop(id(self), None)
             except BaseException as error:
                 self._error = error

@@ -109,4 +109,5 @@ def _body(
         config=trainer.config.to_dict(),
         client_state=encode(dict(client_state), "client_state", tensors),
         extra_state=extra_state,
+        sinks=trainer.save_sinks(),
     )

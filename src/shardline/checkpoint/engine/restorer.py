@@ -31,7 +31,7 @@ from shardline.checkpoint.format.directory import Directory
 from shardline.checkpoint.format.files import shown
 from shardline.checkpoint.format.reader import CheckpointReader
 from shardline.errors import CheckpointError, text_of
-from shardline.events import Notice
+from shardline.events import CheckpointLoaded, Notice
 from shardline.optim import lr
 
 __all__ = ["Restorer", "Scope"]
@@ -161,6 +161,8 @@ class Restorer:
         if scope.counters:
             self._restore_counters(reader, prepared.random)
         trainer.go_on_from(manifest.counters.model_dump() if scope.counters else {"average_updates": 0})
+        if scope.counters:
+            trainer.events.emit(CheckpointLoaded(manifest.counters.global_steps, str(reader.path), manifest.sinks))
 
     def _restore_counters(self, reader: CheckpointReader, random: RandomState | None) -> None:
         """Loss scale and random states; the latter are derived where there are none for this rank."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from shardline.checkpoint.format.faults import armed
 from shardline.checkpoint.format.lock import Lock
 from shardline.checkpoint.format.manifest import check_tag
 from shardline.comm import Exchange
+from shardline.events import CheckpointSaved
 from shardline.runtime.environment import fault
 
 __all__ = ["Saver"]
@@ -28,6 +30,7 @@ class Saver:
         self._locks: set[Lock] = set()
         self._channel: Exchange | None = None
         self._running: BackgroundSave | None = None
+        self._untold: tuple[BackgroundSave, int, str] | None = None  # written in the background, with step and path
         self._staging = Staging()
 
     def save(
@@ -67,18 +70,29 @@ class Saver:
         def write(channel: Exchange) -> None:
             commit(path, name, content, channel, reach, latest=latest, keep=keep, hold=self._locks.add)
 
+        step, begin, saved = counters["global_steps"], time.monotonic(), os.path.join(path, name)
         if not background:
             write(trainer.comm.messages)
+            trainer.events.emit(CheckpointSaved(step, saved, time.monotonic() - begin))
             return
         if self._channel is None:
             self._channel = trainer.comm.channel()
         content.tensors, content.ready = self._staging.begin(content.tensors), self._staging.finish
         channel = self._channel
         self._running = BackgroundSave(lambda: write(channel), over=self._staging.give_up)
+        self._untold = self._running, step, saved
 
     def before_step(self) -> None:
         """Return when a step may change the optimizer's state, which a save in the background copies before."""
         self._staging.before_step()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Say that a save in the background is over, the first time that it is seen."""
+        if self._untold is not None and (seconds := self._untold[0].seconds) is not None:
+            _, step, path = self._untold
+            self._untold = None
+            self._trainer.events.emit(CheckpointSaved(step, path, seconds))
 
     def wait(self) -> None:
         """Return when nothing is being written any more.
@@ -89,6 +103,7 @@ class Saver:
         running, self._running = self._running, None
         if running is not None:
             running.result()
+            self._tell()
 
     def close(self) -> None:
         """Wait, then release locks, process group and memory."""

@@ -46,6 +46,10 @@ class Trainer(Protocol):
         """Steps so far. Reading it waits for nothing."""
         ...
 
+    def save_sinks(self) -> dict[str, dict[str, str]]:
+        """Have sinks write what is left; returns what they need to go on with the same run, by name."""
+        ...
+
     def checkpoint_parts(self) -> Parts:
         """The engine's tensors, with edits adopted and the last step's verdict read."""
         ...

@@ -51,6 +51,7 @@ class Body:
     config: Mapping[str, Any] = field(default_factory=dict)
     client_state: Any = field(default_factory=dict)
     extra_state: Mapping[str, Any] = field(default_factory=dict)
+    sinks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     buffers: Mapping[str, Any] = field(default_factory=dict)
     random: Sequence[Any] = ()

@@ -289,6 +289,7 @@ class Manifest(_Value):
         latest: whether a load without a tag may take it.
         random: by rank; empty in a checkpoint that another program wrote.
         extra_state: what modules' ``get_extra_state`` returned, by the module's name.
+        sinks: what sinks need to go on with the same run (the id that a tracker gave it), by name.
     """
 
     format: Short
@@ -306,6 +307,7 @@ class Manifest(_Value):
     loader: dict[str, Any] | None
     client_state: dict[str, Any]
     extra_state: dict[str, Any] = {}
+    sinks: Annotated[dict[str, dict[Short, Short]], Field(max_length=100)] = {}
     counters: Counters
     random: list[RandomEntry]
     config: dict[str, Any]
