@@ -31,8 +31,9 @@ $(STAMP): pyproject.toml constraints.txt
 # Each demo is a new run in a folder of its own; the same folder again would go on from its newest checkpoint.
 RUN := runs/$(shell date +%Y%m%d-%H%M%S)
 
-demo: .venv  ## train a small GPT on 2 processes: progress, figures, a picture
+demo: .venv  ## train a small GPT on 2 processes: progress, figures, a picture, a report
 	$(BIN)/shardline run --nproc 2 examples/gpt/train.py --out $(RUN)-gpt $(ARGS)
+	$(BIN)/shardline report $(RUN)-gpt
 
 demo-resume: .venv  ## the same, shorter: killed by SIGKILL half-way, resumed on 3 processes
 	$(BIN)/python examples/gpt/kill_and_resume.py --out $(RUN)-gpt-killed $(ARGS)

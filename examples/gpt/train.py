@@ -27,6 +27,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import shardline
+from shardline.events import Scalars
 from shardline.runtime.memory import peak_bytes
 
 HERE = Path(__file__).resolve().parent
@@ -64,6 +65,7 @@ def configure(args: argparse.Namespace) -> dict[str, Any]:
         schedule["total_num_steps"] = args.steps
         schedule["warmup_num_steps"] = min(schedule["warmup_num_steps"], args.steps // 2)
     config.setdefault("checkpoint", {}).setdefault("dir", str(args.out / "checkpoints"))
+    config.setdefault("run_log", {}).setdefault("dir", str(args.out))
     return config
 
 
@@ -98,7 +100,7 @@ def train(engine: shardline.Engine, loader: Any, held_out: Windows, steps: int, 
     journal = Journal(
         engine.device, args.out / "losses.jsonl" if engine.global_rank == 0 else None, engine.global_steps
     )
-    journal.look(engine.global_steps, evaluate(engine, held_out))
+    held_out_loss(engine, journal, held_out)
     batches = endless(loader)
     journal.open()
     with tqdm(
@@ -126,9 +128,16 @@ def train(engine: shardline.Engine, loader: Any, held_out: Windows, steps: int, 
                     refresh=False,
                 )
             if look:
-                journal.look(step, evaluate(engine, held_out))
+                held_out_loss(engine, journal, held_out)
                 journal.open()
     return journal
+
+
+def held_out_loss(engine: shardline.Engine, journal: Journal, held_out: Windows) -> None:
+    """Write down the loss on the held-out text, and put it beside the engine's own curves."""
+    loss = evaluate(engine, held_out)
+    journal.look(engine.global_steps, loss)
+    engine.events.emit(Scalars(engine.global_steps, {"held out": loss}))
 
 
 def mebibytes(count: int) -> str:

@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointSaved",
     "Event",
     "Events",
+    "MemoryOverStep",
     "Notice",
     "PhaseTimes",
     "RunStarted",
@@ -106,6 +107,21 @@ class PhaseTimes:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryOverStep:
+    """Memory of this rank while one step ran. Measured in the third step of a process that keeps a run log."""
+
+    step: int
+    kind: str
+    """``"allocated"`` on an accelerator, ``"resident"`` on CPU."""
+    seconds: list[float]
+    """Since the step began; of the host's clock."""
+    bytes: list[int]
+    """In use at these times."""
+    phases: list[tuple[str, float, float]]
+    """Name, begin and end of each phase, in the same seconds."""
+
+
+@dataclass(frozen=True, slots=True)
 class Scalars:
     """Values of the user's own, such as the loss on held-out data, to be shown beside the engine's."""
 
@@ -141,8 +157,16 @@ class Notice:
 
 
 Event = (
-    RunStarted | StepDone | StepSkipped | PhaseTimes | Scalars | CheckpointSaved | CheckpointLoaded | Notice
-)  # fmt: skip
+    RunStarted
+    | StepDone
+    | StepSkipped
+    | PhaseTimes
+    | MemoryOverStep
+    | Scalars
+    | CheckpointSaved
+    | CheckpointLoaded
+    | Notice
+)
 
 
 class Events:

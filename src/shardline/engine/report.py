@@ -15,6 +15,7 @@ from shardline.comm import Comm
 from shardline.config import Config
 from shardline.events import Events, PhaseTimes, StepDone, StepSkipped
 from shardline.observe.flops import FlopsProfiler
+from shardline.observe.memory import MemoryTrace
 from shardline.runtime.clock import Moment, now, seconds_between
 from shardline.runtime.memory import peak_bytes
 from shardline.sharding.step import HostVerdict
@@ -23,6 +24,9 @@ from shardline.sharding.window import Progress
 __all__ = ["Reporter", "StepFigures"]
 
 _LATE = "gradients of a unit came after its reduction; it is reduced at the end of backward from now on"
+
+_TRACED_STEP = 3
+"""The step of a process in which memory is looked at: in the first ones buffers and states are made."""
 
 Phase = tuple[str, Moment, Moment]
 
@@ -59,6 +63,8 @@ class Reporter:
         self._bytes: Counter[str] = Counter()
         self._last_step = time.perf_counter()
         self._has_told = False
+        self._traces = _TRACED_STEP if config.run_log.dir is not None and comm.data.rank == 0 else 0
+        self._trace: MemoryTrace | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -66,7 +72,7 @@ class Reporter:
         if not self._times and self._flops is None:
             yield
             return
-        begin = now(self._comm.device)
+        begin, started = now(self._comm.device), time.perf_counter()
         try:
             if self._flops is None:
                 yield
@@ -75,6 +81,8 @@ class Reporter:
                     yield
         finally:
             self._phases.append((name, begin, now(self._comm.device)))
+            if self._trace is not None:
+                self._trace.phase(name, started, time.perf_counter())
 
     def ended(self, step: int, *, lr: list[float | Tensor], loss_scale: float | None) -> StepFigures:
         """Step number ``step`` is over; :meth:`tell` follows when its verdict is known."""
@@ -83,8 +91,19 @@ class Reporter:
         if self._times:
             self._untold.append((step, self._phases))
         self._phases = []
+        if self._traces:
+            self._trace_memory(step, seconds)
         counted = self._flops is not None and self._flops.end_step()
         return StepFigures(step, lr, loss_scale, seconds, self._sent(), counted)
+
+    def _trace_memory(self, step: int, seconds: float) -> None:
+        """Count down to the step whose memory is looked at; ``step`` has ended, and took ``seconds``."""
+        self._traces -= 1
+        if self._trace is not None:
+            trace, self._trace = self._trace, None
+            self.events.emit(trace.end(step))
+        elif self._traces == 1:
+            self._trace = MemoryTrace(self._comm.device, seconds)
 
     def _sent(self) -> dict[str, int]:
         """Bytes that this rank sent since the last call: of each buffer the others' parts, or its own to each other."""
@@ -145,3 +164,6 @@ class Reporter:
     def finish(self) -> None:
         """No step follows: tell what was to be told late."""
         self._tell_phases(wait=True)
+        if self._trace is not None:
+            self._trace.end(0)
+            self._trace = None

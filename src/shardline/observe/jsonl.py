@@ -12,11 +12,10 @@ from typing import Any, TextIO
 
 from shardline.events import Event, StepDone
 from shardline.observe.files import go_on
+from shardline.observe.report.record import FILE
 from shardline.observe.sink import Run, Sink
 
-__all__ = ["FILE", "JsonLines"]
-
-FILE = "events.jsonl"
+__all__ = ["JsonLines"]
 
 
 class JsonLines(Sink):
