@@ -111,12 +111,10 @@ class MemoryOverStep:
     """Memory of this rank while one step ran. Measured in the third step of a process that keeps a run log."""
 
     step: int
-    kind: str
-    """``"allocated"`` on an accelerator, ``"resident"`` on CPU."""
     seconds: list[float]
     """Since the step began; of the host's clock."""
     bytes: list[int]
-    """In use at these times."""
+    """Allocated and not freed at these times."""
     phases: list[tuple[str, float, float]]
     """Name, begin and end of each phase, in the same seconds."""
 

@@ -24,6 +24,7 @@ from shardline.engine.getters import Getters
 from shardline.engine.intake import Intake
 from shardline.engine.leftovers import Leftovers
 from shardline.engine.notices import Notices
+from shardline.engine.observing import Observing
 from shardline.engine.optimizer_state import OptimizerState
 from shardline.engine.outcome import Outcome
 from shardline.engine.report import Reporter
@@ -68,7 +69,7 @@ class Handle:
             self.hooks.remove(self.hook)
 
 
-class Engine(Wrapper, Getters, Saving, Serving):
+class Engine(Wrapper, Getters, Saving, Observing, Serving):
     """A model that trains itself over many ranks. Made by :func:`shardline.initialize`.
 
     It is an ``nn.Module`` whose child ``module`` is the user's model; attributes that it does not have are the model's.
@@ -147,11 +148,6 @@ class Engine(Wrapper, Getters, Saving, Serving):
             load_state_dict=self._load_optimizer_state_dict,
         )
         self.on_destroy(guarded)
-
-    def attach_sinks(self, sinks: Sinks) -> None:
-        """Let ``sinks`` listen until :meth:`destroy`, or the end of the process."""
-        self.sinks = sinks
-        sinks.attach(self.events, self._outcome.finish)
 
     def attach_loader(self, loader: Loader) -> None:
         """Take ``loader`` as the engine's own: a batch counts for the samples in it, and checkpoints hold its position.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from shardline.comm import Comm
 from shardline.config import Config
 from shardline.engine.outcome import Outcome
 from shardline.engine.trainables import Trainables
-from shardline.observe.summary import Summary, summarise
 from shardline.runtime.modes import outside_modes
 from shardline.runtime.topology import Topology
 from shardline.sharding.precision import LossScaler
@@ -23,7 +22,6 @@ __all__ = ["Getters"]
 class Getters:
     """Reads of one engine. What depends on the last step waits for its verdict, on this rank alone."""
 
-    module: nn.Module
     optimizer: Optimizer | None
     config: Config
     topology: Topology
@@ -77,13 +75,6 @@ class Getters:
         """The learning rate of each param group, at which the next update runs."""
         self._outcome.read()
         return [] if self.optimizer is None else [float(group["lr"]) for group in self.optimizer.param_groups]
-
-    def summary(self) -> Summary:
-        """One table: units, parameters, bytes on this rank by kind, transport, what is recomputed or offloaded.
-
-        ``print(engine.summary())`` shows it; a notebook shows it as a table. Waits for nothing.
-        """
-        return summarise(self.module, self.trainables.layout, self.optimizer, self.config, self.comm)
 
     @property
     def local_rank(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +16,7 @@ from shardline.config import Config
 from shardline.events import Events, PhaseTimes, StepDone, StepSkipped
 from shardline.observe.flops import FlopsProfiler
 from shardline.observe.memory import MemoryTrace
+from shardline.observe.profile import Profile
 from shardline.runtime.clock import Moment, now, seconds_between
 from shardline.runtime.memory import peak_bytes
 from shardline.sharding.step import HostVerdict
@@ -65,20 +66,20 @@ class Reporter:
         self._has_told = False
         self._traces = _TRACED_STEP if config.run_log.dir is not None and comm.data.rank == 0 else 0
         self._trace: MemoryTrace | None = None
+        self._profile: Profile | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count what runs within to the phase ``name``. Waits for no device."""
-        if not self._times and self._flops is None:
+        if not self._times and self._flops is None and self._profile is None:
             yield
             return
         begin, started = now(self._comm.device), time.perf_counter()
         try:
-            if self._flops is None:
+            counting = nullcontext() if self._flops is None else self._flops.counting(name)
+            ranged = nullcontext() if self._profile is None else self._profile.phase(name)
+            with counting, ranged:
                 yield
-            else:
-                with self._flops.counting(name):
-                    yield
         finally:
             self._phases.append((name, begin, now(self._comm.device)))
             if self._trace is not None:
@@ -93,8 +94,19 @@ class Reporter:
         self._phases = []
         if self._traces:
             self._trace_memory(step, seconds)
+        if self._profile is not None and self._profile.end_step():
+            self._profile = None
         counted = self._flops is not None and self._flops.end_step()
         return StepFigures(step, lr, loss_scale, seconds, self._sent(), counted)
+
+    def start_profile(self, profile: Profile) -> None:
+        """Give ``profile`` the phases of the steps that come."""
+        self._profile = profile
+
+    @property
+    def is_profiling(self) -> bool:
+        """Whether a profile runs."""
+        return self._profile is not None
 
     def _trace_memory(self, step: int, seconds: float) -> None:
         """Count down to the step whose memory is looked at; ``step`` has ended, and took ``seconds``."""
@@ -167,3 +179,6 @@ class Reporter:
         if self._trace is not None:
             self._trace.end(0)
             self._trace = None
+        if self._profile is not None:
+            self._profile.end()
+            self._profile = None

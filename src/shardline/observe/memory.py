@@ -1,4 +1,4 @@
-"""Memory over one step: bytes in use, looked at a hundred times on a thread."""
+"""Memory over one step: bytes in use, looked at again and again on a thread."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 import torch
 
 from shardline.events import MemoryOverStep
-from shardline.runtime.memory import resident_bytes
+from shardline.runtime.memory import allocated_bytes
 
 __all__ = ["MemoryTrace"]
 
@@ -16,7 +16,7 @@ _LOOKS = 150
 
 
 class MemoryTrace:
-    """Looks at the memory of this process, or at what is allocated on ``device``, until :meth:`end`.
+    """Looks at what is allocated on ``device``, in a process on CPU all that it has, until :meth:`end`.
 
     Args:
         seconds: how long the step is expected to take.
@@ -33,10 +33,8 @@ class MemoryTrace:
         self._thread.start()
 
     def _run(self) -> None:
-        on_host = self._device.type == "cpu"
         while not self._over.wait(self._pause):
-            used = resident_bytes() if on_host else torch.accelerator.memory.memory_allocated(self._device)
-            self._looks.append((time.perf_counter() - self._begin, used))
+            self._looks.append((time.perf_counter() - self._begin, allocated_bytes(self._device)))
 
     def phase(self, name: str, begin: float, end: float) -> None:
         """``name`` has run from ``begin`` to ``end`` of the host's clock."""
@@ -47,5 +45,4 @@ class MemoryTrace:
         self._over.set()
         self._thread.join()
         seconds, used = zip(*self._looks, strict=True) if self._looks else ((), ())
-        kind = "resident" if self._device.type == "cpu" else "allocated"
-        return MemoryOverStep(step, kind, list(seconds), list(used), self._phases)
+        return MemoryOverStep(step, list(seconds), list(used), self._phases)

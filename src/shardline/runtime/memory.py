@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["peak_bytes", "resident_bytes"]
+__all__ = ["allocated_bytes", "peak_bytes", "resident_bytes"]
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -25,6 +28,38 @@ def resident_bytes() -> int:
     if sys.platform == "linux":
         return _field("VmRSS")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def allocated_bytes(device: torch.device) -> int:
+    """Bytes allocated and not freed now: by torch on an accelerator, by all of this process on CPU.
+
+    Where the C library does not tell, it is what is resident.
+    """
+    if device.type != "cpu":
+        return torch.accelerator.memory.memory_allocated(device)
+    if _mallinfo is None:
+        return resident_bytes()
+    found = _mallinfo()
+    return int(found.uordblks + found.hblkhd)
+
+
+class _Mallinfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+    )]  # fmt: skip
+
+
+def _find_mallinfo() -> Callable[[], Any] | None:
+    """glibc's count over all arenas, since 2.33."""
+    if sys.platform != "linux":
+        return None
+    function = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if function is not None:
+        function.restype = _Mallinfo
+    return function
+
+
+_mallinfo = _find_mallinfo()
 
 
 def _field(name: str) -> int:

@@ -148,11 +148,13 @@
     });
     node("line", { x1: left, x2: width - right, y1: height - bottom, y2: height - bottom, class: "base" }, svg);
     const plot = node("g", { "clip-path": `url(#${id})` }, svg);
-    (chart.bands || []).forEach(([name, begin, end], i) => {
-      const w = X(end) - X(begin);
+    const kinds = [...new Set((chart.bands || []).map(([name]) => name))];
+    (chart.bands || []).forEach(([name, begin, end]) => {
+      const from = Math.max(X(begin), left), w = X(end) - from;
       if (w < 1) return;
-      node("rect", { x: X(begin), y: top, width: w, height: height - top - bottom, fill: color(i), opacity: 0.09 }, plot);
-      if (w > 8 * name.length * 0.8) node("text", { x: X(begin) + 5, y: top + 13 }, plot, name);
+      const fill = color(kinds.indexOf(name));
+      node("rect", { x: from, y: top, width: w, height: height - top - bottom, fill, opacity: 0.1 }, plot);
+      if (w > 7 * name.length) node("text", { x: from + 5, y: top + 13 }, plot, name);
     });
     (chart.marks || []).forEach((x) => {
       node("line", { x1: X(x), x2: X(x), y1: top, y2: height - bottom, class: "base", "stroke-dasharray": "3 4" }, plot);
@@ -219,8 +221,9 @@
     });
   }
 
-  let width = 0;
-  new ResizeObserver(() => {
-    if (document.body.clientWidth !== width) { width = document.body.clientWidth; draw(); }
-  }).observe(document.body);
+  let width = document.body.clientWidth;
+  draw();
+  window.addEventListener("resize", () => {
+    if (document.body.clientWidth !== width) { width = document.body.clientWidth; requestAnimationFrame(draw); }
+  });
 })();

@@ -355,12 +355,12 @@ def _memory(record: Record, charts: dict[str, Any]) -> str:
         found = record.memory
         points = list(zip([float(t) for t in found["seconds"]], [float(b) for b in found["bytes"]], strict=True))
         charts["trace"] = {
-            "series": [_line(found["kind"], points)],
+            "series": [_line("in use", points)],
             "bands": found["phases"],
             "unit": "B",
             "x": "seconds",
         }
-        parts.append(_chart("trace", f"Over step {found['step']}", f"{found['kind']} memory of rank 0"))
+        parts.append(_chart("trace", f"Over step {found['step']}", "what rank 0 has allocated and not freed"))
     peaks = [(float(step), float(line["memory_bytes"])) for step, line in record.steps.items()]
     charts["peak"] = {"series": [_line("peak so far", peaks)], "unit": "B", "zero": True}
     parts.append(_chart("peak", "Peak so far", "of rank 0, by step"))
