@@ -3,7 +3,8 @@
     python benchmarks/observing.py [--rounds 30] [--steps 5] [--width 512]
 
 Two engines take turns of a few steps. What is quoted is the median over the rounds of the ratio of two turns that
-follow each other. Sinks are those whose packages are there: the run log, CSV files, TensorBoard, phases, transfers, the step line.
+follow each other. Sinks are those whose packages are there: the run log, CSV files, TensorBoard, phases, transfers,
+the step line.
 """
 
 from __future__ import annotations
