@@ -145,4 +145,4 @@ def test_a_browser_draws_every_chart_without_an_error(tmp_path, width, height) -
     assert "CONSOLE" not in done.stderr, done.stderr
     found = json.loads(done.stdout.split("<title>")[1].split("</title>")[0])
     assert found["lines"] > 12
-    assert (found["over"], found["empty"], found["text"]) == (0, 0, 0)
+    assert found["over"] <= 0 and (found["empty"], found["text"]) == (0, 0)
