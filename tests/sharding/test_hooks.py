@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import shardline
 from shardline.sharding.parameter import is_sealed
 from shardline.sharding.saved_tensors import SavedWeight
 from shardline.sharding.unit import Residence
 from tests.harness import Setup, assert_close, check_against_twin, seeded, start
+from tests.in_place.loops import averaged, config
 from tests.models import WIDTH, Block, Mlp, mse, regression
 
 # --- what autograd saves ----------------------------------------------------------------------------------------------
@@ -442,3 +444,63 @@ def test_plain_backward_means_the_same(ranks, case, dtype, world) -> None:
     for state, norm in ranks(by_plain_backward, world, build, loss_of, setup.config(3), batch):
         assert norm == pytest.approx(twin.norm, rel=1e-2)
         assert_close(state, twin.state(), dtype, before)
+
+
+# --- attributes of saved parameters -----------------------------------------------------------------------------------
+
+
+class Quantized(nn.Parameter):
+    """A frozen weight with a scale beside it, as quantized ones have."""
+
+
+class Dequantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ (weight * weight.scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _, weight = ctx.saved_tensors
+        assert isinstance(weight, Quantized)
+        return grad @ (weight * weight.scale).t(), None
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = Quantized(torch.randn(8, 8), requires_grad=False)
+        self.weight.scale = 0.5
+        self.adapter = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.adapter(x) + Dequantize.apply(x, self.weight)
+
+
+def attributes_of_saved(stages):
+    results = []
+    for stage in (None, *stages):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Base() for _ in range(3)))
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+        if stage is None:
+            averaged(model, torch.optim.SGD(model.parameters()))
+            model(x).square().mean().backward()
+            results.append([module.adapter.weight.grad for module in model])
+            continue
+        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+        engine = shardline.shard(model, optimizer, config(stage))
+        for _ in range(2):
+            model(x).square().mean().backward()
+            results.append([engine.parameter(f"{i}.adapter.weight").full_grad() for i in range(3)])
+            optimizer.zero_grad()
+        engine.destroy()
+        assert model[0].weight.scale == 0.5 and type(model[0].weight) is Quantized
+    return results
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_saved_frozen_parameter_keeps_its_class_and_attributes(ranks, world):
+    for want, *found in ranks(attributes_of_saved, world, (0, 3)):
+        for got in found:
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)

@@ -33,6 +33,7 @@ from shardline.engine.serving import Serving
 from shardline.engine.state import EngineState
 from shardline.engine.trainables import Trainables
 from shardline.engine.weights import full_state_dict, gathered, units_of
+from shardline.engine.window_grads import WindowGrads
 from shardline.engine.wrapper import Wrapper
 from shardline.errors import UsageError
 from shardline.events import Events, Notice
@@ -138,6 +139,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         self._outcome = Outcome(
             self.trainables, optimizer, self.progress, self.scaler, precision, self._reporter, notices
         )
+        self._grads = WindowGrads(self.trainables, self._window, comm, self.scaler, self._backwards.complete)
         self.checkpoints = Checkpointer(
             EngineState(self, self.trainables, self._window, self._intake, self._backwards, self._outcome)
         )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from shardline.comm import Comm
 from shardline.config import Config
 from shardline.engine.outcome import Outcome
+from shardline.engine.parameter_access import ParameterAccess
 from shardline.engine.trainables import Trainables
+from shardline.engine.weights import names_of
+from shardline.engine.window_grads import WindowGrads
 from shardline.runtime.modes import outside_modes
 from shardline.runtime.topology import Topology
 from shardline.sharding.precision import LossScaler
@@ -30,6 +33,7 @@ class Getters:
     progress: Progress
     trainables: Trainables
     _outcome: Outcome
+    _grads: WindowGrads
 
     @property
     def schedule(self) -> Schedule:
@@ -75,6 +79,17 @@ class Getters:
         """The learning rate of each param group, at which the next update runs."""
         self._outcome.read()
         return [] if self.optimizer is None else [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def parameter(self, param: nn.Parameter | str) -> ParameterAccess:
+        """The gradient, the master and the optimizer state of one parameter, given itself or by its name.
+
+        Raises:
+            UsageError: for what is no parameter of the model.
+        """
+        self.trainables.check_open("parameter()")
+        layout = self.trainables.layout
+        (name,) = names_of(layout, [param])
+        return ParameterAccess(name, layout.params[name], self.trainables, self._grads, self.comm)
 
     @property
     def local_rank(self) -> int:

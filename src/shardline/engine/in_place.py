@@ -23,7 +23,6 @@ from shardline.engine.engine import Engine
 from shardline.engine.initialize import initialize
 from shardline.engine.leftovers import Leftovers, is_some_loss_scaled
 from shardline.engine.optimizer_state import states_by_name
-from shardline.engine.window_grads import WindowGrads
 from shardline.errors import ConfigError, OptimizerError, UsageError
 from shardline.events import Notice
 from shardline.optim.closure import evaluate
@@ -112,7 +111,7 @@ class LoopWindow(Window):
 
     def end_as_sum(self) -> int:
         if not self._weighted:
-            self.weight = 1.0 / self.divided
+            self.weight = 1.0
         uncounted = max(self._batches - self.steps, 0)
         self.steps += uncounted
         self.counted += uncounted
@@ -148,7 +147,6 @@ class InPlaceEngine(Engine):
         self._loop: _LoopOptimizer | None = None
         self._has_stepped = False
         super().__init__(model, layout, optimizer, groups, config, *args)
-        self._grads = WindowGrads(self.trainables, self._window, self.comm, self.scaler, self._backwards.complete)
         self.trainables.serve_loop(self._watch, self._grads.stand_in)
         if self.precision.cast_inputs:
             casting = model.register_forward_pre_hook(ModuleHook(self._cast), prepend=True, with_kwargs=True)

@@ -19,7 +19,7 @@ from shardline.sharding.fragments import full_weights
 from shardline.sharding.hooks import Hooks
 from shardline.sharding.unit import Unit
 
-__all__ = ["full_state_dict", "gathered", "units_of"]
+__all__ = ["full_state_dict", "gathered", "names_of", "units_of"]
 
 
 def full_state_dict(
@@ -123,13 +123,21 @@ def units_of(layout: Layout, params: Iterable[nn.Parameter | str] | nn.Module | 
         params = list(params.parameters())
     elif isinstance(params, (nn.Parameter, str)):
         params = [params]
+    found = {layout.plan.where(name)[0].index for name in names_of(layout, params)}
+    return [layout.units[index] for index in sorted(found)]
+
+
+def names_of(layout: Layout, params: Iterable[nn.Parameter | str]) -> Iterator[str]:
+    """The first name of each of ``params``.
+
+    Raises:
+        UsageError: for what is no parameter of the model.
+    """
     names = {alias: spec.name for spec in layout.plan.params for alias in spec.aliases}
     by_param = {param: name for name, param in layout.params.items()}
-    found = set()
     for each in params:
         name = names.get(each) if isinstance(each, str) else by_param.get(each)
         if name is None:
             known = ", ".join(list(names)[:5])
             raise UsageError(f"{each!r} is no parameter of this engine's model. Its parameters begin with {known}.")
-        found.add(layout.plan.where(name)[0].index)
-    return [layout.units[index] for index in sorted(found)]
+        yield name

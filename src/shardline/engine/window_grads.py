@@ -203,6 +203,13 @@ class WindowGrads:
         own = bucket.shard.own(bucket.grads.reduced)
         return view(bucket.weights.gather(unit.index, own, Placement.SHARDED), entry) / self._average()
 
+    def spread(self, name: str) -> None:
+        """Bring one parameter's averages to all ranks that update it. Collective."""
+        self._complete()
+        self._make_averages()
+        unit, bucket, _ = self._trainables.layout.where(name)
+        bucket.grads.gather(unit.index).wait()
+
     def zero(self, name: str) -> None:
         """Drop what the window has gathered for one parameter."""
         _, bucket, entry = self._trainables.layout.where(name)

@@ -116,7 +116,14 @@ class FlatWeights:
         if value.stride() != entry.param.stride:
             value = torch.empty_strided(entry.param.shape, entry.param.stride, dtype=value.dtype).copy_(value)
         self._store(flat(value), entry, self.resting, self.shard.weights)
-        if self.master is not None and not self.masters_are_weights:
+        if not self.masters_are_weights:
+            self.store_master(entry, value)
+
+    def store_master(self, entry: Entry, value: Tensor) -> None:
+        """Copy ``value``, the whole parameter of ``entry``, into the masters alone."""
+        if value.stride() != entry.param.stride:
+            value = torch.empty_strided(entry.param.shape, entry.param.stride, dtype=value.dtype).copy_(value)
+        if self.master is not None:
             self._store(flat(value), entry, self.master, self.shard.states)
 
     @staticmethod

@@ -7,7 +7,7 @@ state from one layout to another.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,11 +71,16 @@ def is_per_element(value: Any, param: Tensor) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape == param.shape
 
 
-def local_fragments(runs: Iterable[RunTensors], optimizer: Optimizer) -> Iterator[StateFragment]:
+def local_fragments(
+    runs: Iterable[RunTensors],
+    optimizer: Optimizer,
+    grad_of: Callable[[RunTensors], Tensor | None] = lambda run: run.param.grad,
+) -> Iterator[StateFragment]:
     """Everything that this rank updates, fragment by fragment."""
     for run in runs:
         weight = flat(run.param)
-        grad = None if run.param.grad is None else flat(run.param.grad)
+        found = grad_of(run)
+        grad = None if found is None else flat(found)
         state = {
             key: flat(value) if is_per_element(value, run.param) else value
             for key, value in optimizer.state.get(run.param, {}).items()

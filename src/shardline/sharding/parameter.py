@@ -30,6 +30,7 @@ __all__ = [
     "Owner",
     "ParamRecord",
     "assign",
+    "has_own_attributes",
     "is_sealed",
     "left_grad",
     "make_ordinary",
@@ -110,6 +111,12 @@ def record_of(tensor: Tensor) -> ParamRecord | None:
 def is_sealed(param: Tensor) -> bool:
     """Whether ``param``'s data is away."""
     return isinstance(param, _Sealed)
+
+
+def has_own_attributes(param: nn.Parameter) -> bool:
+    """Whether ``param`` is more than what ``nn.Parameter`` makes: by its class, or by attributes of its own."""
+    kind = getattr(type(param), "_unmanaged", type(param))
+    return kind is not nn.Parameter or bool(param.__dict__.keys() - {"_shardline"})
 
 
 _DATA: Any = torch._C.TensorBase.data

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shardline.runtime.modes import leave_modes
 from shardline.sharding.bucket import Bucket
+from shardline.sharding.parameter import has_own_attributes
 from shardline.sharding.unit import Unit
 
 __all__ = ["SavedTensors", "SavedWeight"]
@@ -22,7 +23,11 @@ __all__ = ["SavedTensors", "SavedWeight"]
 
 @dataclass(frozen=True)
 class SavedWeight:
-    """A saved tensor as a place in a bucket: autograd holds this instead of the memory."""
+    """A saved tensor as a place in a bucket: autograd holds this instead of the memory.
+
+    Attributes:
+        is_param: whether it is ``param`` itself, frozen, and tells more than its elements.
+    """
 
     unit: Unit
     bucket: Bucket
@@ -33,6 +38,7 @@ class SavedWeight:
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
+    is_param: bool
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,8 @@ class SavedTensors:
             self._pre_backward(unit)
             if weights.full is None:
                 raise AssertionError(f"unit {unit.name} was needed and is not here")
+            if saved.is_param:  # of what requires a gradient, torch makes a plain tensor in any case
+                return saved.param
             return weights.full.as_strided(saved.size, saved.stride, weights.full.storage_offset() + saved.offset)
 
     def _find(self, tensor: Tensor) -> SavedWeight | None:
@@ -117,10 +125,16 @@ class SavedTensors:
             return None
         offset = int(tensor.storage_offset()) - int(full.storage_offset())
         index = bisect_right(entries, offset, key=lambda entry: entry.offset) - 1
-        param, name = bucket.params[index], entries[index].param.name
+        param, entry = bucket.params[index], entries[index]
+        is_param = (
+            not param.requires_grad
+            and has_own_attributes(param)
+            and (offset, tensor.size(), tensor.stride()) == (entry.offset, entry.param.shape, entry.param.stride)
+        )
         return SavedWeight(
-            unit, bucket, bucket.weights.generation, param, param._version, name,
+            unit, bucket, bucket.weights.generation, param, param._version, entry.param.name,
             tensor.size(), tensor.stride(), offset,
+            is_param=is_param,
         )  # fmt: skip
 
 

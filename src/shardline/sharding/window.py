@@ -143,6 +143,7 @@ class Window:
 
     def end(self) -> None:
         """The last micro-step was counted: gradients are averaged over the weights of all."""
+        self.weight /= self.divided
         self._enter(State.ENDED)
 
     def end_as_sum(self) -> int:
@@ -152,7 +153,7 @@ class Window:
             How many micro-steps it seems to hold that no call of ``step`` has counted.
         """
         if not self._weighted:
-            self.weight = self.unit * (self._shares / self.backwards if self.backwards else 1.0) / self.divided
+            self.weight = self.unit * (self._shares / self.backwards if self.backwards else 1.0)
         uncounted = max(min(self._batches, self.unit) - self.steps, 0)
         self.steps += uncounted
         self.counted += uncounted

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler
 
 from shardline.engine import Engine
-from shardline.engine.window_grads import WindowGrads
 from shardline.errors import UsageError
 
 __all__ = [
@@ -61,10 +60,6 @@ class DeepSpeedEngine(Engine):
     """
 
     _ended_window = False  # by the last call of step
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.window_grads = WindowGrads(self.trainables, self._window, self.comm, self.scaler, self._backwards.complete)
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
