@@ -111,6 +111,7 @@ BUILTIN = {
     "data/loader.py": "len() of a loader without a length raises what len() raises",
     "runtime/memory.py": "a device without figures of its memory",
     "launch/": "what the launcher turns into its own error",
+    "runtime/shared_page.py": "where there is no such memory, its users do without",
     "sharding/": "what torch raises for the same mistake, so that those who catch it still do",
     "testing.py": "the harness' own",
 }

@@ -284,7 +284,7 @@ def timeouts():
         channel = comm.channel()
         groups = [*comm._groups.made, *channel._own.made]
         found += [group._get_backend(CPU).options._timeout == given for group in groups]
-        found += [] if comm._peers is None else [comm._peers.timeout == 17]
+        found += [] if comm._peers is None else [comm._peers.watch.settings.timeout == 17]
         channel.close()
         comm.close()
     dist.destroy_process_group(parent)

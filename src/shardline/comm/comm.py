@@ -8,7 +8,7 @@ notices ranks that did not start the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from datetime import timedelta
 from functools import partial
 
@@ -24,6 +24,7 @@ from shardline.comm.peer_memory import Peers, attach
 from shardline.comm.transport import CLOSED, SINGLE_PROCESS, Transport, choose, closed_error, is_staged
 from shardline.errors import DisagreementError, ShardlineError
 from shardline.runtime.device import RankDevice, choose_backend
+from shardline.watch import CHANNELS, Channel, Operation, Watch, Watchdog, WatchSettings
 
 __all__ = ["Comm"]
 
@@ -38,6 +39,7 @@ class Comm:
         gathers, reductions: the transports of the two kinds of transitions.
         messages: between ranks, at set-up.
         log: of the transitions.
+        watch: what each rank does, where the others can see it.
         notice: what makes communication slower than it could be; None where nothing does.
     """
 
@@ -47,6 +49,7 @@ class Comm:
         device: torch.device,
         timeout: timedelta | None = None,
         transport: str = "auto",
+        watch: WatchSettings | None = None,
     ) -> None:
         self.shard = self.data = Group.of(group)
         self.device = device
@@ -58,16 +61,20 @@ class Comm:
         self._host: dist.ProcessGroup | None = None
         self._vector_group: dist.ProcessGroup | None = None
         self._staged = self._closed = False
+        self._asking: Channel | None = None  # on the process group of integers, and on that of rows
+        self._comparing: Channel | None = None
+        self._watchdog: Watchdog | None = None
+        self.watch = Watch(self.data.rank, watch or WatchSettings())
         self.gathers: Transport = SINGLE_PROCESS
         self.reductions: Transport = SINGLE_PROCESS
         if group is None or self.data.size == 1:
             self.messages = Exchange(self.data, None, device)
             return
         self._groups = ProcessGroups(group, device, timeout)
-        self._connect(self._groups, transport)
+        self._connect(self._groups, transport, self.watch.settings)
         release_at_exit(self)
 
-    def _connect(self, groups: ProcessGroups, transport: str) -> None:
+    def _connect(self, groups: ProcessGroups, transport: str, settings: WatchSettings) -> None:
         """Make the process groups, and choose the transports. Collective."""
         inherited = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
         on_cpu = self.device.type == "cpu"
@@ -75,19 +82,27 @@ class Comm:
         # may not work between these.
         self._host = host = groups.make(None if "cpu" in inherited else "gloo")
         backend = self._backend_between(groups, host, inherited)
+        limit = groups.timeout or default_pg_timeout
+        exchange = partial(all_gather_json, group=host)
+        self.watch = Watch.join(self.data.rank, replace(settings, timeout=limit.total_seconds()), exchange)
+        self._watchdog = Watchdog(self.watch, self)
+        gathers, reductions, messages = map(self.watch.channel, range(CHANNELS))
         if on_cpu:
-            limit = groups.timeout or default_pg_timeout
-            exchange = partial(all_gather_json, group=host)
-            self._peers = peers = attach(self.data, exchange, limit, self.log, wanted=transport == "auto")
+            wanted = transport == "auto"
+            self._peers = peers = attach(self.data, exchange, limit, self.log, wanted=wanted, watch=self.watch)
             if peers is not None:
                 self.gathers, self.reductions = peers.transports
-                self.messages = Exchange(self.data, host, self.device, self.gathers, peers.wait_for_collective)
+                self.messages = Exchange(self.data, host, self.device, self.gathers, messages, peers.finish_started)
                 return
         first = host if on_cpu or (backend is None and "cpu" in inherited) else groups.make(backend)
         self._vector_group = second = groups.make(backend)
-        self.gathers, self.reductions = (choose(each, self.device, self.log) for each in (first, second))
+        if first is host:
+            messages = gathers
+        self._asking, self._comparing = messages, reductions
+        self.gathers = choose(first, self.device, self.log, gathers)
+        self.reductions = choose(second, self.device, self.log, reductions)
         self._staged = is_staged(first, self.device)
-        self.messages = Exchange(self.data, host, self.device, self.gathers)
+        self.messages = Exchange(self.data, host, self.device, self.gathers, messages)
         if not on_cpu:
             # A communicator is made at its first use. In the middle of a backward that may wait for ranks which wait,
             # on the device, for this one.
@@ -112,12 +127,15 @@ class Comm:
 
     def close(self) -> None:
         """Destroy the process groups. Collective calls after it raise."""
+        if self._watchdog is not None:
+            self._watchdog.stop()
         if self._peers is not None:
             self._peers.close()
         if self._groups is not None:
             self._groups.destroy()
         self.release()
         self.messages.close()
+        self.watch.close()
         self._peers, self._closed = None, True
         self.gathers = self.reductions = CLOSED
 
@@ -132,10 +150,9 @@ class Comm:
     def give_up(self, error: ShardlineError | None) -> None:
         """Let ranks that wait for this one raise ``error`` too; ``None`` takes it back.
 
-        They see it where they read each other's memory; over a backend they notice when this process ends.
+        Ranks of other hosts notice when this process ends.
         """
-        if self._peers is not None:
-            self._peers.give_up(error)
+        (self._peers or self.watch).give_up(error)
 
     # -- before resting weights are written -------------------------------------------------------------------------
 
@@ -173,11 +190,10 @@ class Comm:
         stacked = local.new_empty(self.data.size, vector.numel())
         if self._peers is not None:
             boundaries = range(0, stacked.numel() + 1, vector.numel())
-            self.reductions.gather(None, stacked.view(-1), boundaries, own=local).wait()
+            self.reductions.gather(None, stacked.view(-1), boundaries, local, Operation.COMPARE).wait()
             self._peers.wait_for_readers()  # all ranks are here, so what they gathered before is read by now
         else:
-            with self.log.waiting(local.device):
-                dist.all_gather(list(stacked.unbind()), local, group=self._vector_group)
+            self._all_gather(stacked, local, self._vector_group, self._comparing, Operation.COMPARE)
         return stacked.to(vector.device)
 
     def all_gather_ints(self, values: Sequence[int]) -> list[list[int]]:
@@ -193,7 +209,21 @@ class Comm:
         stacked = torch.empty(self.data.size, len(values), dtype=torch.int64, device="cpu")
         if self._peers is not None:
             boundaries = range(0, stacked.numel() + 1, len(values))
-            self.gathers.gather(None, stacked.view(-1), boundaries, own=mine).wait()
+            self.gathers.gather(None, stacked.view(-1), boundaries, mine, Operation.NEGOTIATE).wait()
         else:
-            dist.all_gather(list(stacked.unbind()), mine, group=self._host)
+            self._all_gather(stacked, mine, self._host, self._asking, Operation.NEGOTIATE)
         return stacked.tolist()
+
+    def _all_gather(
+        self, stacked: Tensor, mine: Tensor, group: dist.ProcessGroup | None, channel: Channel | None, what: Operation
+    ) -> None:
+        """Fill ``stacked`` with every rank's ``mine``, over c10d."""
+        if channel is None:
+            raise AssertionError("ranks that are not connected have nothing to say to each other")
+        ticket = channel.start(what)
+        handle = dist.all_gather(list(stacked.unbind()), mine, group=group, async_op=True)
+        with self.log.waiting(mine.device):
+            if mine.device.type == "cpu":
+                channel.finish(handle, ticket)
+            else:
+                handle.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from shardline.comm.groups import Group, ProcessGroups, release_at_exit
 from shardline.comm.transport import CLOSED, SINGLE_PROCESS, Transport, Work, choose, closed_error
 from shardline.errors import DisagreementError
+from shardline.watch import Channel, Operation
 
 __all__ = ["Exchange", "all_gather_json", "check_alike"]
 
@@ -29,7 +31,8 @@ class Exchange:
         host: their process group for tensors on the CPU; None in a single process.
         device: of tensors that are sent.
         transport: by which they are sent.
-        wait: waits for a collective on ``host``.
+        channel: of ``host``; None for a thread beside the main one, which nobody watches.
+        before: called with what says whether a collective on ``host`` is over, before it is waited for.
     """
 
     def __init__(
@@ -38,11 +41,12 @@ class Exchange:
         host: dist.ProcessGroup | None,
         device: torch.device,
         transport: Transport = SINGLE_PROCESS,
-        wait: Callable[[dist.Work], object] = dist.Work.wait,
+        channel: Channel | None = None,
+        before: Callable[[Callable[[], bool]], object] | None = None,
     ) -> None:
         self.rank, self.world_size = group.rank, group.size
         self.device = device
-        self._host, self._transport, self._wait = host, transport, wait
+        self._host, self._transport, self._channel, self._before = host, transport, channel, before
         self._own: ProcessGroups | None = None
         self._closed = False
 
@@ -69,7 +73,16 @@ class Exchange:
             raise closed_error()
         if self._host is None:
             return [json.loads(json.dumps(value))]
-        return all_gather_json(value, self._host, self._wait)
+        if self._channel is None:
+            return all_gather_json(value, self._host)
+        return all_gather_json(value, self._host, partial(self._finish, self._channel))
+
+    def _finish(self, channel: Channel, start: Callable[[], dist.Work]) -> None:
+        ticket = channel.start(Operation.MESSAGE)
+        handle = start()
+        if self._before is not None:
+            self._before(handle.is_completed)
+        channel.finish(handle, ticket)
 
     def all_alike(self, value: Any) -> bool:
         """Whether every rank has the same ``value``."""
@@ -103,7 +116,7 @@ class Exchange:
         sent = flat.to(self.device)
         # A gather of a buffer that is one rank's range.
         boundaries = [0] * (source + 1) + [flat.numel()] * (self.world_size - source)
-        work = self._transport.gather(None, sent, boundaries)
+        work = self._transport.gather(None, sent, boundaries, operation=Operation.BROADCAST)
         if sent.data_ptr() != flat.data_ptr():
             work = work.then(lambda: flat.copy_(sent))
         if stored.data_ptr() != tensor.data_ptr():
@@ -120,18 +133,22 @@ class Exchange:
     def release(self) -> None:
         """Drop the references to process groups."""
         self._closed = self._closed or self._host is not None
-        self._host, self._own, self._transport, self._wait = None, None, CLOSED, dist.Work.wait
+        self._host, self._own, self._transport, self._channel, self._before = None, None, CLOSED, None, None
+
+
+def _run(start: Callable[[], dist.Work]) -> None:
+    start().wait()
 
 
 def all_gather_json(
-    value: Any, group: dist.ProcessGroup, wait: Callable[[dist.Work], object] = dist.Work.wait
+    value: Any, group: dist.ProcessGroup, run: Callable[[Callable[[], dist.Work]], object] = _run
 ) -> list[Any]:
-    """Every rank's ``value`` as JSON makes it, in rank order. Collective."""
+    """Every rank's ``value`` as JSON makes it, in rank order. Collective; ``run`` starts one and waits for it."""
 
     def all_gather(data: bytes, size: int) -> list[bytes]:
         own = torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8)
         found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        wait(dist.all_gather(found, own, group=group, async_op=True))
+        run(lambda: dist.all_gather(found, own, group=group, async_op=True))
         return [each.numpy().tobytes() for each in found]
 
     text = json.dumps(value).encode()

@@ -21,22 +21,24 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from shardline import errors
 from shardline.comm.control_page import ControlPage, Peer
 from shardline.comm.groups import Group
 from shardline.comm.log import TransitionLog
 from shardline.comm.transport import BLOCK, Scratch, Work, add_in_order, put
 from shardline.errors import DisagreementError, LostRankError, ShardlineError, UsageError, text_of
 from shardline.runtime.ending import has_failed
+from shardline.watch import Channel, Operation, Ticket, Watch, WatchSettings
+from shardline.watch.watch import is_ours, same_error
 
 __all__ = ["PeerMemoryTransport", "Peers", "attach"]
 
@@ -45,7 +47,7 @@ _RING = 1024
 """Announcements of a channel that may be unread; a sender blocks when there are more."""
 
 _LINE = 8  # counters of a cache line: each counter that peers poll has a line of its own
-_CHANNEL = 2 * _LINE + 2 * _RING  # counters: started | executed | ring of (address, bytes)
+_CHANNEL = 2 * _LINE + 3 * _RING  # counters: started | executed | ring of (address, bytes, label)
 _PAGE = 8 * (_LINE + _CHANNELS * _CHANNEL)  # bytes
 
 _YIELDS = 50  # rounds of waiting that only yield the processor, before the first sleep
@@ -77,9 +79,16 @@ class Peers:
     """The other ranks of this host, and the waiting that all transports to them have in common."""
 
     def __init__(
-        self, rank: int, page: ControlPage, peers: Sequence[Peer], timeout: timedelta, log: TransitionLog
+        self,
+        rank: int,
+        page: ControlPage,
+        peers: Sequence[Peer],
+        timeout: timedelta,
+        log: TransitionLog,
+        watch: Watch | None = None,
     ) -> None:
-        self.rank, self.page, self.peers, self.timeout = rank, page, list(peers), timeout.total_seconds()
+        self.rank, self.page, self.peers = rank, page, list(peers)
+        self.watch = watch or Watch(rank, WatchSettings(timeout=timeout.total_seconds()))
         self.pid, self._log = os.getpid(), log
         self.transports = [PeerMemoryTransport(self, channel, log) for channel in range(_CHANNELS)]
         for each in self.transports:
@@ -111,11 +120,20 @@ class Peers:
         if parts and any(_overlap(part, buffer) for buffer in buffers for part in parts):
             raise AssertionError("weights would be written while a peer still reads them: a wait is missing")
 
-    def wait(self, done: Callable[[], bool], patience: float | None = None) -> None:
+    def wait(
+        self,
+        done: Callable[[], bool],
+        patience: float | None = None,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         """Execute what is due until ``done()``, or for ``patience`` seconds.
+
+        Args:
+            waiting: entered where that is not so at once.
 
         Raises:
             LostRankError: a peer ended, or did not start the same in time.
+            DisagreementError: ranks wait for each other.
             UsageError: after :meth:`close`.
         """
         if not self.peers:
@@ -125,20 +143,23 @@ class Peers:
             return
         begin = time.monotonic()
         try:
-            self._wait(done, begin, patience)
+            for _ in range(_YIELDS):
+                os.sched_yield()
+                advance_all()
+                if done():
+                    return
+            with waiting():
+                self._sleep_until(done, begin, patience)
         finally:
             self._log.waited += time.monotonic() - begin
 
-    def _wait(self, done: Callable[[], bool], begin: float, patience: float | None) -> None:
-        turn, nap, check = 0, _SLEEP, begin + _LIVENESS_INTERVAL
+    def _sleep_until(self, done: Callable[[], bool], begin: float, patience: float | None) -> None:
+        nap = _SLEEP
+        check = begin if self.watch.lost else begin + _LIVENESS_INTERVAL
         while True:
             advance_all()
             if done():
                 return
-            turn += 1
-            if turn <= _YIELDS:
-                os.sched_yield()
-                continue
             time.sleep(nap)
             nap = min(2 * nap, _LONGEST_SLEEP)
             now = time.monotonic()
@@ -148,34 +169,26 @@ class Peers:
                 check = now + _LIVENESS_INTERVAL
                 self._check_alive(done, now - begin)
 
-    def wait_for_collective(self, handle: dist.Work) -> None:
-        """Wait for a collective of c10d without blocking peers in transitions that this rank has started before."""
-        self.finish_started(handle.is_completed)
-        handle.wait()
-
     def finish_started(self, done: Callable[[], bool], patience: float | None = None) -> None:
         """Execute what is due until nothing is left, or ``done()``: then the caller may block in other ways."""
         self.wait(lambda: done() or not any(each.started for each in _transports()), patience)
 
     def _check_alive(self, done: Callable[[], bool], waited: float) -> None:
-        """Raise if a peer failed or ended, or if the timeout has passed."""
-        gone = [peer for peer in self.peers if not peer.is_alive()]
+        """Raise if a peer failed or ended, if ranks wait for each other, or if the timeout has passed."""
+        gone = {peer.rank for peer in self.peers if not peer.is_alive() or self.watch.has_ended(peer.rank)}
         advance_all()  # with what they did before they ended
-        for peer in self.peers:
-            if (text := peer.posted()) and any(each.is_behind(peer) for each in self.transports) and not done():
-                raise _same_error(peer.rank, text)
-        gone = [peer for peer in gone if any(each.is_behind(peer) for each in self.transports)]
-        if gone and not done():
-            raise LostRankError(
-                f"rank {gone[0].rank} (process {gone[0].pid}) ended, or closed its engine, while rank {self.rank} "
-                f"waits for it. What that rank printed last says why."
-            )
-        if waited > self.timeout:
-            late = [str(peer.rank) for peer in self.peers if any(each.is_behind(peer) for each in self.transports)]
-            raise LostRankError(
-                f"rank {self.rank} waited {self.timeout:g} s for rank {', '.join(late)}, which runs but does not come. "
-                f"Every rank must take the same steps; what keeps one longer needs a longer timeout."
-            )
+        behind = [peer for peer in self.peers if any(each.is_behind(peer) for each in self.transports)]
+        if done():
+            return
+        for peer in behind:
+            text = peer.posted() or self.watch.posted(peer.rank)
+            if text and (peer.rank not in gone or is_ours(text)):
+                raise self.watch.take(same_error(peer.rank, text))
+        self.watch.check_not_lost()
+        for peer in behind:
+            if peer.rank in gone:
+                raise self.watch.lose(self.watch.how_it_ended(peer.rank, peer.pid))
+        self.watch.check_certain(waited, [peer.rank for peer in behind])
 
     def drain(self) -> None:
         """Return when no peer will read this rank's memory any more: all have read what was announced, or ended."""
@@ -192,13 +205,6 @@ class Peers:
             self.page.close()
             self.transports, self.peers = [], []
             _OPEN[:] = [other for other in _OPEN if other() is not self]
-
-
-def _same_error(rank: int, text: str) -> ShardlineError:
-    """The error that a peer raised, on this rank."""
-    kind, _, message = text.partition(": ")
-    known: type[ShardlineError] = getattr(errors, kind) if kind in errors.__all__ else ShardlineError
-    return known(f"rank {rank} gave up: {message}")
 
 
 def _drain_at_exit(reference: weakref.ref[Peers]) -> None:
@@ -223,6 +229,7 @@ class PeerMemoryTransport:
 
     def __init__(self, peers: Peers, channel: int, log: TransitionLog) -> None:
         self.peers, self.log, self._mine = peers, log, peers.page.counters
+        self._channel = Channel(peers.watch, channel)
         # Numbers and actions of transitions that were started and not executed; peers may wait for them.
         self.started: deque[tuple[int, Callable[[], None]]] = deque()
         self.kept: deque[tuple[int, Tensor]] = deque()  # numbers and parts that perhaps not all have read
@@ -231,7 +238,14 @@ class PeerMemoryTransport:
         self.count = _LINE + channel * _CHANNEL
         self.executed, self._ring = self.count + _LINE, self.count + 2 * _LINE
 
-    def gather(self, unit: int | None, buffer: Tensor, boundaries: Sequence[int], own: Tensor | None = None) -> Work:
+    def gather(
+        self,
+        unit: int | None,
+        buffer: Tensor,
+        boundaries: Sequence[int],
+        own: Tensor | None = None,
+        operation: Operation = Operation.GATHER,
+    ) -> Work:
         self.log.record("gather", unit, boundaries[-1], buffer.element_size())
         rank = self.peers.rank
         part = buffer[boundaries[rank] : boundaries[rank + 1]] if own is None else own
@@ -242,7 +256,8 @@ class PeerMemoryTransport:
                 theirs = buffer[boundaries[peer.rank] : boundaries[peer.rank + 1]]
                 peer.read(self._address(peer, theirs), theirs)
 
-        return self._start(part, read_peers, hold=buffer, until_read=own is None)
+        ticket = self._channel.take(operation, unit)
+        return self._start(ticket, part, read_peers, hold=buffer, until_read=own is None)
 
     def reduce(
         self, unit: int, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
@@ -264,17 +279,21 @@ class PeerMemoryTransport:
                 parts.insert(rank, full[start:stop])
                 add_in_order(parts, out[start - low : stop - low], add=add)
 
-        return self._start(full, add_up, hold=(buffer, out), until_read=False)
+        ticket = self._channel.take(Operation.REDUCE, unit)
+        return self._start(ticket, full, add_up, hold=(buffer, out), until_read=False)
 
-    def _start(self, part: Tensor, execute: Callable[[], None], hold: object, *, until_read: bool) -> Work:
+    def _start(
+        self, ticket: Ticket, part: Tensor, execute: Callable[[], None], hold: object, *, until_read: bool
+    ) -> Work:
         """Announce ``part``. With ``until_read`` the work waits for all readers: its owner may write it then."""
         self._check_intact()
         peers, mine = self.peers, self._mine
+        waiting = partial(self._channel.waiting, ticket)
         number = mine[self.count] + 1
         if number - self._read_by_all() > _RING:
-            peers.wait(lambda: number - self._read_by_all() <= _RING)
-        entry = self._ring + 2 * (number % _RING)
-        mine[entry], mine[entry + 1] = part.data_ptr(), part.nbytes
+            peers.wait(lambda: number - self._read_by_all() <= _RING, waiting=waiting)
+        entry = self._ring + 3 * (number % _RING)
+        mine[entry], mine[entry + 1], mine[entry + 2] = part.data_ptr(), part.nbytes, ticket.label
         mine[self.count] = number
         self.started.append((number, execute))
         self.kept.append((number, part))
@@ -288,7 +307,19 @@ class PeerMemoryTransport:
             advance_all()
             return done()
 
-        return Work((), lambda: peers.wait(done), hold=(part, hold), arrived=arrived)
+        return Work((), lambda: peers.wait(done, waiting=waiting), hold=(part, hold), arrived=arrived)
+
+    def _check_labels(self, number: int) -> None:
+        """Check that what all ranks have started as transition ``number`` is the same.
+
+        Raises:
+            DisagreementError: it is not.
+        """
+        entry = self._ring + 3 * (number % _RING) + 2
+        mine = self._mine[entry]
+        for peer in self.peers.peers:
+            if peer.counters[entry] != mine:
+                self._channel.refuse({self.peers.rank: mine, peer.rank: peer.counters[entry]})
 
     def _address(self, peer: Peer, part: Tensor) -> int:
         """The address in the memory of ``peer`` of its part, as large as ``part``, of the transition that is executed.
@@ -297,7 +328,7 @@ class PeerMemoryTransport:
             DisagreementError: it has another size.
         """
         number, _ = self.started[0]
-        entry = self._ring + 2 * (number % _RING)
+        entry = self._ring + 3 * (number % _RING)
         address, size = peer.counters[entry], peer.counters[entry + 1]
         if size != part.nbytes:
             raise DisagreementError(
@@ -311,6 +342,7 @@ class PeerMemoryTransport:
         while self.started and all(peer.counters[self.count] >= self.started[0][0] for peer in self.peers.peers):
             number, execute = self.started[0]
             try:
+                self._check_labels(number)
                 execute()
             except BaseException as error:  # to start again would add terms twice
                 self.broken = repr(error)
@@ -351,14 +383,21 @@ class PeerMemoryTransport:
 
 
 def attach(
-    group: Group, exchange: Callable[[Any], list[Any]], timeout: timedelta, log: TransitionLog, *, wanted: bool
+    group: Group,
+    exchange: Callable[[Any], list[Any]],
+    timeout: timedelta,
+    log: TransitionLog,
+    *,
+    wanted: bool,
+    watch: Watch | None = None,
 ) -> Peers | None:
     """The other ranks, if each wants that and has read every other's memory; else ``None`` on all. Collective.
 
     Args:
         exchange: gives every rank's value (of JSON), in rank order.
-        timeout: how long this rank waits for a peer.
+        timeout: how long this rank waits for a peer, where ``watch`` does not say it.
         log: of transitions.
+        watch: what this rank sees of the others beside that.
     """
     page, mine = None, None
     if wanted and sys.platform == "linux" and platform.machine() == "x86_64":
@@ -375,7 +414,7 @@ def attach(
         readable = True
     if not all(exchange(readable)):
         return None
-    return Peers(group.rank, page, peers, timeout, log)
+    return Peers(group.rank, page, peers, timeout, log, watch)
 
 
 def _host() -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from shardline.comm.log import TransitionLog
 from shardline.errors import UsageError
+from shardline.watch import Channel, Operation, Ticket, Watch, WatchSettings
 
 __all__ = [
     "BLOCK",
@@ -46,6 +48,13 @@ class Work:
     """A started transition. :meth:`wait` returns once its result may be used on the current stream.
 
     Until then it keeps every buffer of the transfer alive: c10d may still use them on another thread or stream.
+
+    Args:
+        handles: of c10d; ``finish`` waits for each.
+        then: called after that.
+        hold: what is kept.
+        arrived: what :meth:`has_arrived` returns, where the handles do not know it.
+        log: is told how long the host waits for ``handles``, where it does.
     """
 
     def __init__(
@@ -55,9 +64,10 @@ class Work:
         hold: object = None,
         arrived: Callable[[], bool] | None = None,
         log: TransitionLog | None = None,
+        finish: Callable[[dist.Work], object] = dist.Work.wait,
     ) -> None:
-        """``log`` is told how long the host waits for ``handles``, where it does."""
         self._handles, self._then, self._hold, self._arrived, self._log = handles, then, hold, arrived, log
+        self._finish = finish
 
     def then(self, action: Callable[[], object]) -> Work:
         """Let :meth:`wait` call ``action`` at its end. Returns the work to wait for, instead of this one."""
@@ -75,7 +85,7 @@ class Work:
     def wait(self) -> None:
         begin = time.perf_counter()
         for handle in self._handles:
-            handle.wait()
+            self._finish(handle)
         if self._log is not None:
             self._log.waited += time.perf_counter() - begin
         for action in self._then:
@@ -89,7 +99,14 @@ DONE = Work(())
 class Transport(Protocol):
     """How buffers move between the ranks of one group. Transitions of one transport have one order on all ranks."""
 
-    def gather(self, unit: int | None, buffer: Tensor, boundaries: Sequence[int], own: Tensor | None = None) -> Work:
+    def gather(
+        self,
+        unit: int | None,
+        buffer: Tensor,
+        boundaries: Sequence[int],
+        own: Tensor | None = None,
+        operation: Operation = Operation.GATHER,
+    ) -> Work:
         """Fill ``buffer`` (1-D) with every rank's range.
 
         Args:
@@ -98,9 +115,11 @@ class Transport(Protocol):
             own: this rank's range, where it rests. Not to be written before
                 :meth:`shardline.comm.Comm.wait_for_readers`. Without it the range is in ``buffer``, all of which may
                 be written when the work is done.
+            operation: what it is for, which must be the same on all ranks.
 
         Raises:
             UsageError: the engine was destroyed.
+            DisagreementError: another rank is known to have started something else.
         """
         ...
 
@@ -157,7 +176,14 @@ def put(own: Tensor, buffer: Tensor, boundaries: Sequence[int], rank: int) -> No
 class _SingleProcess:
     """Without other ranks every buffer is complete."""
 
-    def gather(self, unit: int | None, buffer: Tensor, boundaries: Sequence[int], own: Tensor | None = None) -> Work:
+    def gather(
+        self,
+        unit: int | None,
+        buffer: Tensor,
+        boundaries: Sequence[int],
+        own: Tensor | None = None,
+        operation: Operation = Operation.GATHER,
+    ) -> Work:
         return DONE
 
     def reduce(
@@ -169,7 +195,14 @@ class _SingleProcess:
 class _Closed:
     """After the process groups were destroyed."""
 
-    def gather(self, unit: int | None, buffer: Tensor, boundaries: Sequence[int], own: Tensor | None = None) -> Work:
+    def gather(
+        self,
+        unit: int | None,
+        buffer: Tensor,
+        boundaries: Sequence[int],
+        own: Tensor | None = None,
+        operation: Operation = Operation.GATHER,
+    ) -> Work:
         raise closed_error()
 
     def reduce(
@@ -188,12 +221,21 @@ def closed_error() -> UsageError:
 class AllToAllTransport:
     """gloo, and any backend without a better one: exchanges ranges, and adds them up in the dtype of the result."""
 
-    def __init__(self, group: dist.ProcessGroup, log: TransitionLog) -> None:
+    def __init__(self, group: dist.ProcessGroup, log: TransitionLog, channel: Channel | None = None) -> None:
         self.group, self.log = group, log
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.channel = channel or Channel(Watch(self.rank, WatchSettings()), 0)
 
-    def gather(self, unit: int | None, buffer: Tensor, boundaries: Sequence[int], own: Tensor | None = None) -> Work:
+    def gather(
+        self,
+        unit: int | None,
+        buffer: Tensor,
+        boundaries: Sequence[int],
+        own: Tensor | None = None,
+        operation: Operation = Operation.GATHER,
+    ) -> Work:
         self.log.record("gather", unit, boundaries[-1], buffer.element_size())
+        ticket = self.channel.start(operation, unit)
         if own is not None:
             put(own, buffer, boundaries, self.rank)
         # One broadcast for each shard straight into its place: gloo's all-gather takes 1.6 times as long, and shards
@@ -203,12 +245,17 @@ class AllToAllTransport:
             part = buffer[boundaries[rank] : boundaries[rank + 1]]
             if part.numel():
                 handles.append(dist.broadcast(part, group_src=rank, group=self.group, async_op=True))
-        return Work(handles, hold=buffer, log=self.log)
+        return Work(handles, hold=buffer, log=self.log, finish=self._finish(buffer, ticket))
+
+    def _finish(self, buffer: Tensor, ticket: Ticket) -> Callable[[dist.Work], object]:
+        """How to wait for a transfer of ``buffer``: the host waits where that is in its memory, else the stream."""
+        return partial(self.channel.finish, ticket=ticket) if buffer.device.type == "cpu" else dist.Work.wait
 
     def reduce(
         self, unit: int, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
     ) -> Work:
         self.log.record("reduce", unit, boundaries[-1], buffer.element_size())
+        ticket = self.channel.start(Operation.REDUCE, unit)
         # gloo's reduce-scatter is an all-reduce and a slice (2 to 3 times the time); adding here also rounds once.
         mine = boundaries[self.rank + 1] - boundaries[self.rank]
         received = scratch.borrow(mine * self.size, buffer.dtype)
@@ -221,7 +268,7 @@ class AllToAllTransport:
             add_in_order(received.view(self.size, mine).unbind(), out, add=add)
             scratch.give_back(received)
 
-        return Work([handle], add_up, hold=(buffer, received), log=self.log)
+        return Work([handle], add_up, hold=(buffer, received), log=self.log, finish=self._finish(buffer, ticket))
 
 
 def _the_stream_waits() -> bool:
@@ -231,10 +278,18 @@ def _the_stream_waits() -> bool:
 class NcclTransport(AllToAllTransport):
     """NCCL: its own collectives where shards are of one size."""
 
-    def gather(self, unit: int | None, buffer: Tensor, boundaries: Sequence[int], own: Tensor | None = None) -> Work:
+    def gather(
+        self,
+        unit: int | None,
+        buffer: Tensor,
+        boundaries: Sequence[int],
+        own: Tensor | None = None,
+        operation: Operation = Operation.GATHER,
+    ) -> Work:
         if not _equal(boundaries):
-            return super().gather(unit, buffer, boundaries, own)
+            return super().gather(unit, buffer, boundaries, own, operation)
         self.log.record("gather", unit, boundaries[-1], buffer.element_size())
+        self.channel.start(operation, unit)
         if own is None:
             own = buffer[boundaries[self.rank] : boundaries[self.rank + 1]]
         handle = _all_gather(buffer, own, group=self.group, async_op=True)
@@ -246,6 +301,7 @@ class NcclTransport(AllToAllTransport):
         if not _equal(boundaries):
             return super().reduce(unit, buffer, boundaries, out, add=add, scratch=scratch)
         self.log.record("reduce", unit, boundaries[-1], buffer.element_size())
+        self.channel.start(Operation.REDUCE, unit)
         direct = out.dtype == buffer.dtype and not add
         target = out if direct else scratch.borrow(out.numel(), buffer.dtype)
         handle = _reduce_scatter(target, buffer, group=self.group, async_op=True)
@@ -264,11 +320,18 @@ class HostStagedTransport:
     def __init__(self, inner: AllToAllTransport) -> None:
         self.inner = inner
 
-    def gather(self, unit: int | None, buffer: Tensor, boundaries: Sequence[int], own: Tensor | None = None) -> Work:
+    def gather(
+        self,
+        unit: int | None,
+        buffer: Tensor,
+        boundaries: Sequence[int],
+        own: Tensor | None = None,
+        operation: Operation = Operation.GATHER,
+    ) -> Work:
         if own is None:
             own = buffer[boundaries[self.inner.rank] : boundaries[self.inner.rank + 1]]
         host = torch.empty(boundaries[-1], dtype=buffer.dtype)
-        work = self.inner.gather(unit, host, boundaries, own.cpu())
+        work = self.inner.gather(unit, host, boundaries, own.cpu(), operation)
         return work.then(lambda: buffer[: boundaries[-1]].copy_(host))
 
     def reduce(
@@ -297,12 +360,17 @@ def is_staged(group: dist.ProcessGroup, device: torch.device) -> bool:
     return device.type != "cpu" and _backend(group, device) in (None, "gloo")
 
 
-def choose(group: dist.ProcessGroup, device: torch.device, log: TransitionLog | None = None) -> Transport:
+def choose(
+    group: dist.ProcessGroup,
+    device: torch.device,
+    log: TransitionLog | None = None,
+    channel: Channel | None = None,
+) -> Transport:
     """The best transport for tensors on ``device`` among the ranks of ``group``."""
     log = log or TransitionLog()
     if device.type != "cpu" and _backend(group, device) == "nccl":
-        return NcclTransport(group, log)
-    all_to_all = AllToAllTransport(group, log)
+        return NcclTransport(group, log, channel)
+    all_to_all = AllToAllTransport(group, log, channel)
     return HostStagedTransport(all_to_all) if is_staged(group, device) else all_to_all
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "Optimizer",
     "Scheduler",
     "TorchAutocast",
+    "Watchdog",
     "ZeroOptimization",
 ]
 
@@ -169,6 +170,19 @@ class Checkpoint(Section):
     save_on_sigterm: bool = key(False, "At SIGTERM, save after the current step and exit with code 0.", own=True)
 
 
+class Watchdog(Section):
+    quiet_seconds: Number = key(
+        10.0,
+        "After a rank has waited so long while no rank moved, it is said who waits for whom.",
+        own=True,
+        gt=0,
+        le=86400,
+    )
+    timeout_seconds: Number | None = key(
+        None, "A rank waits so long for another, then the job ends; null: as the process group.", own=True, gt=0, le=1e7
+    )
+
+
 class ActivationCheckpointing(Section):
     enabled: bool = key(False, "Recompute blocks in the backward instead of keeping their activations.", own=True)
     every: Integer = key(1, "Recompute every so many blocks.", own=True, ge=1)
@@ -212,6 +226,7 @@ class Config(Section):
     data_loader: DataLoader = key(DataLoader, "The loader that initialize builds from training_data.", own=True)
     checkpoint: Checkpoint = key(Checkpoint, "Saving and resuming.")
     activation_checkpointing: ActivationCheckpointing = key(ActivationCheckpointing, "Recomputing activations.")
+    watchdog: Watchdog = key(Watchdog, "What is said, and when, of ranks that do not come.", own=True)
     steps_per_print: OptionalInteger = key(None, "Print a line every so many steps; null and Infinity: never.", ge=1)
     wall_clock_breakdown: bool = key(False, "Time forward, backward, reduce and step, and print that.")
     progress_bar: ProgressBar = key(ProgressBar, "A progress bar.", own=True)

@@ -31,6 +31,7 @@ from shardline.engine.report import Reporter
 from shardline.engine.saving import Saving
 from shardline.engine.serving import Serving
 from shardline.engine.state import EngineState
+from shardline.engine.together import together
 from shardline.engine.trainables import Trainables
 from shardline.engine.weights import full_state_dict, gathered, units_of
 from shardline.engine.window_grads import WindowGrads
@@ -294,12 +295,14 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         self._count_micro_step(weight)
         if not ends:
             self.progress.applied = False
+            self.comm.watch.status.count(self.progress.global_steps, window.steps)
             return
         if boundary is None and window.boundary is None:
             window.end()
         else:
             self._end_as_sum()
         self._end_window(end_of_window, lr_kwargs or {})
+        self.comm.watch.status.count(self.progress.global_steps, 0)
         self.window_start.mark(self._intake.position)
         self.checkpoints.after_step(leave=self.progress.leaving)
 
@@ -376,6 +379,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
     # -- weights ----------------------------------------------------------------------------------------------------
 
     @outside_modes
+    @together
     def full_state_dict(self, dtype: torch.dtype | None = None, rank0_only: bool = False) -> dict[str, Any]:
         """The whole model's ``state_dict()``, on CPU: weights, persistent buffers, extra state. Collective, any stage.
 
@@ -389,6 +393,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         return full_state_dict(self.module, self.trainables.layout, self.comm, dtype, wanted=wanted)
 
     @outside_modes
+    @together
     def full_optimizer_state_dict(self, rank0_only: bool = False) -> dict[str, Any]:
         """The optimizer's ``state_dict()`` in torch's own form, on CPU, at any stage. Collective.
 
@@ -454,7 +459,8 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         Raises:
             UsageError: for an unknown parameter, or a change without ``write``.
         """
-        return gathered(units_of(self.trainables.layout, params), self.trainables.hooks, write=write)
+        units = units_of(self.trainables.layout, params)
+        return gathered(units, self.trainables.hooks, self.comm.watch.status, write=write)
 
     def before_step(self, hook: StepHook) -> Handle:
         """Call ``hook(fragments)`` before every update, with averaged, unscaled, unclipped gradients.
@@ -496,6 +502,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         trainables.renew_hooks()
 
     @outside_modes
+    @together
     def destroy(self) -> None:
         """Take the engine off the model: hooks are gone and parameters are ordinary again, whole on every rank.
 

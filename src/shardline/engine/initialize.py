@@ -7,7 +7,9 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -53,6 +55,7 @@ from shardline.sharding.build import (
 )
 from shardline.sharding.precision import Precision
 from shardline.sharding.unit import Unit
+from shardline.watch import WatchSettings
 
 __all__ = ["initialize"]
 
@@ -126,8 +129,11 @@ def initialize(
     group = _group(mesh)
     world = 1 if group is None else dist.get_world_size(group)
     settings = load_config(source, world, batches=training_data is not None)
-    comm = Comm(group, topology.device, transport=settings.communication_transport)
-    with ExitStack() as undo:  # where it fails, the model is as it was and may be given again
+    comm = _connect(group, topology.device, settings)
+    with (
+        comm.watch.status.call("initialize"),
+        ExitStack() as undo,
+    ):  # where it fails, the model is as it was and may be given again
         undo.callback(comm.close)
         engine = _make_engine(
             model, optimizer, model_parameters, training_data, lr_scheduler, collate_fn, init_fn, engine_class,
@@ -137,6 +143,19 @@ def initialize(
         engine.events.emit(start_of(engine.global_steps, settings, comm, engine.summary()))
         undo.pop_all()
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _connect(group: dist.ProcessGroup | None, device: torch.device, settings: Config) -> Comm:
+    """The ranks of ``group``, as the configuration has them talk and wait. Collective."""
+    watchdog, folder = settings.watchdog, settings.checkpoint.dir
+    seconds = watchdog.timeout_seconds
+    return Comm(
+        group,
+        device,
+        None if seconds is None else timedelta(seconds=seconds),
+        settings.communication_transport,
+        WatchSettings(quiet_seconds=watchdog.quiet_seconds, folder=None if folder is None else Path(folder)),
+    )
 
 
 def _make_engine(

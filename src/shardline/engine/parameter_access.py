@@ -77,7 +77,7 @@ class ParameterAccess:
         """
         self._check_shape(value, "set_full_master()")
         unit, bucket, entry = self._trainables.layout.where(self.name)
-        with gathered([unit], self._trainables.hooks, write=True), torch.no_grad():
+        with gathered([unit], self._trainables.hooks, self._comm.watch.status, write=True), torch.no_grad():
             self._param.copy_(value)
         self._comm.wait_for_readers()
         bucket.weights.store_master(entry, value.detach())

@@ -11,6 +11,7 @@ from functools import partial
 
 from torch import Tensor
 
+from shardline import watch
 from shardline.comm import Comm
 from shardline.config import Config
 from shardline.events import Events, PhaseTimes, StepDone, StepSkipped
@@ -23,6 +24,13 @@ from shardline.sharding.step import HostVerdict
 from shardline.sharding.window import Progress
 
 __all__ = ["Reporter", "StepFigures"]
+
+_PHASES = {
+    "forward": watch.Phase.FORWARD,
+    "backward": watch.Phase.BACKWARD,
+    "reduce": watch.Phase.BACKWARD,
+    "step": watch.Phase.STEP,
+}
 
 _LATE = "gradients of a unit came after its reduction; it is reduced at the end of backward from now on"
 
@@ -49,12 +57,13 @@ class Reporter:
 
     Args:
         events: the stream.
-        comm: of which transfers are told, and whose device is timed.
+        comm: of which transfers are told, whose device is timed, and where this rank writes down what it does.
         config: says what is measured.
     """
 
     def __init__(self, events: Events, comm: Comm, config: Config) -> None:
         self.events, self._comm = events, comm
+        self._status = comm.watch.status
         self._times = config.wall_clock_breakdown or config.is_observed
         self._flops: FlopsProfiler | None = None
         if config.flops_profiler.enabled:
@@ -70,7 +79,16 @@ class Reporter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what runs within to the phase ``name``. Waits for no device."""
+        """Count what runs within to the phase ``name``, and write it down for the other ranks. Waits for no device."""
+        self._status.enter(_PHASES[name])
+        try:
+            with self._measured(name):
+                yield
+        finally:
+            self._status.leave()
+
+    @contextmanager
+    def _measured(self, name: str) -> Iterator[None]:
         if not self._times and self._flops is None and self._profile is None:
             yield
             return

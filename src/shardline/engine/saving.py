@@ -10,7 +10,9 @@ import torch
 
 from shardline.checkpoint.engine.checkpointer import Checkpointer, Scope
 from shardline.checkpoint.foreign.huggingface import export_model
+from shardline.comm import Comm
 from shardline.config import Config
+from shardline.engine.together import together
 from shardline.engine.trainables import Trainables
 from shardline.errors import UsageError
 from shardline.runtime.modes import outside_modes
@@ -28,12 +30,14 @@ class Saving:
     """
 
     config: Config
+    comm: Comm
     precision: Precision
     trainables: Trainables
     checkpoints: Checkpointer
     client_state: dict[str, Any]
 
     @outside_modes
+    @together
     def save_checkpoint(
         self,
         save_dir: str | os.PathLike[str],
@@ -78,6 +82,7 @@ class Saving:
         return True
 
     @outside_modes
+    @together
     def load_checkpoint(
         self,
         load_dir: str | os.PathLike[str],
@@ -129,6 +134,7 @@ class Saving:
         return path, state
 
     @outside_modes
+    @together
     def export(
         self,
         save_dir: str | os.PathLike[str],
@@ -156,6 +162,7 @@ class Saving:
         return [str(file) for file in export_model(parts, save_dir, dtype, frozen=frozen, shard_bytes=max_shard_bytes)]
 
     @outside_modes
+    @together
     def save_16bit_model(
         self,
         save_dir: str | os.PathLike[str],

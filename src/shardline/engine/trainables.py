@@ -83,6 +83,7 @@ class Trainables:
     def _arrange(self) -> None:
         """Make what drives the current layout."""
         zero, units = self._config.zero_optimization, self.layout.units
+        self._comm.watch.names = [unit.name for unit in units]
         self._requires_grad = self._read_requires_grad()
         self.params = [param for unit in units for bucket in unit.trainable for param in bucket.params]
         self.schedule = Schedule(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from shardline.sharding.build import Layout
 from shardline.sharding.fragments import full_weights
 from shardline.sharding.hooks import Hooks
 from shardline.sharding.unit import Unit
+from shardline.watch import Status
 
 __all__ = ["full_state_dict", "gathered", "names_of", "units_of"]
 
@@ -64,7 +66,7 @@ def full_state_dict(
 
 
 @contextmanager
-def gathered(units: Sequence[Unit], hooks: Hooks, *, write: bool) -> Iterator[None]:
+def gathered(units: Sequence[Unit], hooks: Hooks, status: Status, *, write: bool) -> Iterator[None]:
     """Within it, ``units`` are gathered; with ``write``, what was changed is kept at the end. Collective.
 
     The backward of a graph that is built within it may come after it.
@@ -72,11 +74,14 @@ def gathered(units: Sequence[Unit], hooks: Hooks, *, write: bool) -> Iterator[No
     Raises:
         UsageError: for a change without ``write``.
     """
-    _unshard(units)
+    call = partial(status.call, "gathered_parameters")
+    with call():
+        _unshard(units)
     try:
         with hooks.around(units):
             yield
-        _write_back(units, write=write)
+        with call():
+            _write_back(units, write=write)
     finally:
         _reshard(units)
 

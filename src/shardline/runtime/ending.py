@@ -17,13 +17,25 @@ import sys
 from contextlib import suppress
 from functools import cache
 from types import TracebackType
+from weakref import WeakSet
 
-__all__ = ["end_after_uncaught_errors", "end_with", "has_failed"]
+__all__ = ["end_after_uncaught_errors", "end_with", "has_failed", "note_lost_ranks"]
+
+
+_LOST: WeakSet[object] = WeakSet()
+
+
+def note_lost_ranks(owner: object, *, lost: bool) -> None:
+    """Whether ``owner`` began something with ranks that will not come: the end of the process does not wait for it."""
+    if lost:
+        _LOST.add(owner)
+    else:
+        _LOST.discard(owner)
 
 
 def has_failed() -> bool:
-    """Whether an error ends this process, or is to end it."""
-    return getattr(sys, "last_value", None) is not None
+    """Whether an error ends this process, or is to end it, or other ranks will not come any more."""
+    return bool(_LOST) or getattr(sys, "last_value", None) is not None
 
 
 def end_with(code: int) -> None:

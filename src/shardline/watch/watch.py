@@ -1,0 +1,339 @@
+"""What the ranks of one group see of each other, and waits that end when somebody will not come."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import math
+import os
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import torch.distributed as dist
+
+from shardline import errors
+from shardline.errors import DisagreementError, LostRankError, ShardlineError, text_of
+from shardline.runtime.ending import note_lost_ranks
+from shardline.runtime.shared_page import SharedPage
+from shardline.watch import uncaught
+from shardline.watch.incident import Incident, Seen, find, position, rule, those
+from shardline.watch.member import Member, card
+from shardline.watch.status import CHANNELS, SIZE, Cell, State, Status
+from shardline.watch.words import call_of, transfer
+
+__all__ = ["Channel", "Ticket", "Watch", "WatchSettings", "is_ours", "open_watches", "same_error"]
+
+_SLICE = timedelta(seconds=0.1)  # of waiting for a backend, between looks at the other ranks
+_BEFORE = "a rank was lost, or out of step, before"
+_CAUSE_SECONDS = 2.0  # from a broken connection until the rank at its other end is seen to end
+_FLIGHT_SECONDS = 1.0  # what a rank sent before it ended may still arrive
+
+E = TypeVar("E", bound=ShardlineError)
+
+_OPEN: weakref.WeakSet[Watch] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class WatchSettings:
+    """How a watch behaves."""
+
+    quiet_seconds: float = 10.0
+    """How long this rank waits, and nothing moves, before it is said who waits for whom."""
+    timeout: float = 600.0
+    """How long this rank waits for another before the job ends."""
+    folder: Path | None = None
+    """Where the file with what was said lies; None: nowhere."""
+
+
+class Watch:
+    """The ranks of one group, as this one sees them.
+
+    Attributes:
+        status: what this rank does.
+        members: all ranks, this one included, in rank order; empty in a single process.
+        names: of the units, for sentences.
+        lost: why nobody is to be waited for any more; empty while all is well.
+        incident: what the watching thread has found, while it lasts.
+    """
+
+    def __init__(self, rank: int, settings: WatchSettings, page: SharedPage | None = None) -> None:
+        self.rank, self.settings, self.pid = rank, settings, os.getpid()
+        self.page = page
+        self.status = Status(None if page is None else page.counters[:SIZE])
+        self.members: list[Member] = []
+        self.names: Sequence[str] = ()
+        self.lost = ""
+        self.incident: Incident | None = None
+
+    @classmethod
+    def join(cls, rank: int, settings: WatchSettings, exchange: Callable[[Any], list[Any]]) -> Watch:
+        """A watch over the ranks that ``exchange`` (of JSON) reaches. Collective."""
+        page = None
+        with contextlib.suppress(OSError, AttributeError):
+            page = SharedPage(8 * SIZE)
+        made = cls(rank, settings, page)
+        cards = exchange(card(page))
+        made.members = [
+            Member(other, said, here=said["machine"] == cards[rank]["machine"]) for other, said in enumerate(cards)
+        ]
+        _OPEN.add(made)
+        uncaught.listen()
+        _end_at_exit()
+        return made
+
+    def channel(self, index: int) -> Channel:
+        return Channel(self, index)
+
+    def close(self) -> None:
+        """To the others this rank has ended."""
+        _OPEN.discard(self)
+        note_lost_ranks(self, lost=False)
+        if self.page is not None:
+            self.page.close()
+
+    # -- what goes wrong ----------------------------------------------------------------------------------------------
+
+    def give_up(self, error: ShardlineError | None) -> None:
+        """Let ranks that wait for this one raise ``error`` too; ``None`` takes it back."""
+        if self.page is not None:
+            self.page.post("" if error is None else f"{type(error).__name__}: {text_of(error)}")
+
+    def fail(self, error: BaseException) -> None:
+        """The process ends by ``error``: the others learn of it."""
+        if self.page is not None:
+            if not self.page.shows:
+                self.page.post(f"{type(error).__name__}: {text_of(error)}")
+            self.status.end()
+
+    def has_ended(self, rank: int) -> bool:
+        """Whether the process of ``rank`` is known to have ended, or to be ending."""
+        return bool(self.members) and self.members[rank].has_ended()
+
+    def posted(self, rank: int) -> str:
+        """The text that ``rank`` shows."""
+        return self.members[rank].posted() if self.members else ""
+
+    def lose(self, sentence: str) -> LostRankError:
+        """The error that says so; from now on this rank waits for nobody."""
+        return self.take(LostRankError(sentence))
+
+    def take(self, error: E) -> E:
+        """The same after any error from which ranks cannot come back together."""
+        if not self.lost:
+            self.lost = error.message
+            note_lost_ranks(self, lost=True)
+        # torch's hooks after a forward wait once more, and torch says so in four lines
+        warnings.filterwarnings("ignore", message=f".*silenced as another error was raised.*{_BEFORE}")
+        return error
+
+    def check_not_lost(self) -> None:
+        """Check that this rank has not learned that somebody will not come.
+
+        Raises:
+            LostRankError: it has.
+        """
+        if self.lost:
+            raise LostRankError(f"{_BEFORE}, so ranks can do nothing together any more: {self.lost}")
+
+    def check_certain(self, waited: float, late: Sequence[int]) -> None:
+        """Check, after ``waited`` seconds, that a wait for the ranks ``late`` may still end.
+
+        Raises:
+            LostRankError: the timeout has passed.
+            DisagreementError: ranks wait for each other.
+        """
+        incident = self.incident
+        if incident is not None and incident.certain:
+            error = self.take(DisagreementError(incident.text))
+            self.give_up(error)
+            raise error
+        if waited > self.settings.timeout:
+            whom = f"rank {those(late)}, which runs but does not come" if late else "a transfer that does not come"
+            found = find(self.look(), self.names)
+            why = f" {found.why}" if found is not None and found.absent else ""
+            raise self.lose(
+                f"rank {self.rank} waited {self.settings.timeout:g} s for {whom}, {self.here()}.{why} Every rank must "
+                f"take the same steps; what keeps one longer needs a longer timeout."
+            )
+
+    def check(self, channel: int, number: int, waited: float) -> None:
+        """See, while this rank waits for transfer ``number`` of ``channel``, whether somebody will not come.
+
+        Raises:
+            ShardlineError: what another rank raised and has posted.
+            LostRankError: a rank ended, or does not come in time.
+            DisagreementError: ranks wait for each other.
+        """
+        late = [each for each in self.members if (started := each.started(channel)) is not None and started < number]
+        for each in self.members if waited >= _FLIGHT_SECONDS else late:
+            if each.rank == self.rank:
+                continue
+            text = each.posted()
+            if text and (is_ours(text) or not each.has_ended()):
+                raise self.take(same_error(each.rank, text))
+            if each.has_ended():
+                raise self.lose(self.how_it_ended(each.rank, each.pid))
+        self.check_certain(waited, [each.rank for each in late])
+
+    def look(self) -> list[Seen]:
+        """What the ranks do now, as far as it can be known here."""
+        return [seen for seen in (each.look() for each in self.members) if seen is not None]
+
+    # -- in words -----------------------------------------------------------------------------------------------------
+
+    def how_it_ended(self, rank: int, pid: int) -> str:
+        """``rank``, whose process was ``pid``, has ended while this one waits for it."""
+        while_waiting = f"while rank {self.rank} waits {self.here()}"
+        seen = self.members[rank].look() if self.members else None
+        if seen is None:
+            how = "ended, or closed its engine,"
+            return f"rank {rank} (process {pid}) {how} {while_waiting}. What that rank printed last says why."
+        closed = self.members[rank].is_running() and seen.cells[Cell.STATE] != State.ENDED
+        how = "closed its engine" if closed else "ended"
+        said = f"rank {rank} (process {pid}) {how} {while_waiting}. It was {position(seen, self.names)}."
+        if closed:
+            return f"{said} Every rank must take the same steps, and call destroy() after them."
+        if text := self.members[rank].posted():
+            return f"{said} It said: {text}"
+        if seen.cells[Cell.STATE] == State.ENDED:
+            return f"{said} It ended by itself: its script was over, or its data, or it called sys.exit()."
+        return f"{said} It left no word, as after os._exit(), SIGKILL (often for lack of memory) or a crash in C code."
+
+    def here(self) -> str:
+        """Where this rank is."""
+        seen = Seen(self.rank, "", 0, "runs", tuple(self.status.cells[: Cell.COUNT + CHANNELS]), 0.0)
+        return f"in {transfer(seen.cells[Cell.LABEL], self.names)} {position(seen, self.names)}"
+
+
+class Ticket(NamedTuple):
+    """A transfer that was started."""
+
+    number: int
+    """On its channel, from 1."""
+    label: int
+
+
+class Channel:
+    """Transfers that have one order on all ranks: those of one process group."""
+
+    def __init__(self, watch: Watch, index: int) -> None:
+        self.watch, self.index = watch, index
+        self._start = watch.status.start
+
+    def take(self, operation: int, unit: int | None = None) -> Ticket:
+        """A transfer is about to start.
+
+        Raises:
+            LostRankError: nobody would join it any more. It could meet another one, of a rank that does not know yet.
+        """
+        self.watch.check_not_lost()
+        return Ticket(*self._start(self.index, operation, unit))
+
+    def start(self, operation: int, unit: int | None = None) -> Ticket:
+        """The same, compared with what the others of this host have started as their transfer of this number.
+
+        Raises:
+            DisagreementError: another rank has started another one.
+            LostRankError: as :meth:`take`.
+        """
+        number, label = ticket = self.take(operation, unit)
+        for each in self.watch.members:
+            theirs = each.label(self.index, number)
+            if theirs is not None and theirs != label:
+                self.refuse({self.watch.rank: label, each.rank: theirs})
+        return ticket
+
+    def refuse(self, labels: dict[int, int]) -> NoReturn:
+        """Ranks are about to exchange different things: ``labels`` by rank."""
+        names, step = self.watch.names, self.watch.status.cells[Cell.STEP]
+        calls = {rank: call_of(label) for rank, label in sorted(labels.items())}
+        said = ", ".join(
+            f"rank {rank} starts {transfer(labels[rank], names)} in {f'{call}()' if call else 'its training'}"
+            for rank, call in calls.items()
+        )
+        error = self.watch.take(
+            DisagreementError(
+                f"ranks are out of step, and nothing was exchanged: after step {step} {said}. {rule(calls.values())}"
+            )
+        )
+        self.watch.give_up(error)
+        raise error
+
+    @contextmanager
+    def waiting(self, ticket: Ticket) -> Iterator[None]:
+        """Within it this rank waits for a transfer."""
+        status = self.watch.status
+        status.wait(self.index, *ticket)
+        try:
+            yield
+        finally:
+            status.go_on()
+
+    def finish(self, handle: dist.Work, ticket: Ticket) -> None:
+        """Wait for a transfer of c10d between host memories.
+
+        Raises:
+            ShardlineError: as :meth:`Watch.check`.
+            LostRankError: also where c10d gave up.
+        """
+        watch = self.watch
+        watch.check_not_lost()
+        with self.waiting(ticket):
+            begin = time.monotonic()
+            while True:
+                try:
+                    handle.wait(_SLICE)
+                    return
+                except RuntimeError as error:
+                    waited = time.monotonic() - begin
+                    if handle.is_completed():  # c10d gave up: by its own timeout, which is ours, or a broken connection
+                        self._explain(error, ticket.number)
+                watch.check(self.index, ticket.number, waited)
+
+    def _explain(self, error: RuntimeError, number: int) -> NoReturn:
+        """Say in our words why c10d gave up on transfer ``number``."""
+        watch = self.watch
+        if "Timed out" in str(error):
+            watch.check(self.index, number, math.inf)
+        deadline = time.monotonic() + _CAUSE_SECONDS
+        while time.monotonic() < deadline:
+            watch.check(self.index, number, _FLIGHT_SECONDS)
+            time.sleep(0.02)
+        raise watch.lose(f"rank {watch.rank} lost the others {watch.here()}: {error}") from error
+
+
+def is_ours(text: str) -> bool:
+    """Whether a posted text is that of an error which all ranks raise alike."""
+    kind = text.partition(": ")[0]
+    return kind in errors.__all__ and kind != LostRankError.__name__
+
+
+def same_error(rank: int, text: str) -> ShardlineError:
+    """The error that a peer raised, on this rank."""
+    kind, _, message = text.partition(": ")
+    known: type[ShardlineError] = getattr(errors, kind) if kind in errors.__all__ else ShardlineError
+    return known(f"rank {rank} gave up: {message}")
+
+
+def open_watches() -> list[Watch]:
+    """Those of this process; not those of the process that it was forked from."""
+    return [each for each in tuple(_OPEN) if each.pid == os.getpid()]
+
+
+@cache
+def _end_at_exit() -> None:
+    """Let the others know that this process ends, before it closes its connections."""
+
+    def end_all() -> None:
+        for watch in open_watches():
+            watch.status.end()
+
+    atexit.register(end_all)

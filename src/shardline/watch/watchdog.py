@@ -1,0 +1,115 @@
+"""The thread that looks when its rank waits and nothing moves: it says who waits for whom, once for each incident."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+
+from shardline.watch.incident import Incident, Seen, find, those
+from shardline.watch.status import Cell
+from shardline.watch.watch import Watch
+
+__all__ = ["Watchdog"]
+
+_TURN = 1.0  # seconds between two looks, at most
+_STILL = 3  # turns after which a watching thread that does not move counts as stopped
+
+
+class Watchdog:
+    """Watches one :class:`Watch` until it is stopped, or ``owner`` is collected."""
+
+    def __init__(self, watch: Watch, owner: object) -> None:
+        self._watch = watch
+        self._turn = min(_TURN, watch.settings.quiet_seconds / 5)
+        self._over = threading.Event()
+        self._moves = _Moves(len(watch.members))
+        self._begin = 0.0  # of the incident that was found; 0 where there is none
+        self._said = False
+        self._thread = threading.Thread(target=self._run, name="shardline-watch", daemon=True)
+        self._thread.start()
+        self.stop = weakref.finalize(owner, _stop, self._over, self._thread)
+
+    def _run(self) -> None:
+        while not self._over.wait(self._turn):
+            self._watch.status.cells[Cell.THREAD] += 1
+            with contextlib.suppress(OSError, ValueError):  # a page that is closed meanwhile
+                self._look()
+        if self._watch.incident is not None and not self._watch.lost:
+            self._withdraw(self._watch.incident, time.monotonic())
+
+    def _look(self) -> None:
+        watch = self._watch
+        seen = [each for each in (member.look() for member in watch.members) if each is not None]
+        now = time.monotonic()
+        quiet = self._moves.quiet_since(seen, now)
+        mine = next((each for each in seen if each.rank == watch.rank), None)
+        if mine is None or not mine.waits or now - quiet < watch.settings.quiet_seconds:
+            if watch.incident is not None and (mine is None or not mine.waits or quiet > self._begin):
+                self._withdraw(watch.incident, now)
+            return
+        if watch.incident is not None:
+            return
+        found = find(seen, watch.names)
+        if found is None or any(watch.has_ended(rank) for rank in found.absent):  # the main thread says so by itself
+            return
+        watch.incident, self._begin = found, quiet
+        if found.certain:
+            return  # the main thread raises it
+        if watch.rank == min(each.rank for each in seen if each.waits and self._moves.is_live(each.rank)):
+            self._said = True
+            stacks = (watch.members[rank] for rank in found.absent)
+            dumps = [f"\nRank {each.rank}: {text}" for each in stacks if (text := each.stack())]
+            _say(watch, f"for {now - quiet:.0f} s nothing has moved: {found.text}{''.join(dumps)}")
+
+    def _withdraw(self, incident: Incident, now: float) -> None:
+        self._watch.incident = None
+        if self._said:
+            self._said = False
+            whom = f"rank {those(incident.absent)} has come" if incident.absent else "the transfer has come"
+            _say(self._watch, f"{whom} after {now - self._begin:.0f} s, and the job goes on.")
+
+
+class _Moves:
+    """When ranks were last seen to move."""
+
+    def __init__(self, ranks: int) -> None:
+        self._cells: dict[int, tuple[int, ...]] = {}
+        self._threads = [(-1, 0)] * ranks  # turns of each watching thread, and looks since it moved
+        self._quiet = time.monotonic()
+
+    def quiet_since(self, seen: Sequence[Seen], now: float) -> float:
+        """Since when nothing that any main thread wrote has changed."""
+        for each in seen:
+            turns, still = self._threads[each.rank]
+            now_turns = each.cells[Cell.THREAD]
+            self._threads[each.rank] = (now_turns, still + 1 if turns == now_turns else 0)
+            cells = each.cells[: Cell.THREAD] + each.cells[Cell.THREAD + 1 :]
+            if self._cells.get(each.rank) != cells:
+                self._cells[each.rank] = cells
+                self._quiet = now
+        return self._quiet
+
+    def is_live(self, rank: int) -> bool:
+        return self._threads[rank][1] < _STILL
+
+
+def _say(watch: Watch, text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+        sys.stderr.write(f"shardline: {text}\n")
+        sys.stderr.flush()
+    folder = watch.settings.folder
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "incidents.txt", "a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')} rank {watch.rank}: {text}\n")
+
+
+def _stop(over: threading.Event, thread: threading.Thread) -> None:
+    over.set()
+    if thread is not threading.current_thread():
+        thread.join()
