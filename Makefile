@@ -133,12 +133,13 @@ dist: .venv-dist/.installed  ## sdist and wheel in dist/, installed into an empt
 	@.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build
 	@touch $@
 
-check: .venv  ## formatting, lint, types, import levels, sizes
+check: .venv  ## formatting, lint, types, import levels, sizes, and calls between a call and a collective
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/budgets.py
+	$(PYTEST) -q tests/test_call_depth.py
 
 format: .venv  ## format and sort imports in place
 	$(BIN)/ruff check --fix --select I .
