@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 STAGES = (0, 1, 2, 3)
 
@@ -42,13 +42,13 @@ def fresh() -> None:
     warnings.simplefilter("ignore")
 
 
+def under_torchrun() -> None:
+    """Lightning finds the processes that are there."""
+    os.environ["TORCHELASTIC_RUN_ID"] = "tests"
+
+
 def norms(state: dict[str, Tensor]) -> dict[str, float]:
     return {name: value.double().norm().item() for name, value in state.items()}
-
-
-def share(path: Path | str) -> str:
-    """A folder that all ranks use."""
-    return str(path)
 
 
 def world() -> int:
@@ -68,8 +68,18 @@ def dataset() -> TensorDataset:
     return TensorDataset(x, x.sum(1, keepdim=True))
 
 
-def loader(batch_size: int) -> DataLoader[Any]:
-    return DataLoader(dataset(), batch_size=batch_size)
+def rows_of_rank() -> list[tuple[Tensor, Tensor]]:
+    """The data, 4 rows at a time, of which this rank has its share."""
+    rank, (x, y) = int(os.environ.get("RANK", 0)), dataset().tensors
+    return [(a[rank :: world()], b[rank :: world()]) for a, b in zip(x.split(4), y.split(4), strict=True)]
+
+
+def means(loss: Tensor) -> float:
+    """The mean of ``loss`` over the ranks."""
+    loss = loss.detach().clone()
+    if world() > 1:
+        dist.all_reduce(loss)
+    return float(loss) / world()
 
 
 # -- a language model, for trainers ------------------------------------------------------------------------------------

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from tests.engine.cases import attempt, is_sentence
-from tests.integrations.clients import STAGES, assert_alike, config, dataset, needs, net, norms, world
+from tests.integrations.clients import (
+    STAGES,
+    assert_alike,
+    config,
+    means,
+    needs,
+    net,
+    norms,
+    rows_of_rank,
+    under_torchrun,
+    world,
+)
 
 pytestmark = needs("lightning")
-
-
-def under_torchrun() -> None:
-    os.environ["TORCHELASTIC_RUN_ID"] = "tests"  # by which Lightning knows that the processes are there
-
-
-def batches():
-    """4 rows at a time, those of this rank."""
-    rank = int(os.environ.get("RANK", 0))
-    x, y = dataset().tensors
-    return [(a[rank :: world()], b[rank :: world()]) for a, b in zip(x.split(4), y.split(4), strict=True)]
 
 
 # -- Fabric -----------------------------------------------------------------------------------------------------------
@@ -50,7 +48,7 @@ def fabric(stage, *, strategy=None, folder=None, load=False, **options):
     for epoch in range(state["epoch"], 3):
         if epoch == 1 and folder is not None and not load:
             fabric.save(folder, state | {"epoch": epoch})
-        rows = batches()
+        rows = rows_of_rank()
         for number, (x, y) in enumerate(rows):
             last = number % 2 == 1 or number + 1 == len(rows)
             with fabric.no_backward_sync(model, enabled=not last and stage is not None):
@@ -139,18 +137,11 @@ def fit(stage, *, strategy=None, resume=None, module=lit, **options):
         }
     )  # fmt: skip
     model = module()
-    rows = batches()
+    rows = rows_of_rank()
     trainer.fit(model, loader(rows), loader(rows[:1]), ckpt_path=resume)
     found = {name: [means(value) for value in getattr(model, name)] for name in ("seen", "checks")}
     assert not getattr(trainer.strategy, "engines", [])
     return found | {"weights": norms(model.state_dict())}
-
-
-def means(loss):
-    loss = loss.detach().clone()
-    if world() > 1:
-        torch.distributed.all_reduce(loss)
-    return float(loss) / world()
 
 
 def fits(stages, **options):

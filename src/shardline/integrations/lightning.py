@@ -44,10 +44,11 @@ class _Engines:
 
     root_device: torch.device
 
-    def _begin(self, config: Any, stage: int | None) -> None:
+    def _begin(self, config: Any, stage: int | None, compile: Mapping[str, Any] | None) -> None:
         if config is not None and stage is not None:
             raise UsageError("a strategy of Shardline was given a configuration and a stage. Give it one of them.")
         self._config = config if stage is None else {"zero_optimization": {"stage": stage}}
+        self._compile = compile
         self.engines: list[InPlaceEngine] = []
         self._optimizers_of_engines: list[Optimizer] = []
 
@@ -66,7 +67,10 @@ class _Engines:
                     "two optimizers share a module, and an engine has one. Give each optimizer the parameters of a "
                     "submodule of its own, or put them into param groups of one optimizer."
                 )
-            self.engines.append(shard(part, optimizer, self._config))
+            engine = shard(part, optimizer, self._config)
+            self.engines.append(engine)
+            if self._compile is not None:
+                engine.compile(**self._compile)
             self._optimizers_of_engines.append(optimizer)
 
     @contextmanager
@@ -133,14 +137,22 @@ class ShardlineStrategy(_Engines, DDPStrategy):
     Args:
         config: that of :func:`shardline.shard`: a dict, a path or a ``shardline.Config``.
         stage: instead of a configuration.
+        compile: compile block by block, with these arguments of ``torch.compile``.
         **kwargs: those of Lightning's ``DDPStrategy``.
     """
 
     strategy_name = "shardline"
 
-    def __init__(self, config: Any = None, *, stage: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: Any = None,
+        *,
+        stage: int | None = None,
+        compile: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        self._begin(config, stage)
+        self._begin(config, stage, compile)
         self._failed = False
 
     @classmethod
@@ -210,12 +222,20 @@ class ShardlineFabricStrategy(_Engines, FabricDDPStrategy):
     Args:
         config: that of :func:`shardline.shard`: a dict, a path or a ``shardline.Config``.
         stage: instead of a configuration.
+        compile: compile block by block, with these arguments of ``torch.compile``.
         **kwargs: those of Lightning's ``DDPStrategy``.
     """
 
-    def __init__(self, config: Any = None, *, stage: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: Any = None,
+        *,
+        stage: int | None = None,
+        compile: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        self._begin(config, stage)
+        self._begin(config, stage, compile)
         self._backward_sync_control = _BackwardSync(self)
 
     @classmethod
