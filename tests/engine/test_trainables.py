@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from shardline.events import Notice
-from tests.engine.cases import SGD, attempt, is_sentence
-from tests.harness import Setup, start
+from tests.engine.cases import SGD, attempt, is_sentence, sgd_by_hand
+from tests.harness import Setup, assert_close, start
 from tests.models import Mlp, mse, regression
 
 
@@ -62,3 +62,29 @@ def test_a_frozen_weight_that_rounding_holds_back_is_told_once(ranks, stage) -> 
     assert ranks(follow, 2, bf16, 0.999, False, 20) == [[], []], "too early to tell"
     fp32 = bf16 | {"data_types": {"module_dtypes": {"Linear": "fp32"}}}
     assert ranks(follow, 2, fp32, 0.999, False, 55) == [[], []], "what the notice advises"
+
+
+def frozen_around_a_forward(stage):
+    """Between a forward and its backward, as a reference model without its adapters is asked."""
+    engine = start(Mlp, SGD.config(stage))
+    layouts = [engine.trainables.layout]
+    for seed in range(2):
+        loss = mse(engine, engine.module, regression(4, seed=seed))
+        engine.module.blocks.requires_grad_(False)
+        with torch.no_grad():
+            engine(regression(4, seed=seed)[0])
+        engine.module.blocks.requires_grad_(True)
+        engine.backward(loss)
+        engine.step()
+        layouts.append(engine.trainables.layout)
+    found = engine.full_state_dict(), all(each is layouts[0] for each in layouts)
+    engine.destroy()
+    return found
+
+
+def test_freezing_around_a_forward_without_gradients_changes_nothing(ranks) -> None:
+    want = sgd_by_hand([regression(4, seed=seed) for seed in range(2)])
+    for stage in (0, 3):
+        for state, same in ranks(frozen_around_a_forward, 2, stage):
+            assert same
+            assert_close(state, want)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 STAGES = (0, 1, 2, 3)
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+os.environ |= OFFLINE  # read when the packages are imported, in the ranks too
 
 
 def needs(*packages: str) -> list[pytest.MarkDecorator]:
@@ -37,6 +39,7 @@ def fresh() -> None:
     """Forget what the last case on this warm process has told Accelerate, and be quiet."""
     from accelerate.state import AcceleratorState, GradientState
 
+    os.environ |= OFFLINE
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     warnings.simplefilter("ignore")

@@ -223,6 +223,8 @@ def in_trl(feature: str, stage: int | None, *, preferences: bool = False) -> lis
     made = (trl.DPOConfig if preferences else trl.SFTConfig)(**settings)
     model = lora(gpt()) if feature == "LoRA" else gpt()
     options: dict[str, Any] = {} if stage is None else {"shardline": config(stage)}
+    if preferences and feature != "LoRA":
+        options["ref_model"] = gpt()
     own = kind if stage is None else type("Own", (ShardlineMixin, kind), {})
     trainer = own(
         model=model, args=made, train_dataset=Dataset.from_list(rows), processing_class=tokenizer(), **options

@@ -207,7 +207,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
                 self.window_start.mark(self._intake.position)
         if not self._window.backwards:
             trainables.check_held(forget_edits=with_grad)
-            if trainables.have_changed():
+            if with_grad and trainables.have_changed():  # what is frozen for an evaluation needs no other layout
                 self._outcome.act()
                 trainables.regroup()
         return trainables.hooks
