@@ -28,7 +28,7 @@ UNCHANGED = (
     ("PEFT 0.21: LoRA under the Trainer", "stages 2 and 3; the adapter is read by a plain model", "test_peft.py"),
     (
         "TRL 1.16: `SFTTrainer`, `DPOTrainer`, `GRPOTrainer`",
-        "stages 2 and 3; DPO and GRPO with a reference model",
+        "stages 2 and 3; DPO with a reference model, GRPO without one",
         "test_trl.py",
     ),
     (
@@ -77,6 +77,8 @@ DIFFERENCES = (
     ("`deepspeed.zero.Init`", "every rank holds 1/world of a parameter as soon as it is made",
      "the model is whole on every rank until `initialize`, and a notice says so; `shardline.empty_weights()` is never"),
     ("reading a sharded parameter at stage 3", "an empty tensor", "`SealedError`, with what to call"),
+    ("`state_dict()` of the model at stage 3", "empty tensors",
+     "tensors on meta, of true shapes and without elements; a notice says so"),
     ("`GatheredParameters` without `modifier_rank`, and a change in it", "the change is lost", "`UsageError`"),
     ("`optimizer` that `initialize` returns", "a ZeRO optimizer",
      "a proxy whose `step()` is `engine.step()`; `engine.optimizer` is torch's, whose own `step()` raises"),
@@ -121,7 +123,7 @@ or with one line changed: `import shardline.compat.deepspeed as deepspeed`. In t
 A script that does not know that option is started with `--no_local_rank`; those on Transformers or Accelerate are.
 
 A second `train()` of one Trainer fails in Transformers 5.23 beside any DeepSpeed, since Accelerate has let go of the
-engine. Call `trainer.accelerator.free_memory()`, and make a new Trainer over `trainer.model`.
+engine. Call `trainer.accelerator.free_memory()`, and make new `TrainingArguments` and a new Trainer over `trainer.model`.
 
 To move to Shardline's own calls instead, see [migration.md](migration.md#from-deepspeed).
 

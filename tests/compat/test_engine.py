@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from argparse import Namespace
 
 import pytest
@@ -134,6 +135,13 @@ def surface() -> None:
     # A weight that comes back to what it was gets its master back, which rounds to it.
     assert torch.equal(found.bfloat16().float(), torch.full((16, 16), 0.25))
 
+    listed = net.state_dict()
+    assert {name: value.shape for name, value in listed.items()} == {
+        name: value.shape for name, value in make_net().state_dict().items()
+    }
+    assert listed["2.weight"].is_meta
+    with engine.gathered_parameters():
+        assert not copy.deepcopy(net).state_dict()["2.weight"].is_meta
     state = engine._zero3_consolidated_16bit_state_dict()
     assert (state is None) == (rank != 0)
     assert state is None or {each.dtype for each in state.values()} == {torch.bfloat16}

@@ -122,6 +122,9 @@ def run(out: Path, stage: int | None, *, bf16: bool = False, from_file: bool = F
     trainer.train(resume_from_checkpoint=resume)
     if again:  # a second train() of one Trainer fails in Transformers itself, beside any DeepSpeed
         trainer.accelerator.free_memory()
+        if stage is not None:
+            given |= use_transformers()
+        made = arguments(out, world, **given, **more)
         trainer = Trainer(trainer.model, made, train_dataset=data(1, SAMPLES), eval_dataset=data(2, 8))
         trainer.train()
     found = figures(trainer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from shardline.errors import OptimizerError
@@ -12,7 +12,7 @@ from shardline.errors import OptimizerError
 if TYPE_CHECKING:
     from shardline.compat.deepspeed.engine import DeepSpeedEngine
 
-__all__ = ["DeepSpeedOptimizer", "EngineOptimizer"]
+__all__ = ["DeepSpeedOptimizer", "EngineOptimizer", "ParameterOffload"]
 
 
 _PART = "part_of_rank"
@@ -20,6 +20,23 @@ _PART = "part_of_rank"
 
 class DeepSpeedOptimizer:
     """The base of DeepSpeed's optimizers, for ``isinstance``."""
+
+
+class ParameterOffload:
+    """What TRL takes DeepSpeed's hooks off from while it generates, and puts them back. There are none here."""
+
+    def __init__(self) -> None:
+        self.module = _NoParameters()
+        self.forward_hooks: list[Any] = []
+        self.backward_hooks: list[Any] = []
+
+    def _register_deepspeed_module(self, module: nn.Module) -> None:
+        pass
+
+
+class _NoParameters(nn.Module):
+    def ds_external_parameters(self) -> tuple[()]:
+        return ()
 
 
 class EngineOptimizer(DeepSpeedOptimizer, Optimizer):

@@ -9,9 +9,10 @@ from torch import nn
 from shardline.compat.deepspeed import config as configuration
 from shardline.compat.deepspeed.engine import ENGINES, DeepSpeedEngine
 from shardline.compat.deepspeed.leaves import leaf_names
-from shardline.compat.deepspeed.optimizer import EngineOptimizer
+from shardline.compat.deepspeed.optimizer import EngineOptimizer, ParameterOffload
 from shardline.compat.deepspeed.refusals import Refused
 from shardline.compat.deepspeed.schedules import maker as schedule_maker
+from shardline.compat.deepspeed.state_dict import StateDict
 from shardline.compat.deepspeed.zero import give_status
 from shardline.data import Loader
 from shardline.engine.initialize import initialize as _initialize
@@ -77,6 +78,11 @@ def initialize(
     ENGINES.add(engine)
     if engine.zero_optimization_stage() == 3:
         give_status()
+        if made is not None:
+            made.parameter_offload = ParameterOffload()  # type: ignore[attr-defined]
+        module = engine.module
+        module.state_dict = StateDict(module)  # type: ignore[method-assign, assignment]
+        engine.on_destroy(lambda: vars(module).pop("state_dict", None))
     for notice in notices:
         engine.events.emit(Notice(notice if notice != configuration.OFFLOAD_PARAM else _stays(engine)))
     return engine, None if made is None else EngineOptimizer(engine, made), loader, scheduler
