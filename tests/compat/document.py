@@ -123,7 +123,8 @@ or with one line changed: `import shardline.compat.deepspeed as deepspeed`. In t
 A script that does not know that option is started with `--no_local_rank`; those on Transformers or Accelerate are.
 
 A second `train()` of one Trainer fails in Transformers 5.23 beside any DeepSpeed, since Accelerate has let go of the
-engine. Call `trainer.accelerator.free_memory()`, and make new `TrainingArguments` and a new Trainer over `trainer.model`.
+engine. Call `trainer.accelerator.free_memory()`, then make new `TrainingArguments` and a new Trainer over
+`trainer.model`.
 
 To move to Shardline's own calls instead, see [migration.md](migration.md#from-deepspeed).
 

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
-from tests.compat.clients.accelerate_loop import dataset, net, norms
+from tests.compat.clients.accelerate_loop import net, norms
+from tests.compat.clients.fabric import batches
 
 EPOCHS = 2
 
@@ -56,17 +57,17 @@ def run(out: Path, world: int, *, stage: int | None, resume: str | None = None, 
     strategy: Any = "auto"
     if stage is not None:
         sections = {"stage": stage, "unit_min_numel": 0, "stage3_param_persistence_threshold": 0, **zero}
-        strategy = OnCPU(config={"zero_optimization": sections})
+        strategy = OnCPU(config={"train_micro_batch_size_per_gpu": 4 // world, "zero_optimization": sections})
         strategy._process_group_backend = "gloo"
     trainer = L.Trainer(
         accelerator="cpu", strategy=strategy, devices=world, max_epochs=EPOCHS, gradient_clip_val=1.0,
         accumulate_grad_batches=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=out, use_distributed_sampler=True,
+        default_root_dir=out, use_distributed_sampler=False,
     )  # fmt: skip
     module = Module()
-    data = Subset(dataset(), range(16))  # whole windows: at the end of an epoch DeepSpeed keeps an incomplete one
-    loader = DataLoader(data, batch_size=4 // world)
-    trainer.fit(module, loader, DataLoader(dataset(), batch_size=4 // world), ckpt_path=resume)
+    own = batches(world, int(os.environ.get("RANK", "0")))
+    # Whole windows: at the end of an epoch DeepSpeed keeps an incomplete one.
+    trainer.fit(module, DataLoader(own[:4], batch_size=None), DataLoader(own, batch_size=None), ckpt_path=resume)
     losses = torch.tensor(module.losses)
     if world > 1:
         torch.distributed.all_reduce(losses)
