@@ -19,6 +19,7 @@ PUBLIC = {
     "LaunchError",
     "LostRankError",
     "ModelError",
+    "NonFiniteError",
     "OptimizerError",
     "SealedError",
     "ShardlineError",

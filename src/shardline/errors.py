@@ -5,6 +5,7 @@
     |-- UsageError          SL201  a call out of order or with arguments that cannot work
     |   `-- SealedError     SL202  a sharded parameter was touched where it is not gathered
     |-- ModelError          SL301  the model holds something the engine cannot manage, named by parameter
+    |-- NonFiniteError      SL302  too many steps in a row had gradients that are not finite
     |-- OptimizerError      SL401  an optimizer whose update is incorrect on sharded parameters
     |-- DataError           SL501  the dataset, sampler or collate function
     |-- DisagreementError   SL601  ranks that must agree do not; names both sides
@@ -30,6 +31,7 @@ __all__ = [
     "LaunchError",
     "LostRankError",
     "ModelError",
+    "NonFiniteError",
     "OptimizerError",
     "SealedError",
     "ShardlineError",
@@ -89,6 +91,12 @@ class ModelError(ShardlineError, ValueError):
     """The model holds a parameter or buffer that the engine cannot manage."""
 
     code = "SL301"
+
+
+class NonFiniteError(ShardlineError, ArithmeticError):
+    """Too many steps in a row were skipped, as their gradients were not finite."""
+
+    code = "SL302"
 
 
 class OptimizerError(ShardlineError, ValueError):

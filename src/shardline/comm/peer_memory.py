@@ -314,11 +314,14 @@ class PeerMemoryTransport:
 
         Raises:
             DisagreementError: it is not.
+            ShardlineError: nor can it be, as a rank has given up.
         """
         entry = self._ring + 3 * (number % _RING) + 2
         mine = self._mine[entry]
         for peer in self.peers.peers:
             if peer.counters[entry] != mine:
+                if text := peer.posted():
+                    raise self.peers.watch.take(same_error(peer.rank, text))
                 self._channel.refuse({self.peers.rank: mine, peer.rank: peer.counters[entry]})
 
     def _address(self, peer: Peer, part: Tensor) -> int:

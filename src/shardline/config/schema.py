@@ -226,6 +226,9 @@ class Config(Section):
     data_loader: DataLoader = key(DataLoader, "The loader that initialize builds from training_data.", own=True)
     checkpoint: Checkpoint = key(Checkpoint, "Saving and resuming.")
     activation_checkpointing: ActivationCheckpointing = key(ActivationCheckpointing, "Recomputing activations.")
+    max_skipped_steps: OptionalInteger = key(
+        50, "Steps in a row with gradients that are not finite, after which the run ends; null: never.", own=True, ge=1
+    )
     watchdog: Watchdog = key(Watchdog, "What is said, and when, of ranks that do not come.", own=True)
     steps_per_print: OptionalInteger = key(None, "Print a line every so many steps; null and Infinity: never.", ge=1)
     wall_clock_breakdown: bool = key(False, "Time forward, backward, reduce and step, and print that.")

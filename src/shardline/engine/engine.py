@@ -138,8 +138,9 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
             every_time=every_time,
         )  # fmt: skip
         self._outcome = Outcome(
-            self.trainables, optimizer, self.progress, self.scaler, precision, self._reporter, notices
-        )
+            self.trainables, optimizer, self.progress, self.scaler, precision, self._reporter, notices,
+            config.max_skipped_steps,
+        )  # fmt: skip
         self._grads = WindowGrads(self.trainables, self._window, comm, self.scaler, self._backwards.complete)
         self.checkpoints = Checkpointer(
             EngineState(self, self.trainables, self._window, self._intake, self._backwards, self._outcome)

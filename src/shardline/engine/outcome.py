@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from shardline.engine.notices import Notices
 from shardline.engine.report import Reporter, StepFigures
 from shardline.engine.trainables import Trainables
+from shardline.errors import NonFiniteError
 from shardline.optim import lr
 from shardline.sharding.precision import LossScaler, Precision
 from shardline.sharding.step import HostVerdict
@@ -50,12 +52,16 @@ class Outcome:
         precision: Precision,
         reporter: Reporter,
         notices: Notices,
+        max_skips: int | None,
     ) -> None:
         self._trainables, self._optimizer, self._progress = trainables, optimizer, progress
         self._scaler, self._reporter, self._notices = scaler, reporter, notices
         self._scales = precision.compute is torch.float16
         self._last_epoch: int | None = None  # the scheduler's, after the last step
         self._pending: _Pending | None = None
+        self._max_skips = max_skips
+        self._skips = 0  # steps in a row that were skipped
+        self._loss: float | None = None  # of the last step
 
     # -- the verdict ------------------------------------------------------------------------------------------------
 
@@ -71,7 +77,41 @@ class Outcome:
         if host.refused:
             self._progress.global_steps -= 1
         else:
+            self._note(host, pending.ended.step)
             self._reporter.tell(pending.ended, host, self._progress, loss_scale=self._loss_scale())
+
+    def _note(self, host: HostVerdict, step: int) -> None:
+        """Count what was skipped in a row, and say what counted as zeros."""
+        self._skips = self._skips + 1 if host.skipped and not host.late else 0
+        self._loss = host.loss
+        if host.idle:
+            ranks = f"rank{'s' * (len(host.idle) > 1)} {', '.join(map(str, host.idle))}"
+            self._notices.once(
+                f"in step {step} {ranks} had no backward, and the others had: the gradients of these ranks count as "
+                f"zeros in the average. A rank without data passes step(weight=0), and all others their weights",
+                key="no backward",
+            )
+
+    def _check_finite(self) -> None:
+        """Raise where so many steps in a row were skipped that none will be applied. On every rank alike."""
+        most, count = self._max_skips, self._skips
+        if most is None or count < most:
+            return
+        self._skips = 0
+        loss, step = self._loss, self._progress.global_steps
+        was = (
+            ""
+            if loss is None
+            else f", of a finite loss ({loss:.6g})"
+            if math.isfinite(loss)
+            else ", and so was the loss"
+        )
+        scale = f" The loss scale is {self._scaler.scale:g}." if self._scales else ""
+        raise NonFiniteError(
+            f"{count} steps in a row were skipped, the last is step {step}: their gradients were not finite{was}."
+            f"{scale} What usually helps: a lower learning rate or a warm-up, gradient_clipping, bf16 instead of fp16, "
+            f"and a look at the data of these steps. max_skipped_steps sets how many are allowed."
+        )
 
     def finish(self) -> None:
         """No step follows, as the process may end: tell what is known late. One rank may do this alone."""
@@ -83,6 +123,8 @@ class Outcome:
         self.read()
         if self._trainables.boundary is not None:
             self._trainables.boundary.act_on_verdict(ending=ending)
+        if ending:
+            self._check_finite()
 
     def forget(self) -> None:
         """Other states were loaded: the last step does not count any more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -144,7 +145,8 @@ class Reporter:
     def tell(self, ended: StepFigures, host: HostVerdict, progress: Progress, *, loss_scale: float | None) -> None:
         """What became of a step that was not refused; ``loss_scale`` is that of the step after it."""
         if host.skipped:
-            why = _LATE if host.late else "gradients that are not finite"
+            bad_loss = host.loss is not None and not math.isfinite(host.loss)
+            why = _LATE if host.late else f"gradients that are not finite{', as the loss was not' * bad_loss}"
             self.events.emit(StepSkipped(ended.step, why, ended.loss_scale, loss_scale))
         else:
             self._tell_done(ended, host, progress)

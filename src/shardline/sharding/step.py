@@ -156,6 +156,11 @@ class Verdict:
             loss=sum(column["loss"]) / counted if counted else None,
             tokens=int(sum(column["tokens"])),
             waited=tuple(column["waited"]),
+            idle=tuple(
+                rank
+                for rank, (count, weight) in enumerate(zip(column["backwards"], column["weight"], strict=True))
+                if weight and not count
+            ),
             group_norms=tuple(math.sqrt(sum(squares)) / average for squares in columns[len(_COLUMN) :]),
         )
 
@@ -168,6 +173,7 @@ class HostVerdict:
         loss: mean over all ranks; None where none was seen.
         waited: seconds that each rank has waited for the others since the step before, by rank.
         group_norms: of the gradients of each param group, where asked for.
+        idle: ranks that counted for the average, and had no backward.
     """
 
     skipped: bool
@@ -184,6 +190,7 @@ class HostVerdict:
     tokens: int = 0
     waited: tuple[float, ...] = ()
     group_norms: tuple[float, ...] = ()
+    idle: tuple[int, ...] = ()
 
     @property
     def refused(self) -> bool:

@@ -248,6 +248,8 @@ class Channel:
         for each in self.watch.members:
             theirs = each.label(self.index, number)
             if theirs is not None and theirs != label:
+                if (text := each.posted()) and is_ours(text):
+                    raise self.watch.take(same_error(each.rank, text))
                 self.refuse({self.watch.rank: label, each.rank: theirs})
         return ticket
 
