@@ -1,10 +1,14 @@
-"""A step of Transformers' Trainer on two CPU ranks: without an engine, under DDP, DeepSpeed and Shardline as DeepSpeed.
+"""A step of Transformers' Trainer on two CPU ranks: without an engine, under DDP, DeepSpeed and Shardline.
 
     DEEPSPEED_PYTHON=/path/to/python python benchmarks/trainer.py [--rounds 5] [--steps 12] [--stages 2 3]
+    .venv-integrations/bin/python benchmarks/trainer.py --stages --in-place 0 1 2 3
+
+`shardline` is the stand-in for DeepSpeed, `in-place` shardline.integrations.transformers.Trainer.
 
 The interpreter that runs this needs Transformers and Accelerate (`make test-deepspeed` makes one, .venv-integrations);
 that of DEEPSPEED_PYTHON DeepSpeed besides. The same script, model (a GPT-2), data and ds_config everywhere. Each round
-runs every way once, one after the other; a ratio is taken within a round, and the median over rounds is printed.
+runs every way once, one after the other; a ratio is taken within a round, and the median over rounds is printed. The
+peer of the stand-in is DeepSpeed, that of `in-place` DDP.
 Without an engine each rank trains alone. The processor time counts all threads of rank 0, the wall clock what
 else the machine does. Memory is what rank 0 holds at most beyond its size before the model is made.
 """
@@ -21,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +42,11 @@ def train(way: str, steps: int, out: str) -> None:
     torch.set_num_threads(1)
     given: dict[str, Any] = {"use_cpu": True}
     kind, _, stage = way.rpartition("-")
-    if kind:
+    if kind == "in-place":
+        from shardline.integrations.transformers import Trainer as Sharded
+
+        Trainer = partial(Sharded, shardline={"zero_optimization": {"stage": int(stage)}})
+    elif kind:
         given = {"accelerator_config": {"use_configured_state": True}, "deepspeed": ds_config(int(stage))}
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         from accelerate import PartialState
@@ -96,8 +105,8 @@ def run(way: str, python: str, steps: int, out: Path) -> dict[str, float]:
     """Start both ranks of ``way`` and read the figures of rank 0."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    path = [str(ROOT / "src")] if way.startswith("shardline") else []
-    if path:
+    path = [str(ROOT / "src")] if way.startswith(("shardline", "in-place")) else []
+    if way.startswith("shardline"):
         path.insert(0, str(ROOT / "src/shardline/compat/deepspeed/path"))
     ranks = []
     for rank in range(2):
@@ -124,6 +133,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--stages", type=int, nargs="*", default=[2, 3])
+    parser.add_argument("--in-place", type=int, nargs="*", default=[])
     parser.add_argument("--out", type=Path, default=ROOT / "runs/trainer")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -134,6 +144,7 @@ def main() -> None:
     ways = ["alone", "ddp"]
     for stage in args.stages:
         ways += [f"deepspeed-{stage}"] * (peer is not None) + [f"shardline-{stage}"]
+    ways += [f"in-place-{stage}" for stage in args.in_place]
     args.out.mkdir(parents=True, exist_ok=True)
     rounds = []
     for number in range(args.rounds):
@@ -141,11 +152,11 @@ def main() -> None:
         rounds.append({way: run(way, pythons[way], args.steps, args.out / f"{way}.json") for way in ways})
         print(f"round {number + 1} of {args.rounds} done", file=sys.stderr)
     (args.out / "rounds.json").write_text(json.dumps(rounds))
-    print("| way | step, ms | processor time, ms | of DeepSpeed's: step | processor time | memory, MB | loss |")
+    print("| way | step, ms | processor time, ms | of the peer's: step | processor time | memory, MB | loss |")
     print("|---|---|---|---|---|---|---|")
     for way in ways:
         middle = {key: statistics.median(each[way][key] for each in rounds) for key in ("wall", "work", "peak", "loss")}
-        other = way.replace("shardline", "deepspeed")
+        other = "ddp" if way.startswith("in-place") else way.replace("shardline", "deepspeed")
         shares = [
             f"{statistics.median(each[way][key] / each[other][key] for each in rounds):.2f}"
             if other in rounds[0] and other != way
