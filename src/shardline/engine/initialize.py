@@ -31,6 +31,7 @@ from shardline.events import Notice
 from shardline.features import meta
 from shardline.features.offload import Offload
 from shardline.features.recompute import recompute_blocks, recomputed_blocks
+from shardline.features.streaming import StreamedWeights
 from shardline.observe.registry import check_packages, sinks_of
 from shardline.observe.sinks import Sinks
 from shardline.observe.summary import start_of
@@ -79,7 +80,7 @@ def initialize(
     mesh: Any = None,
     config_params: ConfigLike | None = None,
     *,
-    init_fn: Callable[[nn.Module], None] | None = None,
+    init_fn: Callable[[nn.Module], None] | Mapping[str, torch.Tensor] | None = None,
     engine_class: type[Engine] = Engine,
 ) -> tuple[Engine, Optimizer | None, Loader | None, Any]:
     """Turn ``model`` into an engine over all ranks of the job. Collective: every rank calls it alike.
@@ -102,7 +103,10 @@ def initialize(
         mesh: a one-dimensional ``DeviceMesh`` whose group the engine uses instead of all ranks.
         config_params: another name of ``config``.
         init_fn: for a model on ``meta``: gets each module, in the order of ``nn.Module.apply``, after its own
-            initialisers have run, and writes its parameters in place.
+            initialisers have run, and writes its parameters in place. Or the values of the model's ``state_dict()``,
+            or of a part of it, as a mapping that need not hold them, such as :func:`shardline.checkpoint.read` gives:
+            rank 0 reads them, one at a time, and every rank gets its part. The other ranks give a mapping of the same
+            names. What it does not name is initialised.
         engine_class: a subclass of :class:`shardline.Engine` of which the engine shall be.
 
     Returns:
@@ -135,6 +139,8 @@ def initialize(
         ExitStack() as undo,
     ):  # where it fails, the model is as it was and may be given again
         undo.callback(comm.close)
+        if isinstance(init_fn, Mapping):
+            init_fn = StreamedWeights(model, init_fn, comm)
         engine = _make_engine(
             model, optimizer, model_parameters, training_data, lr_scheduler, collate_fn, init_fn, engine_class,
             settings, topology, comm, undo,

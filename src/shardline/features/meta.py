@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardline.errors import ModelError, UsageError
+from shardline.features.streaming import StreamedWeights
 from shardline.names import join
 from shardline.sharding.parameter import ParamRecord, make_ordinary, seal
 
@@ -105,7 +106,7 @@ def fill(
     """
     filling = _Filling(model, names, store, fetch)
     filling.rehearse()
-    filling.construct()
+    filling.construct(init_fn.names if isinstance(init_fn, StreamedWeights) else frozenset())
     if init_fn is not None:
         filling.let(init_fn)
     filling.finish()
@@ -201,6 +202,7 @@ class _Filling:
             )
             for param, name in names.items()
         }
+        self._paths = {module: path for path, module in model.named_modules()}
         self._buffers: dict[tuple[nn.Module, str], _Buffer] = {}
         self._real_buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         for path, module in model.named_modules():
@@ -242,6 +244,12 @@ class _Filling:
         elif _required(initialise) == 1:
             for inner in _post_order(module):
                 yield _Call(partial(initialise, inner), inner, spares=False)
+
+    def _concerned(self, module: nn.Module) -> Iterator[tuple[str, str]]:
+        """The path of each module inside ``module``, with the names of its own parameters and buffers."""
+        for inner in module.modules():
+            for name in (*inner._parameters, *inner._buffers):
+                yield self._paths[inner], name
 
     def _is_concerned(self, module: nn.Module) -> bool:
         """Whether anything on ``meta`` is in ``module``."""
@@ -341,8 +349,8 @@ class _Filling:
         for buffer in self._buffers.values():
             buffer.repeated = buffer.made._version - buffer.constructed
 
-    def construct(self) -> None:
-        """Make the calls with values."""
+    def construct(self, given: Collection[str]) -> None:
+        """Make the calls with values, but for those that write nothing else than tensors that are ``given``."""
         made: dict[Tensor, Tensor] = {}  # a buffer that two modules hold stays one
         for (module, name), buffer in self._buffers.items():
             fresh = made.setdefault(buffer.made, _unset(buffer.made))
@@ -356,6 +364,8 @@ class _Filling:
                 torch._C._swap_tensor_impl(param, nothing)
                 self._put_away(param, state)
         for call in self._calls:
+            if given and all(join(path, name) in given for path, name in self._concerned(call.module)):
+                continue
             with self._spared(call, _unset):
                 self._run(call.initialise, partial(_is_repeated, call), final=call.final)
         for module, name, tensor, value in self._real_buffers:  # their constructors gave them values
