@@ -14,6 +14,7 @@ from torch import nn
 
 import shardline.compat.deepspeed as deepspeed
 from shardline.errors import UsageError
+from shardline.events import Scalars
 
 SHARDED = {"unit_min_numel": 0, "stage3_param_persistence_threshold": 0}
 
@@ -116,6 +117,10 @@ def surface() -> None:
     assert (engine.global_steps, engine.was_step_applied()) == (2, True)
     engine.global_steps = 7
     assert engine.global_steps == 7
+    seen: list[object] = []
+    engine.events.subscribe(seen.append)
+    engine.monitor.write_events([("Train/accuracy", torch.tensor(0.5), engine.global_samples)])
+    assert seen == [Scalars(7, {"Train/accuracy": 0.5})] and not engine.monitor.enabled
 
     whole = engine.full_state_dict()["2.weight"]
     assert torch.equal(deepspeed.utils.safe_get_full_fp32_param(weight), whole)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +32,26 @@ def test_a_step_does_not_wait(ranks: Any, dtype: str, world: int) -> None:
     for stage in range(4):
         for waits in ranks(count_waits, world, config(stage, dtype)):
             assert waits == [], f"stage {stage}"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_step_that_is_looked_at_does_not_wait(ranks: Any, world: int, tmp_path: Path) -> None:
+    sinks = {
+        "run_log": {"dir": str(tmp_path)},
+        "wall_clock_breakdown": True,
+        "steps_per_print": 1,
+        "comms_logger": {},
+        "csv_monitor": {"enabled": True, "output_path": str(tmp_path)},
+    }
+    for waits in ranks(count_waits, world, config(2, "bf16") | sinks):
+        assert waits == []
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["event"] == "StepDone"]
+    phases = [line["step"] for line in lines if line["event"] == "PhaseTimes"]
+    assert steps == phases == [1, 2, 3, 4, 5, 6], "the last ones are told by destroy()"
+    # Each time between two events of the simulated device is 1 ms.
+    waited = [line["waited"] for line in lines if line["event"] == "StepDone"]
+    assert waited == [[]] * 6 if world == 1 else max(waited[-1]) > 0
 
 
 @pytest.mark.parametrize("optimizer", ["Lamb", "Lion", "SGD", "Adagrad"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler
 
+from shardline.compat.deepspeed.monitor import Monitor
 from shardline.compat.deepspeed.settings import EngineSettings
 from shardline.engine import Engine
 from shardline.errors import UsageError
@@ -60,6 +61,10 @@ class DeepSpeedEngine(EngineSettings):
     """
 
     _ended_window = False  # by the last call of step
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.monitor = Monitor(self.events, self.progress, enabled=self.config.is_observed)
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
