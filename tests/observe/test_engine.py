@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from shardline.config import load_config
 from shardline.errors import ConfigError, UsageError
@@ -142,10 +143,11 @@ class Kept(Sink):
 
 
 def registered(tmp: str):
-    """On a rank: a registered sink over a resume by the user's own call."""
+    """On a rank: a registered sink over a resume by the user's own call. Ranks may name it differently."""
     register("kept", Kept)
     Kept.made.clear()
-    config = Setup("fp32", "SGD").config(1) | {"sinks": {"kept": {"word": "ours"}}}
+    word = ["ours", "another"][torch.distributed.get_rank()]
+    config = Setup("fp32", "SGD").config(1) | {"sinks": {"kept": {"word": word}}}
     for resumes in (False, True):
         engine = start(Mlp, config)
         if resumes:

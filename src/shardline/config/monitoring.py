@@ -7,6 +7,7 @@ from typing import Any, Literal
 from shardline.config.kinds import Integer, Number, OptionalInteger, Section, key
 
 __all__ = [
+    "OF_RANK_0",
     "Comet",
     "CommsLogger",
     "CsvMonitor",
@@ -18,6 +19,9 @@ __all__ = [
     "TensorBoard",
     "WandB",
 ]
+
+OF_RANK_0 = frozenset({"progress_bar", "run_log", "tensorboard", "wandb", "mlflow", "comet", "csv_monitor", "sinks"})
+"""Sections that only rank 0 acts on, so that ranks may differ in them: in a folder named by the time, say."""
 
 Sinks = dict[str, dict[str, Any]]
 """Sinks that the program has registered, by name, with their arguments."""

@@ -22,6 +22,7 @@ from shardline._version import __version__
 from shardline.comm import Comm
 from shardline.config import Config, load_config
 from shardline.config.arguments import config_path
+from shardline.config.monitoring import OF_RANK_0
 from shardline.config.schema import Optimizer as OptimizerSection
 from shardline.data import Loader, length
 from shardline.engine import Engine
@@ -240,11 +241,13 @@ def _on_sealed_access(made: Sequence[weakref.ref[Engine]], unit: Unit) -> bool:
 
 def _agree(comm: Comm, settings: Config, training_data: Any) -> None:
     """See that ranks were given the same. Collective."""
+    values = settings.to_dict()
     comm.messages.agree(
         {
             "the version of torch": torch.__version__,
             "the version of shardline": __version__,
-            **{f"the configuration's {key}": value for key, value in settings.to_dict().items()},
+            "whether the configuration has sinks": settings.is_observed,
+            **{f"the configuration's {key}": value for key, value in values.items() if key not in OF_RANK_0},
             "the length of training_data": length(training_data),
         }
     )

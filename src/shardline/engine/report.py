@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 from torch import Tensor
 
@@ -169,7 +169,7 @@ class Reporter:
                 loss_scale=ended.loss_scale,
                 samples=host.samples,
                 seconds=ended.seconds,
-                read_memory=partial(peak_bytes, self._comm.device),
+                read_memory=cache(partial(peak_bytes, self._comm.device)),
                 grad_norms=host.group_norms,
                 tokens=host.tokens,
                 flops=flops,

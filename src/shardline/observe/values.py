@@ -7,11 +7,22 @@ from shardline.events import Event, PhaseTimes, Scalars, StepDone, StepSkipped
 __all__ = ["device_tflops", "values_of"]
 
 
+_last: tuple[Event | None, tuple[int, dict[str, float]]] = (None, (0, {}))
+"""What the last event was, and what it gave: several sinks ask for the same."""
+
+
 def values_of(event: Event) -> tuple[int, dict[str, float]]:
-    """The step of ``event`` and its figures by name; none where it holds no figures.
+    """The step of ``event`` and its figures by name, which are not to be changed; none where it holds no figures.
 
     A figure of each param group, or of each rank, has the number behind its name: ``train/lr_0``.
     """
+    global _last
+    if _last[0] is not event:
+        _last = event, _values_of(event)
+    return _last[1]
+
+
+def _values_of(event: Event) -> tuple[int, dict[str, float]]:
     match event:
         case StepDone():
             return event.step, _of_step(event)

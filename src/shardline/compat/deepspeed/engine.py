@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler
 
-from shardline.compat.deepspeed.monitor import Monitor
 from shardline.compat.deepspeed.settings import EngineSettings
+from shardline.compat.deepspeed.write_events import Monitor
 from shardline.engine import Engine
 from shardline.errors import UsageError
 
