@@ -53,6 +53,7 @@ def test_cifar_in_half_precision(tmp_path, dtype):
         }
 
 
+@pytest.mark.slow
 def test_cifar_with_experts(tmp_path):
     options = ("--moe", "--num-experts", 2, 3, "--top-k", 1, "--mlp-type", "residual", "--noisy-gate-policy", "RSample",
                "--moe-param-group")  # fmt: skip
@@ -80,6 +81,7 @@ def bert(stage: int, **more: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_bert(tmp_path):
     fp16 = {"enabled": True, "loss_scale": 0, "initial_scale_power": 8}
     full = run("bert.py", tmp_path, "--save_dir", tmp_path / "saved", config=bert(1))
@@ -92,6 +94,7 @@ def test_bert(tmp_path):
     assert (half["skipped"], half["scale"]) == (0, 256)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_gan(tmp_path, stage):
     config = {"train_micro_batch_size_per_gpu": 6, "gradient_clipping": 0.0, "zero_optimization": {"stage": 0}}
@@ -103,6 +106,7 @@ def test_gan(tmp_path, stage):
         assert half[name] == pytest.approx(full[name], rel=2e-2)
 
 
+@pytest.mark.slow
 def test_calls_around_the_loop(tmp_path):
     config = {
         "train_micro_batch_size_per_gpu": 4,
@@ -114,6 +118,7 @@ def test_calls_around_the_loop(tmp_path):
     assert len(run("surface.py", tmp_path, "--save_dir", tmp_path / "saved", config=config)["losses"]) == 3
 
 
+@pytest.mark.slow
 def test_imagenet(tmp_path):
     config = {"train_batch_size": 8, "zero_optimization": {"stage": 0}}
     full = run("resnet.py", tmp_path, "--save", tmp_path / "saved", config=config)
