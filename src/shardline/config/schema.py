@@ -42,6 +42,10 @@ __all__ = [
 ]
 
 
+_SEED = 2**63 - 1
+"""The largest seed that every generator of torch takes."""
+
+
 class FP16(Section):
     enabled: bool = key(False, "Parameters, activations and gradients in fp16 with fp32 masters and a loss scale.")
     auto_cast: bool = key(True, "Cast floating inputs of the forward to fp16 (DeepSpeed's default is false).")
@@ -148,9 +152,11 @@ class Scheduler(Section):
 class DataLoader(Section):
     shuffle: bool = key(True, "Draw each epoch in a new order, from seed and epoch.", own=True)
     drop_last: bool = key(False, "Leave out a smaller last global batch (DeepSpeed: dataloader_drop_last).", own=True)
-    num_workers: Integer = key(0, "Worker processes of the loader on each rank.", own=True, ge=0)
+    num_workers: Integer = key(0, "Worker processes of the loader on each rank.", own=True, ge=0, le=4096)
     pin_memory: bool = key(False, "Copy batches to page-locked memory.", own=True)
-    seed: OptionalInteger = key(None, "Seed of order and augmentation; null is the top-level seed.", own=True)
+    seed: OptionalInteger = key(
+        None, "Seed of order and augmentation; null is the top-level seed.", own=True, ge=0, le=_SEED
+    )
     uneven: bool = key(
         False, "Allow a train_batch_size that ranks x accumulation does not divide; sizes differ by one.", own=True
     )
@@ -242,7 +248,7 @@ class Config(Section):
     comms_logger: CommsLogger | None = key(None, "What travels between ranks.")
     flops_profiler: FlopsProfiler = key(FlopsProfiler, "Floating-point operations.")
     sinks: Sinks = key(dict, "Sinks that the program has registered, by name, with their arguments.", own=True)
-    seed: Integer = key(1234, "Seed of the data order and of what Shardline draws itself.", own=True, ge=0)
+    seed: Integer = key(1234, "Seed of the data order and of what Shardline draws itself.", own=True, ge=0, le=_SEED)
 
     _raw: dict[str, Any] = PrivateAttr(default_factory=dict)
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)

@@ -365,7 +365,8 @@ def _report(failures: dict[int, ProcessFailure], logs: _Logs) -> int:
     first = _first(by_local_rank, records)
     record, failure = records.get(first), by_local_rank.get(first)
     if record is not None:
-        code, how, text = record.code, f"failed first, with exit code {record.code}", record.text
+        first_word = "lost another rank and ended" if record.lost_peer else "failed first"
+        code, how, text = record.code, f"{first_word}, with exit code {record.code}", record.text
     else:
         if failure is None:
             raise AssertionError(f"local rank {first} failed first and left neither a record nor an exit code")

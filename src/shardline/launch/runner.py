@@ -60,6 +60,9 @@ def main(arguments: list[str]) -> None:
         code = _exit_code(error)
         if code == 0 or not error_file:
             raise
+        uncaught = sys.modules.get("shardline.watch.uncaught")
+        if uncaught is not None:
+            uncaught.tell(error)
         if _record(error, code, Path(error_file)):
             _wait_for_the_cause(Path(error_file).parent)
         faulthandler.dump_traceback_later(_EXIT_SECONDS, exit=True)
@@ -84,6 +87,8 @@ def _record(error: BaseException, code: int, file: Path) -> bool:
     if isinstance(error, SystemExit):
         said = "" if isinstance(error.code, int) else f": {error.code}"
         text = f"The script exited with code {code}{said}"
+    elif _is_lost_rank(error):  # where it waited is in its sentence; the stack that helps is the other rank's
+        text = f"{type(error).__name__}: {error}"
     else:
         trace: TracebackType | None = error.__traceback__
         while trace is not None and _is_machinery(trace) and trace.tb_next is not None:
@@ -145,9 +150,13 @@ def _is_ending(pid: int) -> bool:
 
 def _is_loss_of_a_peer(error: BaseException) -> bool:
     """Whether all began with a message that a connection broke: the other end, still at its exit, failed before."""
-    while (earlier := error.__cause__ or error.__context__) is not None:
+    while not _is_lost_rank(error) and (earlier := error.__cause__ or error.__context__) is not None:
         error = earlier
-    return type(error).__name__ == "LostRankError" or _LOSS.search(str(error)) is not None
+    return _is_lost_rank(error) or _LOSS.search(str(error)) is not None
+
+
+def _is_lost_rank(error: BaseException) -> bool:
+    return type(error).__name__ == "LostRankError"
 
 
 def _is_machinery(trace: TracebackType) -> bool:
