@@ -65,7 +65,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
         names = set(archive.namelist())
         info = next(top for top in {name.partition("/")[0] for name in names} if top.endswith(".dist-info"))
         metadata = archive.read(f"{info}/METADATA").decode()
-    package = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src" / "shardline").rglob("*.py")}
+    files = (ROOT / "src" / "shardline").rglob("*")
+    package = {path.relative_to(ROOT / "src").as_posix() for path in files if path.suffix in (".py", ".js", ".css")}
     assert {name for name in names if not name.startswith(info)} == package | {"shardline/py.typed", STAND_IN}
     assert any(name.startswith(info) and name.endswith("LICENSE") for name in names)
     assert "# Shardline" in metadata  # the README is its description

@@ -26,6 +26,7 @@ from shardline.checkpoint.format.tensorfile import CODES
 from shardline.checkpoint.format.values import name_of
 from shardline.cli import main
 from shardline.errors import CheckpointError, ShardlineError, UsageError
+from shardline.events import Notice
 from tests.checkpoint import cases, disk
 
 ALONE = disk.Ring(0, [])
@@ -420,7 +421,7 @@ def lack(path, settings):
     """What is said of directories that hold no checkpoint, and of tags that are not there."""
     built = cases.engine(settings)
     said = []
-    built.events.subscribe(lambda event: said.append(getattr(event, "message", "")))
+    built.events.subscribe(lambda event: said.append(event.message) if isinstance(event, Notice) else None)
     Path(path, "full", "src").mkdir(parents=True)
     Path(path, "empty").mkdir()
     built.save_checkpoint(path + "/run", tag="one")

@@ -8,6 +8,7 @@ from torch import nn
 
 import shardline
 from shardline.errors import CheckpointError
+from shardline.events import Notice
 from tests.checkpoint import cases
 from tests.harness import Setup
 
@@ -15,7 +16,7 @@ from tests.harness import Setup
 def try_load(path, settings, extra=0, **options):
     built = cases.engine(settings, extra=extra)
     said = []
-    built.events.subscribe(lambda event: said.append(event.message))
+    built.events.subscribe(lambda event: said.append(event.message) if isinstance(event, Notice) else None)
     before = built.full_state_dict()
     try:
         built.load_checkpoint(path, **options)

@@ -27,7 +27,7 @@ def test_a_smaller_batch_after_full_ones(rows, found) -> None:
     for count in rows:
         tensors = [torch.tensor(1.0), torch.ones(count, 2)] if count is not None else ["no tensor"]
         short.see(tensors[:1], dict(enumerate(tensors[1:])))
-        seen.append(short.take())
+        seen.append(short.pop())
     assert [rows for rows in seen if rows is not None] == ([] if found is None else [found])
 
 

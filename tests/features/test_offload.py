@@ -56,7 +56,7 @@ def away(fn, *args, staged=False):
             patch.setattr(
                 shardline.comm.comm,
                 "choose",
-                lambda group, device, log: HostStagedTransport(AllToAllTransport(group, log)),
+                lambda group, device, log, channel: HostStagedTransport(AllToAllTransport(group, log, channel)),
             )
         return fn(*args)
 
