@@ -36,6 +36,7 @@ __all__ = [
     "SealedError",
     "ShardlineError",
     "UsageError",
+    "shown",
     "text_of",
 ]
 
@@ -48,8 +49,8 @@ class ShardlineError(Exception):
 
     @property
     def message(self) -> str:
-        """The text without the code, for use inside another text."""
-        return super().__str__()
+        """The text without the code, for use inside another text. A terminal may show it: see :func:`escaped`."""
+        return escaped(super().__str__())
 
     @property
     def page(self) -> str:
@@ -62,6 +63,24 @@ class ShardlineError(Exception):
             return self.message
         gap = "\n" if "\n" in self.message else " "  # behind a list the code is no part of its last line
         return f"{self.message}{gap}[{self.code}]"
+
+
+def escaped(text: str) -> str:
+    """``text`` with every character escaped that a terminal might obey instead of showing it. Lines and tabs stay.
+
+    Keys, tags and paths in an error come from outside, so each error passes through here when it is shown.
+    """
+    return "".join(char if char in "\n\t" or char.isprintable() else _escape(char) for char in text)
+
+
+def shown(text: object, limit: int = 1000) -> str:
+    """``text`` from outside as part of one line: what is not printable is escaped; no longer than ``limit``."""
+    line = "".join(char if char.isprintable() else _escape(char) for char in str(text)[: limit + 1])
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def _escape(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
 
 
 def text_of(error: BaseException) -> str:

@@ -12,6 +12,8 @@ from shardline.errors import ConfigError, text_of
 __all__ = ["call", "closest", "join", "nearest", "outwards"]
 
 T = TypeVar("T")
+LONGEST = 200
+"""Characters of a name that another may be like."""
 
 
 def join(path: str, name: str) -> str:
@@ -35,6 +37,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name most like ``name``, ignoring case, or None if none is alike."""
+    if len(name) > LONGEST:  # the search takes time with the square of the length
+        return None
     by_folded = {one.casefold(): one for one in known}
     found = get_close_matches(name.casefold(), by_folded, n=1, cutoff=cutoff)
     return by_folded[found[0]] if found else None

@@ -95,3 +95,77 @@ def test_help_does_not_wait_for_the_launcher():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "start a script" in done.stdout.lower(), done.stderr
     assert "torch.distributed.launcher.api" not in done.stdout.split()
+
+
+WRONG = [
+    ("run", "--master", "127.0.0.1:99999"),
+    ("run", "--master", "a b"),
+    ("run", "--master", "\x1b[31m:1:2"),
+    ("run", "--master", "[::1"),
+    ("run", "--max-restarts", "-1"),
+    ("run", "--max-restarts", "9" * 5_000),
+    ("run", "--max-restarts", "1e3"),
+    ("run", "--log-dir", "/proc/x"),
+    ("run", "--log-dir", "/dev/null"),
+    ("run", "--log-dir", "a\0b"),
+    ("run", "--log-dir", "x" * 5_000),
+    ("run", "--nproc", "0"),
+    ("run", "--nproc", "99999999"),
+    ("run", "--nnodes", "0"),
+    ("run", "--nnodes", "3:2"),
+    ("run", "--nnodes", "1:999999999999", "--master", "a"),
+    ("run", "--nnodes", "2"),
+    ("run", "--node-rank", "1"),
+    ("run", "--node-rank", "-1"),
+    ("run", "--join-timeout", "nan"),
+    ("run", "--join-timeout", "1e300"),
+    ("run", "--join-timeout", "-1"),
+    ("run", "--grace", "inf"),
+    ("run", "--grace", "-0.1"),
+    ("run", "--nnodes", "1:2", "--master", "127.0.0.1", "--secret-file", "/proc/x"),
+    ("run", "--nnodes", "1:2", "--master", "127.0.0.1", "--secret-file", "/dev/null"),
+    ("config", "schema", "/proc/x"),
+    ("config", "schema", "/"),
+    ("config", "schema", "a\0b"),
+    ("config", "check", "/proc/x"),
+    ("config", "check", "a\0b"),
+    ("config", "check", "/dev/zero"),
+    ("config", "explain", "/"),
+    ("config", "explain", "\x1b[2J"),
+    ("config", "check", "--world-size", "9" * 5_000, "a.json"),
+    ("checkpoint", "inspect", "/proc/x"),
+    ("checkpoint", "inspect", "/dev/zero"),
+    ("checkpoint", "verify", "\x1b[2J"),
+    ("checkpoint", "prune", "/proc/x", "--keep", "-1"),
+    ("report", "/proc/x"),
+    ("report", "a\0b"),
+    ("report", "\x1b[2J"),
+]
+SOUND = [
+    ("--device", "cpu"),
+    ("--max-restarts", "2"),
+    ("--grace", "5"),
+    ("--nproc", "2"),
+    ("--join-timeout", "3"),
+    ("-m",),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: ascii(" ".join(wrong))[:60])
+def test_every_mistake_is_told_in_words_and_by_the_exit_code(capsys, tmp_path, monkeypatch, wrong):
+    """42 mistakes, those of ``run`` also beside each of 6 sound options: nothing starts, and only words come out."""
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "script.py"
+    script.touch()
+    for sound in [(), *SOUND] if wrong[0] == "run" else [()]:
+        command, *rest = wrong
+        # the mistake comes last: it is the one that counts
+        line = [command, *sound, *rest, str(script)] if command == "run" else [*wrong]
+        try:
+            code = main(line)
+        except SystemExit as ended:
+            code = ended.code
+        said = capsys.readouterr().err
+        assert code in (1, 2), line
+        assert said and all(char.isprintable() or char == "\n" for char in said), said
+        assert len(said) < 12_000

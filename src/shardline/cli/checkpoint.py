@@ -68,7 +68,7 @@ def _guarded(command: Command) -> Command:
 
 def _say(text: object, file: TextIO | None = None) -> None:
     """Print a line. Names and values come from files: what would steer a terminal is escaped."""
-    from shardline.checkpoint.format.files import shown
+    from shardline.errors import shown
 
     print(shown(text, 10_000), file=file)
 

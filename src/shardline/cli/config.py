@@ -78,8 +78,8 @@ def _schema(args: argparse.Namespace) -> int:
     else:
         try:
             Path(args.file).write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"Cannot write {args.file}: {error.strerror}.") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            raise UsageError(f"Cannot write {args.file}: {getattr(error, 'strerror', None) or error}.") from None
     return 0
 
 

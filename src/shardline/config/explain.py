@@ -9,6 +9,7 @@ from typing import Any
 from shardline.config.catalogue import split
 from shardline.config.deepspeed import ALIASES, NO_EFFECT
 from shardline.config.schema import Config
+from shardline.errors import shown
 from shardline.names import join
 
 __all__ = ["explain", "flat", "ineffective"]
@@ -38,12 +39,12 @@ def _rows(tree: Mapping[str, Any], origins: Mapping[str, str], path: str = "") -
         at = join(path, name)
         below = any(origin.startswith(f"{at}.") for origin in origins)
         if isinstance(value, Mapping) and (value or below) and at not in origins:
-            yield f"{indent}{name}:", ""
+            yield f"{indent}{shown(name)}:", ""
             yield from _rows(value, origins, at)
         else:
-            yield f"{indent}{name}: {json.dumps(value)}", origins.get(at, "default")
+            yield f"{indent}{shown(name)}: {json.dumps(value)}", origins.get(at, "default")
     for name in left:
-        yield f'{indent}{name}: "auto"', origins[join(path, name)]
+        yield f'{indent}{shown(name)}: "auto"', origins[join(path, name)]
 
 
 def flat(config: Config) -> dict[str, Any]:

@@ -38,7 +38,8 @@ DTYPE_SPELLINGS = {
 
 def _whole(value: Any) -> Any:
     """JSON has one kind of number: Python reads 5e8 and 1e5 as floats, and users mean integers."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    counts = isinstance(value, float) and value.is_integer() and abs(value) < 2**63
+    return int(value) if counts else value
 
 
 def _infinite_is_none(value: Any) -> Any:

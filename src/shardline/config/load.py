@@ -12,12 +12,13 @@ from typing import Any
 
 from shardline.config import batch
 from shardline.config.deepspeed import ALIASES, BY_TRAINER, CHECK_FILLED, TRAINERS
+from shardline.config.limits import BYTES, check
 from shardline.config.reading import Reading
 from shardline.config.rules import broken
 from shardline.config.schema import Config
 from shardline.config.sentences import found
 from shardline.config.text import parse
-from shardline.errors import ConfigError
+from shardline.errors import ConfigError, shown
 
 __all__ = ["Source", "load_config"]
 
@@ -79,24 +80,37 @@ def _read(source: Source) -> tuple[dict[str, Any], str]:
     if isinstance(source, Config):
         return deepcopy(source.raw), ""
     if isinstance(source, Mapping):
+        check(source, "The configuration")
         return deepcopy(dict(source)), ""
     if isinstance(source, str | os.PathLike):
-        path = Path(source)
+        path, name = Path(source), shown(source)
         if not os.path.exists(path) and (decoded := _base64(str(source))):
             return _object(decoded, "in base64"), "in base64"
-        try:
-            return _object(path.read_text(encoding="utf-8"), str(path)), str(path)
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise ConfigError(f"The configuration file {path} cannot be read: {reason} (in {Path.cwd()}).") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"The configuration file {path} is not text in UTF-8.") from None
+        return _object(_text(path, name), name), name
     if source is None:
         raise ConfigError(
             "There is no configuration; pass config= to initialize, a dict or the path of a JSON file, such as "
             '{"train_batch_size": 16, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}.'
         )
     raise ConfigError(f"The configuration is a {type(source).__name__}; allowed is a dict, a path or a Config.")
+
+
+def _text(path: Path, name: str) -> str:
+    """The text in a file; of one that is too large, or has no end, no more is read than is needed to know that."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise ConfigError(f"The configuration file {name} cannot be read: {reason} (in {Path.cwd()}).") from None
+    if len(content) > BYTES:
+        raise ConfigError(
+            f"The configuration file {name} holds more than {BYTES} bytes; no configuration needs so many."
+        )
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise ConfigError(f"The configuration file {name} is not text in UTF-8.") from None
 
 
 def _fill(raw: dict[str, Any], stand_ins: Mapping[str, Any]) -> list[str]:
@@ -126,6 +140,8 @@ def _is_at(path: str, top: str) -> bool:
 
 def _base64(source: str) -> str | None:
     """The JSON object that ``source`` encodes, None if it does not: DeepSpeed's launcher passes configurations so."""
+    if len(source) > 2 * BYTES:
+        return None
     try:
         text = base64.urlsafe_b64decode(source).decode()
     except (binascii.Error, ValueError):
@@ -137,4 +153,5 @@ def _object(text: str, where: str) -> dict[str, Any]:
     value = parse(text, f"The configuration {where}")
     if not isinstance(value, dict):
         raise ConfigError(f"The configuration {where} holds {found(value)}; allowed is one object {{...}}.")
+    check(value, f"The configuration {where}")
     return value

@@ -24,12 +24,14 @@ from shardline.config.deepspeed import (
 )
 from shardline.config.kinds import Section, adapter, left_out, section_of
 from shardline.config.sentences import allowed, found
-from shardline.errors import ConfigError
+from shardline.errors import ConfigError, shown
 from shardline.names import closest, join
 
 __all__ = ["Reading"]
 
 AUTO = "auto"
+MOST = 50
+"""Problems that an error spells out."""
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Reading:
         no_effect: dotted keys that were accepted and do nothing.
         origins: where the value at a dotted path came from; a path that is missing holds its default.
         written: canonical path to the other name that the user wrote.
+        more: number of problems beyond the first ``MOST``, which are not spelt out.
     """
 
     root: type[Section]
@@ -54,21 +57,26 @@ class Reading:
     no_effect: list[str] = field(default_factory=list)
     origins: dict[str, str] = field(default_factory=dict)
     written: dict[str, str] = field(default_factory=dict)
+    more: int = 0
 
     def problem(self, path: str, sentence: str) -> None:
         self.bad.add(path)
-        self.problems.append(sentence)
+        if len(self.problems) < MOST:
+            self.problems.append(shown(sentence, 2000))
+        else:
+            self.more += 1
 
     def finish(self, where: str = "") -> None:
         """Raise all problems as one ConfigError, one sentence each; return if there are none."""
-        problems = [*self.problems, *self.undecided.values()]
+        problems = [*self.problems, *(shown(sentence, 2000) for sentence in self.undecided.values())]
         if not problems:
             return
         source = f"The configuration {where}".rstrip()
         if len(problems) == 1:
             raise ConfigError(f"{source} cannot be used: {problems[0]}")
         lines = "".join(f"\n  - {problem}" for problem in problems)
-        raise ConfigError(f"{source} cannot be used, for {len(problems)} reasons:{lines}")
+        rest = f"\n  - and {self.more} more." if self.more else ""
+        raise ConfigError(f"{source} cannot be used, for {len(problems) + self.more} reasons:{lines}{rest}")
 
     def values(self, model: type[Section], raw: Any, path: str = "") -> dict[str, Any]:
         """The values of ``raw`` by field name: only what was written, checked, under canonical names."""
@@ -85,7 +93,9 @@ class Reading:
         for name, value in raw.items():
             at = join(path, str(name))
             if name not in model.model_fields and at not in NO_EFFECT and at not in UNSUPPORTED:
-                self.problem(at, _unknown(self.root, model, path, str(name)))
+                # beyond the limit nobody reads it, and to look for the nearest key takes long
+                short = len(self.problems) >= MOST
+                self.problem(at, "" if short else _unknown(self.root, model, path, str(name)))
             elif self._settled(at, value):
                 continue
             elif name in model.open_fields:
@@ -210,7 +220,7 @@ def _unknown(root: type[Section], model: type[Section], path: str, name: str) ->
         here, siblings = f"{path} of {model.__name__.removesuffix('Params')}", set(model.model_fields)
     else:
         here, siblings = path or "the top level", {last for last, parents in places.items() if path in parents}
-    start = f"{join(path, name)} is not a key of {here}"
+    start = f"{shown(join(path, name), 200)} is not a key of {here}"
     elsewhere = [parent or "the top level" for parent in places.get(name, ()) if parent != path]
     if elsewhere:
         return f"{start}; {name} belongs to {' or '.join(elsewhere)}."

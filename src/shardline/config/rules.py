@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from shardline.config.params import SCHEDULERS, known
 from shardline.config.schema import Config
 
 __all__ = ["broken"]
@@ -48,7 +49,40 @@ def broken(config: Config) -> Iterator[tuple[str, list[str]]]:
             paths = [f"data_loader.{name}", "data_loader.num_workers"]
             yield f"{paths[0]} needs workers, and {paths[1]} is 0; set it to 1 or more.", paths
 
-    for name in ("every_steps", "resume", "save_on_sigterm"):
+    for name in ("every_steps", "keep", "async_save", "resume", "save_on_sigterm"):
         if getattr(config.checkpoint, name) and not config.checkpoint.dir:
             paths = [f"checkpoint.{name}", "checkpoint.dir"]
             yield f"{paths[0]} needs {paths[1]}, a directory that every rank sees.", paths
+
+    yield from _falling(config)
+
+
+_RISES = {
+    "WarmupLR": [("warmup_min_lr", "warmup_max_lr")],
+    "WarmupDecayLR": [("warmup_min_lr", "warmup_max_lr")],
+    "OneCycle": [("cycle_min_lr", "cycle_max_lr"), ("cycle_min_mom", "cycle_max_mom")],
+}
+
+
+def _falling(config: Config) -> Iterator[tuple[str, list[str]]]:
+    """Schedules that would fall where they say that they rise. A value that is left out is the class's business."""
+    if config.scheduler is None:
+        return
+    params = config.scheduler.params
+    model = known(SCHEDULERS, getattr(config.scheduler, "type", None))  # a wrong one is left out
+    for low, high in next((pairs for name, pairs in _RISES.items() if SCHEDULERS[name] is model), ()):
+        lows, highs = (_groups(params.get(name)) for name in (low, high))
+        size = max(len(lows), len(highs)) if lows and highs else 0
+        lows, highs = (values * size if len(values) == 1 else values for values in (lows, highs))
+        for below, above in zip(lows, highs, strict=False):  # the class compares the lengths with the groups
+            if below > above:
+                paths = [f"scheduler.params.{name}" for name in (low, high)]
+                yield f"{paths[0]} {below:g} is above {paths[1]} {above:g}; lower it.", paths
+                break
+
+
+def _groups(value: object) -> tuple[float, ...]:
+    """One value for all groups, or one for each; empty where it is left out."""
+    if isinstance(value, int | float):
+        return (value,)
+    return value if isinstance(value, tuple) else ()

@@ -9,6 +9,7 @@ from pydantic import PrivateAttr
 
 from shardline.config import params
 from shardline.config.kinds import Dtype, Integer, Model, Number, OptionalInteger, Section, Strings, key
+from shardline.config.limits import check
 from shardline.config.monitoring import (
     Comet,
     CommsLogger,
@@ -44,17 +45,20 @@ __all__ = [
 
 _SEED = 2**63 - 1
 """The largest seed that every generator of torch takes."""
+_SAMPLES = 10**9
+_SCALE_POWER = 40
+"""A larger loss scale takes even the smallest gradient that fp16 holds, 2^-24, beyond the largest, 65504."""
 
 
 class FP16(Section):
     enabled: bool = key(False, "Parameters, activations and gradients in fp16 with fp32 masters and a loss scale.")
     auto_cast: bool = key(True, "Cast floating inputs of the forward to fp16 (DeepSpeed's default is false).")
-    loss_scale: Number = key(0.0, "Static loss scale; 0 scales dynamically.", ge=0)
-    initial_scale_power: Integer = key(16, "The dynamic scale starts at 2 to this power.", ge=0, le=126)
+    loss_scale: Number = key(0.0, "Static loss scale; 0 scales dynamically.", ge=0, le=2**_SCALE_POWER)
+    initial_scale_power: Integer = key(16, "The dynamic scale starts at 2 to this power.", ge=0, le=_SCALE_POWER)
     loss_scale_window: Integer = key(1000, "Good steps before the dynamic scale doubles.", ge=1)
     hysteresis: Integer = key(2, "Overflows before the dynamic scale halves.", ge=1)
     consecutive_hysteresis: bool = key(False, "A good step refills the hysteresis.")
-    min_loss_scale: Number = key(1.0, "The dynamic scale never falls below.", ge=0)
+    min_loss_scale: Number = key(1.0, "The dynamic scale never falls below.", gt=0, le=2**_SCALE_POWER)
 
 
 class BF16(Section):
@@ -205,9 +209,9 @@ class Config(Section):
         ConfigError: a key or value that cannot be used; all problems at once, one sentence each.
     """
 
-    train_batch_size: Integer = key(None, "Samples per optimizer step over all ranks.", ge=1)
-    train_micro_batch_size_per_gpu: Integer = key(None, "Samples per forward on one rank.", ge=1)
-    gradient_accumulation_steps: Integer = key(None, "Micro-batches per optimizer step on one rank.", ge=1)
+    train_batch_size: Integer = key(None, "Samples per optimizer step over all ranks.", ge=1, le=_SAMPLES)
+    train_micro_batch_size_per_gpu: Integer = key(None, "Samples per forward on one rank.", ge=1, le=_SAMPLES)
+    gradient_accumulation_steps: Integer = key(None, "Micro-batches per optimizer step on one rank.", ge=1, le=_SAMPLES)
     optimizer: Optimizer | None = key(None, "The optimizer, unless one is passed to initialize.")
     scheduler: Scheduler | None = key(None, "The learning-rate schedule, unless one is passed to initialize.")
     gradient_clipping: Number = key(
@@ -257,6 +261,7 @@ class Config(Section):
     if not TYPE_CHECKING:  # the checker keeps the typed signature that pydantic derives from the fields
 
         def __init__(self, **given: Any) -> None:
+            check(given, "The configuration")
             reading = Reading(Config, origin="given")
             values = reading.values(Config, given)
             reading.finish()

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from shardline.errors import shown
+
 __all__ = ["allowed", "found", "listed"]
 
 TYPE_WORDS: dict[str, str] = {
@@ -21,12 +23,13 @@ TYPE_WORDS: dict[str, str] = {
 
 def found(value: object) -> str:
     """The value as JSON would show it, cut to one line; quotes are pointed at where they are the mistake."""
+    if isinstance(value, str):
+        value = value[:60]  # as much as is shown
     try:
         text = json.dumps(value)
     except (TypeError, ValueError):
         text = repr(value)
-    if len(text) > 60:
-        text = text[:57] + "..."
+    text = shown(text, 60)
     return f"{text} (a string; write it without quotes)" if isinstance(value, str) and _is_literal(value) else text
 
 
@@ -66,13 +69,15 @@ def allowed(schema: Mapping[str, Any]) -> str:
 
 def _limits(schema: Mapping[str, Any]) -> str:
     low, high = schema.get("minimum"), schema.get("maximum")
+    above, below = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
     if low is not None and high is not None:
         return f" from {low:g} to {high:g}"
-    if low is not None:
-        return f" of at least {low:g}"
-    if "exclusiveMinimum" in schema:
-        return f" above {schema['exclusiveMinimum']:g}"
-    return ""
+    words = [
+        f"{word} {limit:g}"
+        for word, limit in (("of at least", low), ("above", above), ("of at most", high), ("below", below))
+        if limit is not None
+    ]
+    return f" {' and '.join(words)}" if words else ""
 
 
 def listed(items: Iterable[object], last: str = "or") -> str:

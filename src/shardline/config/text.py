@@ -6,7 +6,8 @@ import json
 import re
 from typing import Any
 
-from shardline.errors import ConfigError
+from shardline.config.limits import DEPTH
+from shardline.errors import ConfigError, shown
 from shardline.names import join
 
 __all__ = ["parse"]
@@ -24,20 +25,27 @@ def parse(text: str, where: str) -> Any:
     """The value of JSON ``text``; ``where`` names its source in errors.
 
     Raises:
-        ConfigError: the text is not JSON (with line and column), or an object has a key twice (each by its path).
+        ConfigError: the text is not JSON (with line and column), is nested deeper or holds longer numbers than can be
+            read, or has a key twice (each by its path).
     """
+    twice: list[str] = []
     try:
         value = json.loads(TRAILING_COMMA.sub(_blank, COMMENT.sub(_blank, text)), object_pairs_hook=_Pairs)
+        tree = _tree(value, "", twice)
+    except RecursionError:
+        raise ConfigError(f"{where} is nested too deep to be read; allowed are {DEPTH} levels.") from None
     except json.JSONDecodeError as error:
         lines = text.splitlines() or [""]
         line = lines[min(error.lineno, len(lines)) - 1].strip()
         raise ConfigError(
-            f"{where} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}: {line}"
+            f"{where} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}: {shown(line, 200)}"
         ) from None
-    twice: list[str] = []
-    tree = _tree(value, "", twice)
+    except ValueError:  # of int(): it takes no more digits
+        raise ConfigError(f"{where} holds a number of thousands of digits; allowed are 64 bits.") from None
     if twice:
-        raise ConfigError(f"{where} holds {', '.join(twice)} twice; keep one of each, since JSON would use the last.")
+        raise ConfigError(
+            f"{where} holds {shown(', '.join(twice))} twice; keep one of each, since JSON would use the last."
+        )
     return tree
 
 

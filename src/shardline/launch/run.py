@@ -36,6 +36,7 @@ __all__ = ["Launch", "launch"]
 
 _MASTER = re.compile(r"(\[(?P<ipv6>[0-9a-fA-F:]+)\]|(?P<host>[^\s:\[\]]+))(?::(?P<port>\d{1,5}))?")
 _INTERRUPT_SECONDS = 5.0  # from Ctrl-C until ranks that have not ended are killed: a person waits
+_MOST_PROCESSES, _MOST_NODES = 4096, 65536  # more is a slip of the pen, and would take all memory first
 _SECRET = "SHARDLINE_SECRET"
 _SECRET_BYTES = 16
 
@@ -124,16 +125,18 @@ def launch(job: Launch) -> int:
 def _check(job: Launch) -> Meeting:
     if not job.module and not os.path.isfile(job.script):
         raise LaunchError(f"There is no script {job.script!r}. Give the path of a Python file, or a module with -m.")
-    if job.nproc is not None and job.nproc < 1:
-        raise LaunchError(f"--nproc is {job.nproc}; it must be at least 1, or auto.")
+    if job.nproc is not None and not 1 <= job.nproc <= _MOST_PROCESSES:
+        raise LaunchError(f"--nproc is {job.nproc}; it must be at least 1 and at most {_MOST_PROCESSES}, or auto.")
     if job.max_restarts < 0:
         raise LaunchError(f"--max-restarts is {job.max_restarts}; it must be at least 0.")
-    if not job.join_timeout > 0:
+    if not 0 < job.join_timeout < threading.TIMEOUT_MAX:
         raise LaunchError(f"--join-timeout is {job.join_timeout:g}; it must be a number of seconds above 0.")
     most = job.nnodes if job.max_nnodes is None else job.max_nnodes
-    if not 1 <= job.nnodes <= most:
+    if not 1 <= job.nnodes <= most <= _MOST_NODES:
         given = job.nnodes if job.max_nnodes is None else f"{job.nnodes}:{job.max_nnodes}"
-        raise LaunchError(f"--nnodes is {given}; it must be at least 1, and MIN:MAX in this order.")
+        raise LaunchError(
+            f"--nnodes is {given}; it must be at least 1 and at most {_MOST_NODES}, and MIN:MAX in this order."
+        )
     changing = job.nnodes < most
     if changing and job.node_rank != 0:
         raise LaunchError(f"--node-rank is {job.node_rank}, but with --nnodes {job.nnodes}:{most} nodes get theirs.")
@@ -168,8 +171,10 @@ def _make_writable(log_dir: Path) -> None:
         log_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=log_dir):
             pass
-    except OSError as error:
-        raise LaunchError(f"Cannot write to --log-dir {log_dir}: {error.strerror}.") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise LaunchError(
+            f"Cannot write to --log-dir {log_dir}: {getattr(error, 'strerror', None) or error}."
+        ) from None
 
 
 def _secret(file: Path | None, given: str | None) -> bytes:

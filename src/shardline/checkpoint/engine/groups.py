@@ -14,9 +14,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from shardline.checkpoint.engine.capture import DEVICE_KEYS
 from shardline.checkpoint.engine.parts import Parts
-from shardline.checkpoint.format.files import shown
 from shardline.checkpoint.format.reader import CheckpointReader
-from shardline.errors import CheckpointError
+from shardline.errors import CheckpointError, shown
 from shardline.optim import MuonAdamW
 
 __all__ = ["Groups", "match_groups", "scheduler_state"]

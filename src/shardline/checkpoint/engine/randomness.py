@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardline.checkpoint.format.files import shown
 from shardline.checkpoint.format.manifest import RandomEntry
 from shardline.data.seeds import derive, seed_all
-from shardline.errors import CheckpointError
+from shardline.errors import CheckpointError, shown
 
 __all__ = ["RandomState"]
 

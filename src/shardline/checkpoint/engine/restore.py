@@ -12,10 +12,9 @@ from torch import Tensor
 from shardline.checkpoint.engine.extra import EXTRA_KEY, takers
 from shardline.checkpoint.engine.groups import Groups
 from shardline.checkpoint.engine.parts import Parts, optimizer_name
-from shardline.checkpoint.format.files import shown
 from shardline.checkpoint.format.reader import CheckpointReader
 from shardline.checkpoint.format.values import decode, dtype_named
-from shardline.errors import CheckpointError, UsageError
+from shardline.errors import CheckpointError, UsageError, shown
 from shardline.names import join
 from shardline.optim import prepare
 from shardline.plan import Fragment, runs_fit

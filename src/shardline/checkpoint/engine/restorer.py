@@ -28,9 +28,8 @@ from shardline.checkpoint.engine.selection import select
 from shardline.checkpoint.engine.trainer import Trainer
 from shardline.checkpoint.format.commit import together
 from shardline.checkpoint.format.directory import Directory
-from shardline.checkpoint.format.files import shown
 from shardline.checkpoint.format.reader import CheckpointReader
-from shardline.errors import CheckpointError, text_of
+from shardline.errors import CheckpointError, shown, text_of
 from shardline.events import CheckpointLoaded, Notice
 from shardline.optim import lr
 

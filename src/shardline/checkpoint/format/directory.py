@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from shardline.checkpoint.format.checksum import crc32
-from shardline.checkpoint.format.files import is_folder, is_regular, kind_of, open_regular, read_limited, shown
+from shardline.checkpoint.format.files import is_folder, is_regular, kind_of, open_regular, read_limited
 from shardline.checkpoint.format.lock import LOCK, Lock
 from shardline.checkpoint.format.manifest import (
     FILE_NAME,
@@ -44,7 +44,7 @@ from shardline.checkpoint.format.manifest import (
     is_tag,
     read_manifest,
 )
-from shardline.errors import CheckpointError, text_of
+from shardline.errors import CheckpointError, shown, text_of
 
 __all__ = ["Directory", "Found", "check_files", "dissolve", "has_mark", "set_mark", "sync"]
 

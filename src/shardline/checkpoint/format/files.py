@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["is_folder", "is_regular", "kind_of", "open_regular", "read_limited", "shown"]
+__all__ = ["is_folder", "is_regular", "kind_of", "open_regular", "read_limited"]
 
 _KINDS = (
     (stat.S_ISLNK, "a symbolic link"),
@@ -83,11 +83,3 @@ def read_limited(path: Path, limit: int) -> bytes:
             parts.append(part)
             left -= len(part)
         return b"".join(parts)
-
-
-def shown(text: object, limit: int = 1000) -> str:
-    """``text`` as a terminal may show it: what is not printable is escaped, and it is no longer than ``limit``."""
-    line = "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in str(text)[: limit + 1]
-    )
-    return line if len(line) <= limit else line[: limit - 3] + "..."

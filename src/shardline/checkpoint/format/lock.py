@@ -10,8 +10,8 @@ import threading
 import weakref
 from pathlib import Path
 
-from shardline.checkpoint.format.files import kind_of, shown
-from shardline.errors import CheckpointError
+from shardline.checkpoint.format.files import kind_of
+from shardline.errors import CheckpointError, shown
 
 __all__ = ["LOCK", "Lock"]
 

@@ -28,8 +28,8 @@ from pydantic import (
     model_validator,
 )
 
-from shardline.checkpoint.format.files import read_limited, shown
-from shardline.errors import CheckpointError, UsageError, text_of
+from shardline.checkpoint.format.files import read_limited
+from shardline.errors import CheckpointError, UsageError, shown, text_of
 
 __all__ = [
     "FILE_NAME", "FORMAT", "ITEM_BYTES", "LATEST", "MANIFEST", "MANIFEST_SUM", "VERSION", "BufferEntry", "Counters",

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from shardline.checkpoint.format.directory import Directory, check_files
-from shardline.checkpoint.format.files import shown
 from shardline.checkpoint.format.reader import CheckpointReader
 from shardline.checkpoint.format.tensorfile import TensorFile
-from shardline.errors import CheckpointError
+from shardline.errors import CheckpointError, shown
 
 __all__ = ["Snapshot", "read"]
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from shardline.checkpoint.format.checksum import crc32
-from shardline.checkpoint.format.files import open_regular, shown
-from shardline.errors import CheckpointError
+from shardline.checkpoint.format.files import open_regular
+from shardline.errors import CheckpointError, shown
 
 __all__ = ["CODES", "TensorFile", "Written", "header_of", "memory_of", "write"]
 

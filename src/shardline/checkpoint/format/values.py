@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardline.checkpoint.format.files import shown
-from shardline.errors import CheckpointError
+from shardline.errors import CheckpointError, shown
 
 __all__ = ["decode", "dtype_named", "encode", "name_of"]
 
