@@ -14,7 +14,7 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (2 for a mistake on the command line, as argparse does)."""
-    from shardline.cli import checkpoint, config, report, run
+    from shardline.cli import checkpoint, config, doctor, report, run
 
     parser = argparse.ArgumentParser(prog="shardline", description="Sharded, mixed-precision, distributed training.")
     parser.add_argument("--version", action="version", version=f"shardline {__version__}")
@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config.add_parser(commands)
     checkpoint.add_parser(commands)
     report.add_parser(commands)
+    doctor.add_parser(commands)
     parsed = parser.parse_args(arguments)
     try:
         code: int = parsed.func(parsed)

@@ -16,6 +16,7 @@ __all__ = [
     "ask_for_device",
     "asked_device",
     "fault",
+    "gloo_interfaces",
     "has_agent_store",
     "is_on_one_host",
     "listen_on",
@@ -152,6 +153,11 @@ def listen_on(address: str) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         if is_loopback(address):
             os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+
+
+def gloo_interfaces() -> list[str]:
+    """The interfaces that the user chose for gloo by GLOO_SOCKET_IFNAME; empty where that is not set."""
+    return [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
 
 
 def fault() -> str | None:
