@@ -137,6 +137,13 @@ WRONG = [
     ("checkpoint", "inspect", "/dev/zero"),
     ("checkpoint", "verify", "\x1b[2J"),
     ("checkpoint", "prune", "/proc/x", "--keep", "-1"),
+    ("checkpoint", "list", "x" * 5_000),
+    ("checkpoint", "inspect", "x" * 5_000),
+    ("checkpoint", "verify", "x" * 5_000),
+    ("checkpoint", "prune", "x" * 5_000, "--keep", "1"),
+    ("config", "check", "x" * 5_000),
+    ("config", "schema", "x" * 5_000),
+    ("report", "x" * 5_000),
     ("report", "/proc/x"),
     ("report", "a\0b"),
     ("report", "\x1b[2J"),
@@ -153,7 +160,7 @@ SOUND = [
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: ascii(" ".join(wrong))[:60])
 def test_every_mistake_is_told_in_words_and_by_the_exit_code(capsys, tmp_path, monkeypatch, wrong):
-    """42 mistakes, those of ``run`` also beside each of 6 sound options: nothing starts, and only words come out."""
+    """49 mistakes, those of ``run`` also beside each of 6 sound options: nothing starts, and only words come out."""
     monkeypatch.chdir(tmp_path)
     script = tmp_path / "script.py"
     script.touch()

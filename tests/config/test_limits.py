@@ -51,11 +51,8 @@ def test_nesting(tmp_path, levels):
 def test_an_object_that_holds_itself():
     tree = {}
     tree |= {"optimizer": tree, "fp16": [tree, tree]}
-    assert re_any(refused(tree), "nested too deep", "more than 100000 values")
-
-
-def re_any(text, *words):
-    return any(word in text for word in words)
+    text = refused(tree)
+    assert "nested too deep" in text or "more than 100000 values" in text
 
 
 @pytest.mark.parametrize("path", ["train_batch_size", "seed", "optimizer.params.lr", "optimizer.params.betas", "zz"])
@@ -66,7 +63,8 @@ def test_numbers_of_many_digits(tmp_path, path):
         text = json.dumps(merged(base, path, "HERE"))
         for sign in ("", "-"):
             file.write_text(text.replace('"HERE"', sign + "9" * digits))
-            assert re_any(refused(file), "64 bits", "2^63")
+            text_of_error = refused(file)
+            assert "64 bits" in text_of_error or "2^63" in text_of_error
         refused(merged(base, path, 10**digits))
         refused(merged(base, path, [10**digits]))
 

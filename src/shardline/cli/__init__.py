@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from shardline._version import __version__
-from shardline.errors import ShardlineError
+from shardline.errors import ShardlineError, shown
 
 __all__ = ["main"]
 
@@ -30,4 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except ShardlineError as error:
         print(f"shardline: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:  # of a path that was given, or of the output: a full disk, a closed pipe
+        where = "" if error.filename is None else f": {shown(error.filename, 200)}"
+        print(f"shardline: {error.strerror or error}{where}.", file=sys.stderr)
+    return 2
