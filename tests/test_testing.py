@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -24,6 +25,10 @@ def total(value):
 
 def who():
     return os.getpid(), os.environ["RANK"], torch.get_num_threads()
+
+
+def start_method():
+    return multiprocessing.get_start_method()
 
 
 def variables(*names):
@@ -116,6 +121,11 @@ def test_environment_reaches_the_ranks_only():
     with Pool(1, env={"SHARDLINE_TEST": "yes", "RANK": "0"}) as one:
         assert one.run(variables, "SHARDLINE_TEST", "WORLD_SIZE", "OMP_NUM_THREADS") == [["yes", "1", "1"]]
     assert "SHARDLINE_TEST" not in os.environ
+
+
+def test_children_of_a_rank_start_as_elsewhere(pool):
+    """Workers of a loader are forked where that is the default: not new interpreters that import torch."""
+    assert pool.run(start_method) == [multiprocessing.get_start_method()] * 2
 
 
 def test_processes_stay_warm_between_cases(pool):

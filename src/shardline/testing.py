@@ -336,7 +336,7 @@ def _spawn(number: int, world_size: int, env: Mapping[str, str], preload: Sequen
     stacks = tempfile.NamedTemporaryFile()  # noqa: SIM115 (closed with the pool)
     process = context.Process(
         target=_serve,
-        args=(number, world_size, theirs, stacks.name, environment, list(preload)),
+        args=(number, world_size, theirs, stacks.name, environment, list(preload), multiprocessing.get_start_method()),
         name=f"rank {number} of {world_size}",
     )
     with _environment(environment):  # a new interpreter reads it
@@ -364,9 +364,16 @@ def _set_environment(variables: Mapping[str, str]) -> None:
 
 
 def _serve(
-    number: int, world_size: int, pipe: Connection, stacks: str, environment: Mapping[str, str], preload: Sequence[str]
+    number: int,
+    world_size: int,
+    pipe: Connection,
+    stacks: str,
+    environment: Mapping[str, str],
+    preload: Sequence[str],
+    start_method: str,
 ) -> None:
     """Main loop of a rank: join the group, then run cases until the parent closes the pipe."""
+    multiprocessing.set_start_method(start_method, force=True)  # a rank's own children start as its parent's would
     os.setsid()  # killing its process group also ends what the rank starts, such as loader workers
     _set_environment(environment)
     faulthandler.register(signal.SIGUSR1, file=open(stacks, "ab"), all_threads=True)  # noqa: SIM115 (as long as it runs)
