@@ -37,7 +37,10 @@ class Plain:
         self.optimizer.zero_grad()
 
     def weights(self):
-        return self.held.full_state_dict()
+        """Its weights at the end."""
+        found = self.held.full_state_dict()
+        self.held.destroy()
+        return found
 
 
 class InPlace(Plain):
