@@ -296,7 +296,10 @@ class Channel:
                     return
                 except RuntimeError as error:
                     waited = time.monotonic() - begin
-                    if handle.is_completed():  # c10d gave up: by its own timeout, which is ours, or a broken connection
+                    if handle.is_completed():
+                        if handle.is_success():  # since the slice ended
+                            return
+                        # c10d gave up: by its own timeout, which is ours, or a broken connection
                         self._explain(error, ticket.number)
                 watch.check(self.index, ticket.number, waited)
 
