@@ -216,10 +216,7 @@ def wgan(shard: Shard) -> dict[str, Any]:
         optimizer_g.zero_grad()
         (-critic(generator(own_rows(drawn(8, 4, seed=90 + step)))).mean()).backward()
         optimizer_g.step()
-    result = {"penalties": penalties, "g": engine_g.full_state_dict(), "c": engine_c.full_state_dict()}
-    engine_g.destroy()  # a graph of gradients of gradients outlives its tensors
-    engine_c.destroy()
-    return result
+    return {"penalties": penalties, "g": engine_g.full_state_dict(), "c": engine_c.full_state_dict()}
 
 
 # -- PPO --------------------------------------------------------------------------------------------------------------

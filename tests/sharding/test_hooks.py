@@ -304,6 +304,44 @@ def test_graphs_are_freed_by_reference_counts(ranks, world, stage) -> None:
     assert all(ranks(forgotten_graphs, world, Setup().config(stage)))
 
 
+def kept_of_forwards(config):
+    """Of forwards with gradients and without a backward: the outputs that operations saved, and a second derivative."""
+    layers = [
+        nn.Linear(WIDTH, WIDTH),
+        nn.Tanh(),
+        nn.Linear(WIDTH, WIDTH),
+        nn.Softmax(-1),
+        nn.Linear(WIDTH, 1),
+        nn.ReLU(),
+    ]
+    engine = start(lambda: nn.Sequential(*layers), config)
+    gc.disable()
+    try:
+        seen = []
+        for module in engine.module:
+            module.register_forward_hook(lambda module, args, out: seen.append(weakref.ref(out)))
+        for _ in range(2):
+            engine(torch.randn(4, WIDTH))
+        alive = [ref() is not None for ref in seen]
+    finally:
+        gc.enable()
+    x = torch.linspace(-1, 1, 4 * WIDTH).view(4, WIDTH).requires_grad_()
+    (slope,) = torch.autograd.grad(engine(x).sum(), x, create_graph=True)
+    engine.backward(slope.square().sum())
+    engine.step()
+    state = engine.full_state_dict()
+    engine.destroy()
+    return alive, slope.detach(), state
+
+
+def test_a_forward_without_a_backward_keeps_nothing(ranks) -> None:
+    """Some operations save their output: such as it is, it would hold the operation that holds it."""
+    whole = ranks(kept_of_forwards, 1, Setup(optimizer="SGD").config(0))[0]
+    for alive, slope, state in ranks(kept_of_forwards, 2, Setup(optimizer="SGD").config(3)):
+        assert not any(alive)
+        assert_close({"slope": slope, **state}, {"slope": whole[1], **whole[2]})
+
+
 def interrupt(config):
     """Somebody presses Ctrl-C in the second block."""
     engine = start(Mlp, config)

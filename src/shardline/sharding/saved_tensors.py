@@ -85,12 +85,16 @@ class SavedTensors:
         self._outer.pop()
 
     def pack(self, tensor: Tensor) -> Any:
+        outer = self._outer[-1]
         with leave_modes():
             found = self._find(tensor)
-        if found is not None:
-            return found
-        outer = self._outer[-1]
-        return tensor if outer is None else _Foreign(outer[1], outer[0](tensor))
+            if found is not None:
+                return found
+            if outer is None:
+                # What an operation saves of its own output would hold the operation: a graph that no backward frees
+                # would stay for good. Torch gives what is unpacked its place in the graph in any case.
+                return tensor if tensor.grad_fn is None else tensor.detach()
+        return _Foreign(outer[1], outer[0](tensor))
 
     def unpack(self, saved: Any) -> Tensor:
         if isinstance(saved, _Foreign):

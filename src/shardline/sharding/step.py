@@ -280,8 +280,13 @@ class Update:
 
     @cached_property
     def _seals(self) -> list[SealedGrad]:
-        update = proxy(self)  # states on a device are free with the last reference, not when a cycle is collected
-        return [SealedGrad.stand_for(run.param, partial(_read, run), lambda: update._scale_is_out) for run in self.runs]
+        # Weak references: the collector does not see what a tensor in .grad refers to, and states on a device are free
+        # with the last reference, not when a cycle is collected.
+        update = proxy(self)
+        return [
+            SealedGrad.stand_for(run.param, partial(_read, proxy(run)), lambda: update._scale_is_out)
+            for run in self.runs
+        ]
 
     def unscale(self, scale: float | Tensor) -> None:
         """Divide the attached gradients by ``scale``, a number or a 0-dim tensor where they are."""
