@@ -21,5 +21,5 @@ class LateByAMoment:
 def test_what_is_over_right_after_a_slice_has_arrived():
     watch = Watch(0, WatchSettings())
     channel = watch.channel(0)
-    channel.finish(LateByAMoment(), channel.take(Operation.GATHER, 0))
+    channel.finish(LateByAMoment(), channel.announce(Operation.GATHER, 0))
     assert not watch.lost

@@ -183,7 +183,7 @@ class Peers:
         for peer in behind:
             text = peer.posted() or self.watch.posted(peer.rank)
             if text and (peer.rank not in gone or is_ours(text)):
-                raise self.watch.take(same_error(peer.rank, text))
+                raise self.watch.mark_lost(same_error(peer.rank, text))
         self.watch.check_not_lost()
         for peer in behind:
             if peer.rank in gone:
@@ -256,7 +256,7 @@ class PeerMemoryTransport:
                 theirs = buffer[boundaries[peer.rank] : boundaries[peer.rank + 1]]
                 peer.read(self._address(peer, theirs), theirs)
 
-        ticket = self._channel.take(operation, unit)
+        ticket = self._channel.announce(operation, unit)
         return self._start(ticket, part, read_peers, hold=buffer, until_read=own is None)
 
     def reduce(
@@ -279,7 +279,7 @@ class PeerMemoryTransport:
                 parts.insert(rank, full[start:stop])
                 add_in_order(parts, out[start - low : stop - low], add=add)
 
-        ticket = self._channel.take(Operation.REDUCE, unit)
+        ticket = self._channel.announce(Operation.REDUCE, unit)
         return self._start(ticket, full, add_up, hold=(buffer, out), until_read=False)
 
     def _start(
@@ -321,7 +321,7 @@ class PeerMemoryTransport:
         for peer in self.peers.peers:
             if peer.counters[entry] != mine:
                 if text := peer.posted():
-                    raise self.peers.watch.take(same_error(peer.rank, text))
+                    raise self.peers.watch.mark_lost(same_error(peer.rank, text))
                 self._channel.refuse({self.peers.rank: mine, peer.rank: peer.counters[entry]})
 
     def _address(self, peer: Peer, part: Tensor) -> int:

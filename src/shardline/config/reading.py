@@ -93,7 +93,7 @@ class Reading:
         for name, value in raw.items():
             at = join(path, str(name))
             if name not in model.model_fields and at not in NO_EFFECT and at not in UNSUPPORTED:
-                # beyond the limit nobody reads it, and to look for the nearest key takes long
+                # beyond the limit it is not shown, and looking for the nearest key takes long
                 short = len(self.problems) >= MOST
                 self.problem(at, "" if short else _unknown(self.root, model, path, str(name)))
             elif self._settled(at, value):

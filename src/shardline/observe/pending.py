@@ -20,14 +20,14 @@ class Pending:
         self._rows: dict[int, dict[str, float]] = {}
 
     def add(self, event: Event) -> list[Row]:
-        """Take the values of ``event``; returns the rows that are complete."""
+        """Add the values of ``event``; returns the rows that are complete."""
         step, values = values_of(event)
         if values:
             self._rows.setdefault(step, {}).update(values)
         newest = max(self._rows, default=0)
-        return self.take(newest - _STEPS + 1)
+        return self.pop(newest - _STEPS + 1)
 
-    def take(self, before: int | None = None) -> list[Row]:
+    def pop(self, before: int | None = None) -> list[Row]:
         """The rows of steps before ``before``, or all."""
         steps = sorted(step for step in self._rows if before is None or step < before)
         return [(step, self._rows.pop(step)) for step in steps]

@@ -114,7 +114,7 @@ class Sinks:
 
 
 def _end(sinks: ref[Sinks], finish: WeakMethod[Callable[[], None]]) -> None:
-    """The process ends, perhaps by an error, and nobody has closed the sinks."""
+    """The process ends, perhaps by an error, and the sinks were not closed."""
     found, emit = sinks(), finish()
     if found is not None and not found.is_closed:
         if emit is not None:

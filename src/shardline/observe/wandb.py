@@ -51,11 +51,11 @@ class WeightsAndBiases(Sink):
                 self._mark.step = step
 
     def save(self) -> Mapping[str, str]:
-        self._log(self._pending.take())
+        self._log(self._pending.pop())
         return {"id": self._run.id}
 
     def close(self) -> None:
-        self._log(self._pending.take())
+        self._log(self._pending.pop())
         if self._run is not None and self._mark is not None:
             self._run.finish()
             self._mark.close()

@@ -50,7 +50,7 @@ class Incident:
         who: which ranks wait where, and for whom.
         why: what keeps those that are waited for.
         absent: ranks that are waited for and do not wait themselves.
-        certain: whether nobody will ever come, as every rank waits for one that waits.
+        certain: whether this is a deadlock: every rank waits for one that waits.
     """
 
     who: str

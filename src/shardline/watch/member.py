@@ -14,12 +14,12 @@ from shardline.watch import stacks
 from shardline.watch.incident import Seen
 from shardline.watch.status import CHANNELS, Cell, State, label_at
 
-__all__ = ["Member", "card"]
+__all__ = ["Member", "describe"]
 
 _HEAD = Cell.COUNT + CHANNELS
 
 
-def card(page: SharedPage | None) -> dict[str, Any]:
+def describe(page: SharedPage | None) -> dict[str, Any]:
     """What this process tells the other ranks of itself once, at set-up."""
     found: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
     if page is not None:
@@ -53,11 +53,11 @@ class Member:
                 self.page = PeerPage(self.pid, *said["page"])
 
     def label(self, channel: int, number: int) -> int | None:
-        """Of its transfer ``number``; None where it has not started that, or where nobody here can know."""
+        """Of its transfer ``number``; None where it has not started that, or where it is not visible here."""
         return None if self.page is None else label_at(self.page.counters, channel, number)
 
     def started(self, channel: int) -> int | None:
-        """How many transfers it has started; None where nobody here can know."""
+        """How many transfers it has started; None where it is not visible here."""
         return None if self.page is None else self.page.counters[Cell.COUNT + channel]
 
     def has_ended(self) -> bool:
@@ -75,7 +75,7 @@ class Member:
         return "" if self.page is None else self.page.posted()
 
     def look(self) -> Seen | None:
-        """What it does now; None where nobody here can know."""
+        """What it does now; None where it is not visible here."""
         if self.page is None:
             return None
         cells = tuple(self.page.counters[:_HEAD])

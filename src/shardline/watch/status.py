@@ -58,7 +58,7 @@ class Status:
     """The status of this rank.
 
     Args:
-        cells: of a page, or of ordinary memory where nobody reads them.
+        cells: of a page, or of ordinary memory where no other rank reads them.
     """
 
     def __init__(self, cells: memoryview | None = None) -> None:

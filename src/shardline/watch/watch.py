@@ -1,4 +1,4 @@
-"""What the ranks of one group see of each other, and waits that end when somebody will not come."""
+"""What the ranks of one group see of each other, and waits that end when a rank will not join."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from shardline.runtime.ending import note_lost_ranks
 from shardline.runtime.shared_page import SharedPage
 from shardline.watch import uncaught
 from shardline.watch.incident import Incident, Seen, find, position, rule, those
-from shardline.watch.member import Member, card
+from shardline.watch.member import Member, describe
 from shardline.watch.status import CHANNELS, SIZE, Cell, State, Status
 from shardline.watch.words import call_of, transfer
 
@@ -60,7 +60,7 @@ class Watch:
         status: what this rank does.
         members: all ranks, this one included, in rank order; empty in a single process.
         names: of the units, for sentences.
-        lost: why nobody is to be waited for any more; empty while all is well.
+        lost: why no rank is to be waited for any more; empty while all is well.
         incident: what the watching thread has found, while it lasts.
     """
 
@@ -80,7 +80,7 @@ class Watch:
         with contextlib.suppress(OSError, AttributeError):
             page = SharedPage(8 * SIZE)
         made = cls(rank, settings, page)
-        cards = exchange(card(page))
+        cards = exchange(describe(page))
         made.members = [
             Member(other, said, here=said["machine"] == cards[rank]["machine"]) for other, said in enumerate(cards)
         ]
@@ -122,10 +122,10 @@ class Watch:
         return self.members[rank].posted() if self.members else ""
 
     def lose(self, sentence: str) -> LostRankError:
-        """The error that says so; from now on this rank waits for nobody."""
-        return self.take(LostRankError(sentence))
+        """The error that says so; from now on this rank waits for no other."""
+        return self.mark_lost(LostRankError(sentence))
 
-    def take(self, error: E) -> E:
+    def mark_lost(self, error: E) -> E:
         """The same after any error from which ranks cannot come back together."""
         if not self.lost:
             self.lost = error.message
@@ -135,10 +135,10 @@ class Watch:
         return error
 
     def check_not_lost(self) -> None:
-        """Check that this rank has not learned that somebody will not come.
+        """Check that no other rank is known to be lost.
 
         Raises:
-            LostRankError: it has.
+            LostRankError: one is.
         """
         if self.lost:
             raise LostRankError(f"{_BEFORE}, so ranks can do nothing together any more: {self.lost}")
@@ -152,7 +152,7 @@ class Watch:
         """
         incident = self.incident
         if incident is not None and incident.certain:
-            error = self.take(DisagreementError(incident.text))
+            error = self.mark_lost(DisagreementError(incident.text))
             self.give_up(error)
             raise error
         if waited > self.settings.timeout:
@@ -165,7 +165,7 @@ class Watch:
             )
 
     def check(self, channel: int, number: int, waited: float) -> None:
-        """See, while this rank waits for transfer ``number`` of ``channel``, whether somebody will not come.
+        """See, while this rank waits for transfer ``number`` of ``channel``, whether a rank will not join it.
 
         Raises:
             ShardlineError: what another rank raised and has posted.
@@ -178,7 +178,7 @@ class Watch:
                 continue
             text = each.posted()
             if text and (is_ours(text) or not each.has_ended()):
-                raise self.take(same_error(each.rank, text))
+                raise self.mark_lost(same_error(each.rank, text))
             if each.has_ended():
                 raise self.lose(self.how_it_ended(each.rank, each.pid))
         self.check_certain(waited, [each.rank for each in late])
@@ -228,11 +228,11 @@ class Channel:
         self.watch, self.index = watch, index
         self._start = watch.status.start
 
-    def take(self, operation: int, unit: int | None = None) -> Ticket:
+    def announce(self, operation: int, unit: int | None = None) -> Ticket:
         """A transfer is about to start.
 
         Raises:
-            LostRankError: nobody would join it any more. It could meet another one, of a rank that does not know yet.
+            LostRankError: no rank would join it any more. It could match another one, of a rank that does not know yet.
         """
         self.watch.check_not_lost()
         return Ticket(*self._start(self.index, operation, unit))
@@ -244,12 +244,12 @@ class Channel:
             DisagreementError: another rank has started another one.
             LostRankError: as :meth:`take`.
         """
-        number, label = ticket = self.take(operation, unit)
+        number, label = ticket = self.announce(operation, unit)
         for each in self.watch.members:
             theirs = each.label(self.index, number)
             if theirs is not None and theirs != label:
                 if (text := each.posted()) and is_ours(text):
-                    raise self.watch.take(same_error(each.rank, text))
+                    raise self.watch.mark_lost(same_error(each.rank, text))
                 self.refuse({self.watch.rank: label, each.rank: theirs})
         return ticket
 
@@ -261,7 +261,7 @@ class Channel:
             f"rank {rank} starts {transfer(labels[rank], names)} in {f'{call}()' if call else 'its training'}"
             for rank, call in calls.items()
         )
-        error = self.watch.take(
+        error = self.watch.mark_lost(
             DisagreementError(
                 f"ranks are out of step, and nothing was exchanged: after step {step} {said}. {rule(calls.values())}"
             )
