@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 import shardline
-from shardline.engine.in_place import InPlaceEngine, shard
+from shardline.engine.in_place import InPlaceEngine
 from shardline.errors import CheckpointError, UsageError
 from shardline.integrations import require
+from shardline.integrations.engines import make_engine, not_last
 
 require("accelerate", "shardline.integrations.accelerate")
 
@@ -136,14 +137,10 @@ class Accelerator(accelerate.Accelerator):
                 "prepare was given an optimizer whose parameters are not all of one model that was prepared. Prepare "
                 "each model together with an optimizer of its own: accelerator.prepare(model, optimizer)."
             )
-        if self.device.type == "cpu" and torch.accelerator.is_available():
-            shardline.init_distributed(device="cpu")
         model = owners[0]
-        engine = shard(model, optimizer, self._shardline_config)
+        engine = make_engine(model, optimizer, self._shardline_config, device=self.device, compile=self._compile)
         self._waiting = [each for each in self._waiting if each is not model]
         self.engines.add(engine)
-        if self._compile is not None:
-            engine.compile(**self._compile)
 
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
@@ -168,15 +165,8 @@ class Accelerator(accelerate.Accelerator):
     def no_sync(self, model: nn.Module) -> Iterator[None]:
         """Within it, a backward is not the last of its window: stages 0 and 1 reduce later, the others as always."""
         engine = self.engine_of(model)
-        if engine is None:
-            with super().no_sync(model):
-                yield
-            return
-        engine.set_gradient_accumulation_boundary(False)
-        try:
+        with super().no_sync(model) if engine is None else not_last([engine]):
             yield
-        finally:
-            engine.set_gradient_accumulation_boundary(None)
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
         """As Accelerate's; all parameters of one engine in one pass."""

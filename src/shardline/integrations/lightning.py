@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-import shardline
-from shardline.engine.in_place import InPlaceEngine, shard
+from shardline.engine.in_place import InPlaceEngine
 from shardline.errors import UsageError
 from shardline.integrations import require
+from shardline.integrations.engines import make_engine, not_last
 
 require("lightning", "shardline.integrations.lightning")
 
@@ -36,7 +36,13 @@ NAMES = {f"shardline_stage_{stage}": stage for stage in range(4)}
 
 
 class _Engines:
-    """What both strategies do.
+    """What both strategies do. It stands before Lightning's own class.
+
+    Args:
+        config: that of :func:`shardline.shard`: a dict, a path or a ``shardline.Config``.
+        stage: instead of a configuration.
+        compile: compile block by block, with these arguments of ``torch.compile``.
+        **kwargs: those of Lightning's ``DDPStrategy``.
 
     Attributes:
         engines: one for each optimizer, in their order.
@@ -44,7 +50,15 @@ class _Engines:
 
     root_device: torch.device
 
-    def _begin(self, config: Any, stage: int | None, compile: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        config: Any = None,
+        *,
+        stage: int | None = None,
+        compile: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
         if config is not None and stage is not None:
             raise UsageError("a strategy of Shardline was given a configuration and a stage. Give it one of them.")
         self._config = config if stage is None else {"zero_optimization": {"stage": stage}}
@@ -52,14 +66,18 @@ class _Engines:
         self.engines: list[InPlaceEngine] = []
         self._optimizers_of_engines: list[Optimizer] = []
 
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        for name, stage in NAMES.items():
+            if name not in strategy_registry:
+                strategy_registry.register(name, cls, description=f"Shardline at stage {stage}", stage=stage)
+
     def _shard(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Shard ``module`` with its one optimizer; or, for several, the parts of it that each of them has.
 
         Raises:
             UsageError: if a part has two optimizers.
         """
-        if self.root_device.type == "cpu" and torch.accelerator.is_available():
-            shardline.init_distributed(device="cpu")
         parts = [module] if len(optimizers) == 1 else [_part(module, optimizer) for optimizer in optimizers]
         for part, optimizer in zip(parts, optimizers, strict=True):
             if any(other is not part and other in part.modules() for other in parts) or parts.count(part) > 1:
@@ -67,22 +85,9 @@ class _Engines:
                     "two optimizers share a module, and an engine has one. Give each optimizer the parameters of a "
                     "submodule of its own, or put them into param groups of one optimizer."
                 )
-            engine = shard(part, optimizer, self._config)
-            self.engines.append(engine)
-            if self._compile is not None:
-                engine.compile(**self._compile)
+            device, compile = self.root_device, self._compile
+            self.engines.append(make_engine(part, optimizer, self._config, device=device, compile=compile))
             self._optimizers_of_engines.append(optimizer)
-
-    @contextmanager
-    def _not_last(self) -> Iterator[None]:
-        """Backwards within are not the last of their windows."""
-        for engine in self.engines:
-            engine.set_gradient_accumulation_boundary(False)
-        try:
-            yield
-        finally:
-            for engine in self.engines:
-                engine.set_gradient_accumulation_boundary(None)
 
     @contextmanager
     def _gathered(self, *, write: bool) -> Iterator[None]:
@@ -142,24 +147,7 @@ class ShardlineStrategy(_Engines, DDPStrategy):
     """
 
     strategy_name = "shardline"
-
-    def __init__(
-        self,
-        config: Any = None,
-        *,
-        stage: int | None = None,
-        compile: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self._begin(config, stage, compile)
-        self._failed = False
-
-    @classmethod
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        for name, stage in NAMES.items():
-            if name not in strategy_registry:
-                strategy_registry.register(name, cls, description=f"Shardline at stage {stage}", stage=stage)
+    _failed = False
 
     def configure_ddp(self) -> None:
         """Nothing is wrapped: the module is sharded together with its optimizers."""
@@ -171,7 +159,7 @@ class ShardlineStrategy(_Engines, DDPStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        with self._not_last():
+        with not_last(self.engines):
             yield
 
     @property
@@ -213,7 +201,7 @@ class _BackwardSync(_BackwardSyncControl):
         self._strategy = strategy
 
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
-        return self._strategy._not_last() if enabled else nullcontext()
+        return not_last(self._strategy.engines) if enabled else nullcontext()
 
 
 class ShardlineFabricStrategy(_Engines, FabricDDPStrategy):
@@ -226,23 +214,9 @@ class ShardlineFabricStrategy(_Engines, FabricDDPStrategy):
         **kwargs: those of Lightning's ``DDPStrategy``.
     """
 
-    def __init__(
-        self,
-        config: Any = None,
-        *,
-        stage: int | None = None,
-        compile: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self._begin(config, stage, compile)
+    def __init__(self, config: Any = None, **kwargs: Any) -> None:
+        super().__init__(config, **kwargs)
         self._backward_sync_control = _BackwardSync(self)
-
-    @classmethod
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        for name, stage in NAMES.items():
-            if name not in strategy_registry:
-                strategy_registry.register(name, cls, description=f"Shardline at stage {stage}", stage=stage)
 
     def setup_module_and_optimizers(self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None) -> Any:
         self._shard(module, optimizers)
