@@ -36,6 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PLACES = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 sys.path[:0] = PLACES
 
+from gpu_says import is_wait  # noqa: E402
+
 ENGINES = ("compute", "fsdp2", "deepspeed-2", "deepspeed-3", "shardline-0", "shardline-2", "shardline-3")
 BYTES_PER_PARAMETER = 28
 LIMIT = 150.0
@@ -124,24 +126,81 @@ def part_copy(device: str, size: Size) -> dict[str, Any]:
 
 
 def part_update(device: str, size: Size, stage: str) -> dict[str, Any]:
-    """``engine.step()`` alone, after a backward each time."""
+    """``engine.step()`` alone, after a backward each time, and in turns with it the same by hand.
+
+    By hand gradients become fp32 (``collect``) before they are clipped and used, which the engine does in its backward.
+    """
     import torch
-    from loops import Work, config
+    from loops import ADAMW, Masters, Work, config
 
     import shardline
 
     _world(device)
     spec = size.model()
     with torch.device(device):
-        model = spec.fresh()
+        model, twin = spec.fresh(), spec.fresh()
     parameters = sum(param.numel() for param in model.parameters())
     engine = shardline.initialize(model=model, config=config(Work(torch.bfloat16, micro=size.micro), int(stage)))[0]
-    seconds = []
-    for batch in (*spec.data(0, torch.bfloat16, device)[:5],):
+    masters = Masters(twin.parameters(), torch.bfloat16)
+    optimizer = torch.optim.AdamW(masters.masters, fused=True, **ADAMW)
+    turns: dict[str, list[tuple[float, float]]] = {"step": [], "collect": [], "hand": []}
+    batches = spec.data(0, torch.bfloat16, device)
+    for batch in batches[:7]:
         engine.backward(engine(*batch))
-        seconds.append(_timed(device, engine.step, 1, warm=0))
-    taken = statistics.median(seconds[2:])
-    return {"seconds": taken, "bytes/s": BYTES_PER_PARAMETER * parameters / taken}
+        turns["step"].append(_apart(device, engine.step))
+        twin(*batch).backward()
+        turns["collect"].append(_apart(device, masters.collect))
+        turns["hand"].append(_apart(device, lambda: masters.update(optimizer)))
+    middle = {name: [statistics.median(each) for each in zip(*found[2:], strict=True)] for name, found in turns.items()}
+    ratios = [step[1] / hand[1] for step, hand in zip(turns["step"][2:], turns["hand"][2:], strict=True)]
+    engine.backward(engine(*batches[7]))
+    kernels = _kernels(device, engine.step)
+    twin(*batches[7]).backward()
+    masters.collect()
+    by_hand = _kernels(device, lambda: masters.update(optimizer))
+    return {
+        "seconds": middle["step"][1],
+        "seconds until it returns": middle["step"][0],
+        "bytes/s": BYTES_PER_PARAMETER * parameters / middle["step"][1],
+        "by hand": middle["hand"][1],
+        "by hand until it returns": middle["hand"][0],
+        "collect by hand": middle["collect"][1],
+        "step / by hand": statistics.median(ratios),
+        "kernels": kernels,
+        "kernels by hand": by_hand,
+    }
+
+
+def _apart(device: str, action: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds until ``action`` returns, and until the device has done what it asked for."""
+    _wait(device)
+    began = time.perf_counter()
+    action()
+    returned = time.perf_counter() - began
+    _wait(device)
+    return returned, time.perf_counter() - began
+
+
+def _kernels(device: str, action: Callable[[], Any]) -> dict[str, Any]:
+    """What the device does for ``action``: how many kernels and copies, the ms of them, the ms from first to last.
+
+    ``table``: those that take longest by name, as (ms, calls, name).
+    """
+    from torch.profiler import ProfilerActivity, profile, supported_activities
+
+    _wait(device)
+    # torch's CPU build, which a simulated device runs on, records no CUDA
+    with profile(activities={ProfilerActivity.CPU, ProfilerActivity.CUDA} & supported_activities()) as profiler:
+        action()
+        _wait(device)
+    found = [event for event in profiler.events() or [] if event.device_type.name != "CPU"]
+    names: dict[str, tuple[float, int]] = {}
+    for event in found:
+        ms, calls = names.get(event.name, (0.0, 0))
+        names[event.name] = (ms + event.time_range.elapsed_us() / 1e3, calls + 1)
+    span = max((e.time_range.end for e in found), default=0) - min((e.time_range.start for e in found), default=0)
+    table = sorted(((ms, calls, name[:200]) for name, (ms, calls) in names.items()), reverse=True)
+    return {"count": len(found), "ms": sum(ms for ms, _, _ in table), "span ms": span / 1e3, "table": table[:12]}
 
 
 def part_checks(device: str, size: Size, stage: str) -> dict[str, Any]:
@@ -167,7 +226,7 @@ def part_checks(device: str, size: Size, stage: str) -> dict[str, Any]:
         step([batches[4]])
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-    waits = sum("synchronizing" in str(warning.message) for warning in said)
+    waits = sum(is_wait(warning.message) for warning in said)
     # torch's CPU build, which a simulated device runs on, records no CUDA
     with profile(activities={ProfilerActivity.CPU, ProfilerActivity.CUDA} & supported_activities()) as profiler:
         step([batches[5]])
@@ -249,6 +308,7 @@ class _Memory:
 
 
 PARTS = {"train": part_train, "copy": part_copy, "update": part_update, "checks": part_checks, "rank": part_rank}
+CHOICES = ("copy", "train", "update", "checks", "ranks")
 
 
 def run(device: str, size: str, part: str, *arguments: str, world: int = 1) -> dict[str, Any]:
@@ -298,6 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, help="large on a GPU, tiny on CPU")
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--parts", default=",".join(CHOICES), help="some of these, by commas")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu")
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -318,18 +379,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (args.out / "results.json").write_text(json.dumps(result, indent=1))
         return answer
 
-    copy = note("copy", run(args.device, size, "copy"))
+    parts = args.parts.split(",")
+    if unknown := [part for part in parts if part not in CHOICES]:
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(CHOICES)}")
+    copy = note("copy", run(args.device, size, "copy")) if "copy" in parts else {"error": "not asked for"}
     turns: dict[str, list[dict[str, Any]]] = {}
-    for number in range(args.rounds):
+    for number in range(args.rounds if "train" in parts else 0):
         for engine in filter(installed, args.engines.split(",")):
             answer = note(f"train {engine} {number}", run(args.device, size, "train", engine))
             turns.setdefault(engine, []).append(answer)
     for stage in ("0", "3"):
-        update = note(f"update stage {stage}", run(args.device, size, "update", stage))
-        if "error" not in update and "error" not in copy:
-            update["of copy"] = update["bytes/s"] / copy["bytes/s"]
-        note(f"checks stage {stage}", run(args.device, size, "checks", stage))
-    for stage in ("0", "1", "2", "3"):
+        if "update" in parts:
+            update = note(f"update stage {stage}", run(args.device, size, "update", stage))
+            if "error" not in update and "error" not in copy:
+                update["of copy"] = update["bytes/s"] / copy["bytes/s"]
+        if "checks" in parts:
+            note(f"checks stage {stage}", run(args.device, size, "checks", stage))
+    for stage in ("0", "1", "2", "3") if "ranks" in parts else ():
         note(f"two ranks stage {stage}", run(args.device, size, "rank", stage, world=2))
     text = table(result, turns, copy)
     print(text)
@@ -341,14 +407,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _line(answer: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                     for key, value in answer.items())  # fmt: skip
+    """``key value, ...``, and below it the tables of kernels."""
+    parts, below = [], ""
+    for key, value in answer.items():
+        if isinstance(value, dict) and "table" in value:
+            below += f"\n    {key}: {value['count']}, {value['ms']:.2f} ms in {value['span ms']:.2f} ms"
+            below += "".join(f"\n    {ms:9.3f} ms {calls:5d} x {name}" for ms, calls, name in value["table"])
+        else:
+            parts.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+    return ", ".join(parts) + below
 
 
 def table(result: dict[str, Any], turns: dict[str, list[dict[str, Any]]], copy: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    lines = [f"{result['device']}, torch {result['torch']}, {result['date']}", "",
-             "| engine | tokens/s | TFLOP/s | step / hand loop | peak GB | loss |", "|---" * 6 + "|"]  # fmt: skip
+    lines = [f"{result['device']}, torch {result['torch']}, {result['date']}"]
+    if turns:
+        lines += ["", "| engine | tokens/s | TFLOP/s | step / hand loop | peak GB | loss |", "|---" * 6 + "|"]
     for engine, answers in turns.items():
         if any("error" in answer for answer in answers):
             lines.append(f"| {engine} | failed | | | | |")

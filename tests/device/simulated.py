@@ -105,6 +105,7 @@ def _install() -> ModuleType:
         cudaHostRegister=lambda address, size, flags: found.host_register(address, size) or 0,
         cudaHostUnregister=lambda address: found.host_unregister(address) or 0,
     )
+    cuda.empty_cache = lambda: None
     cuda.mem_get_info = lambda device=None: (1 << 33, 1 << 34)
     cuda.max_memory_allocated = torch.accelerator.memory.max_memory_allocated
     cuda.memory_allocated = torch.accelerator.memory.memory_allocated

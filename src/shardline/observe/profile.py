@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile, record_function, supported_activities
 
 from shardline.sharding.unit import Unit
 
@@ -42,8 +42,9 @@ class Profile:
         for unit in self._units:
             for method, words in _MOMENTS.items():
                 setattr(unit, method, _in_range(getattr(unit, method), f"{words} {_name(unit)}"))
-        on_device = [ProfilerActivity.CUDA] if device.type == "cuda" else []
-        self._profile = profile(activities=[ProfilerActivity.CPU, *on_device])
+        on_device = {ProfilerActivity.CUDA} if device.type == "cuda" else set()
+        # a torch that records no CUDA would print a stack for every range
+        self._profile = profile(activities={ProfilerActivity.CPU, *on_device} & supported_activities())
         self._profile.__enter__()
 
     @contextmanager
