@@ -136,7 +136,7 @@ dist: .venv-dist/.installed  ## sdist and wheel in dist/, installed into an empt
 	@.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build
 	@touch $@
 
-check: .venv  ## formatting, lint, types, import levels, sizes, and calls between a call and a collective
+check: .venv  ## formatting, lint, types, import levels, sizes, and depth of the call stack down to a collective
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
