@@ -9,9 +9,11 @@ Every part runs in a process of its own, and the engines take turns: A B C A B C
 * train: tokens/s, TFLOP/s and peak memory of the hand-written loop, FSDP2, DeepSpeed (where it is installed) and
   Shardline, on one rank. A step's work is 6 operations per token and weight, and 12 x depth x width x time per token
   for attention, not counting what is computed twice.
-* update: what ``engine.step()`` takes, as bytes per second, beside a measured copy of a large buffer. An AdamW step
-  with fp32 masters moves at least 28 bytes per parameter: the gradient in bf16, master and both moments in and out,
-  the weight in bf16 out.
+* kernels: those of an update, one at a time, as bytes per second.
+* update: what ``engine.step()`` takes, as bytes per second beside a measured copy of a large buffer, and beside the
+  same by hand. It moves 42 bytes per parameter: 4 for the norm; 32 for AdamW (master, both moments and the fp32
+  gradient in and out, since fused kernels write the gradient back that they have scaled); 6 to round the weight. By
+  hand it is 46, as clipping is a pass of its own (8) and AdamW writes no gradient (28).
 * checks: how often two steps wait for the GPU, by CUDA's sync debug mode; kernels and copies by stream, from a profile.
 * ranks: two ranks that share the GPU over gloo train as one process with both ranks' data does, at every stage.
 """
@@ -39,7 +41,8 @@ sys.path[:0] = PLACES
 from gpu_says import is_wait  # noqa: E402
 
 ENGINES = ("compute", "fsdp2", "deepspeed-2", "deepspeed-3", "shardline-0", "shardline-2", "shardline-3")
-BYTES_PER_PARAMETER = 28
+BYTES_PER_PARAMETER = 42
+"""What ``engine.step()`` moves."""
 LIMIT = 150.0
 """Seconds that one part may take."""
 
@@ -123,6 +126,51 @@ def part_copy(device: str, size: Size) -> dict[str, Any]:
 
     source, target = (torch.ones(size.copy, dtype=torch.uint8, device=device) for _ in range(2))
     return {"bytes/s": 2 * size.copy / _timed(device, lambda: target.copy_(source), 10)}
+
+
+def part_kernels(device: str, size: Size) -> dict[str, Any]:
+    """What an update is made of, a kernel at a time: bytes per second on matrices of one block, as they lie in buckets.
+
+    ``each``: a call for each tensor; ``foreach``: one for all of them, which torch cuts into launches of few blocks.
+    """
+    import torch
+    from loops import ADAMW
+
+    count, numel = size.depth, 4 * size.width**2
+    wide = [torch.ones(numel, device=device) for _ in range(count)]
+    narrow = [torch.ones(numel, device=device, dtype=torch.bfloat16) for _ in range(count)]
+    params = [torch.nn.Parameter(torch.ones(numel, device=device)) for _ in range(count)]
+    for param, grad in zip(params, wide, strict=True):
+        param.grad = grad
+    optimizer = torch.optim.AdamW(params, fused=True, **ADAMW)
+    scale, found_inf = torch.ones((), device=device), torch.zeros((), device=device)
+
+    def scaled() -> None:
+        optimizer.grad_scale, optimizer.found_inf = scale, found_inf  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
+    def copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+    row = min(numel, 16_384)
+    actions: dict[str, tuple[int, int, Callable[[], Any]]] = {  # tensors, bytes of an element, what is done
+        "widen one": (1, 6, lambda: wide[0].copy_(narrow[0])),
+        "widen one, foreach": (1, 6, lambda: torch._foreach_copy_(wide[:1], narrow[:1])),
+        "widen each": (count, 6, lambda: copy_each(wide, narrow)),
+        "widen, foreach": (count, 6, lambda: torch._foreach_copy_(wide, narrow)),
+        "round each": (count, 6, lambda: copy_each(narrow, wide)),
+        "round, foreach": (count, 6, lambda: torch._foreach_copy_(narrow, wide)),
+        "norms of rows": (count, 4, lambda: [torch.linalg.vector_norm(g.view(-1, row), dim=1) for g in wide]),
+        "norms, foreach": (count, 4, lambda: torch._foreach_norm(wide)),
+        "AdamW": (count, 28, optimizer.step),
+        "AdamW with a scale": (count, 32, scaled),
+    }
+    return {
+        f"{name}, bytes/s": tensors * numel * each / _timed(device, action, 5)
+        for name, (tensors, each, action) in actions.items()
+    }
 
 
 def part_update(device: str, size: Size, stage: str) -> dict[str, Any]:
@@ -307,8 +355,15 @@ class _Memory:
         (torch.cuda.reset_peak_memory_stats if device == "cuda" else measure.restart_peak)()
 
 
-PARTS = {"train": part_train, "copy": part_copy, "update": part_update, "checks": part_checks, "rank": part_rank}
-CHOICES = ("copy", "train", "update", "checks", "ranks")
+PARTS = {
+    "train": part_train,
+    "copy": part_copy,
+    "kernels": part_kernels,
+    "update": part_update,
+    "checks": part_checks,
+    "rank": part_rank,
+}
+CHOICES = ("copy", "kernels", "train", "update", "checks", "ranks")
 
 
 def run(device: str, size: str, part: str, *arguments: str, world: int = 1) -> dict[str, Any]:
@@ -383,6 +438,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [part for part in parts if part not in CHOICES]:
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(CHOICES)}")
     copy = note("copy", run(args.device, size, "copy")) if "copy" in parts else {"error": "not asked for"}
+    if "kernels" in parts:
+        note("kernels", run(args.device, size, "kernels"))
     turns: dict[str, list[dict[str, Any]]] = {}
     for number in range(args.rounds if "train" in parts else 0):
         for engine in filter(installed, args.engines.split(",")):
@@ -437,7 +494,7 @@ def table(result: dict[str, Any], turns: dict[str, list[dict[str, Any]]], copy: 
     if "error" not in copy:
         lines += ["", f"Copy: {copy['bytes/s'] / 1e9:.0f} GB/s."]
     for name, answer in result.items():
-        if name.startswith(("update", "checks", "two")):
+        if name.startswith(("kernels", "update", "checks", "two")):
             lines.append(f"{name}: {_line(answer)}.")
     return "\n".join(lines) + "\n"
 

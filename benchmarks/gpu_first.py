@@ -376,7 +376,7 @@ def doctor() -> int:
 
 def update() -> int:
     """``engine.step()`` alone, beside the same by hand, and its kernels."""
-    return figures("update", "copy,update")
+    return figures("update", "copy,kernels,update")
 
 
 def benchmark() -> int:
