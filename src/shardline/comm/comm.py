@@ -1,8 +1,9 @@
 """The ranks of one engine: transitions of flat buffers, one small vector a step, and the messages at set-up.
 
-Gathers and reductions have process groups of their own, so that the order among gathers and the order among reductions
-each need to be the same on all ranks, but not how the two mix. What is started is counted and logged, so that a step
-notices ranks that did not start the same.
+Gathers and reductions have process groups of their own (or shared memory), so that the order among gathers and
+the order among reductions each must be the same on all ranks, but not how the two mix. The vector of a step goes with
+the reductions; messages of the host go with the gathers where one group can send both. What is started is counted and
+logged, so that a step notices ranks that did not start the same.
 """
 
 from __future__ import annotations
@@ -219,7 +220,7 @@ class Comm:
     ) -> None:
         """Fill ``stacked`` with every rank's ``mine``, over c10d."""
         if channel is None:
-            raise AssertionError("ranks that are not connected have nothing to say to each other")
+            raise AssertionError("ranks without a process group cannot exchange anything")
         ticket = channel.start(what)
         handle = dist.all_gather(list(stacked.unbind()), mine, group=group, async_op=True)
         with self.log.waiting(mine.device):

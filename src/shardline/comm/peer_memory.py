@@ -400,7 +400,7 @@ def attach(
         exchange: gives every rank's value (of JSON), in rank order.
         timeout: how long this rank waits for a peer, where ``watch`` does not say it.
         log: of transitions.
-        watch: what this rank sees of the others beside that.
+        watch: what this rank sees of the others in any case.
     """
     page, mine = None, None
     if wanted and sys.platform == "linux" and platform.machine() == "x86_64":

@@ -72,7 +72,7 @@ class Handle:
 
 
 class Engine(Wrapper, Getters, Saving, Observing, Serving):
-    """A model that trains itself over many ranks. Made by :func:`shardline.initialize`.
+    """Runs forward, backward and step of one model over all ranks. Made by :func:`shardline.initialize`.
 
     It is an ``nn.Module`` whose child ``module`` is the user's model; attributes that it does not have are the model's.
 
@@ -145,7 +145,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         self.checkpoints = Checkpointer(
             EngineState(self, self.trainables, self._window, self._intake, self._backwards, self._outcome)
         )
-        self._on_destroy: list[Callable[[], None]] = []  # what was done to model and optimizer beside the hooks
+        self._on_destroy: list[Callable[[], None]] = []  # what was done to model and optimizer besides the hooks
         guarded = self.trainables.guard_optimizer(
             zero_grad=self.zero_grad,
             state_dict=self._optimizer_state_dict,
@@ -455,7 +455,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
 
         Args:
             params: parameters, their names, or a module, instead of all. What shares a unit with them comes along.
-            write: whether changes shall be kept. Changes without it raise.
+            write: whether changes are kept. Changes without it raise.
 
         Raises:
             UsageError: for an unknown parameter, or a change without ``write``.
@@ -487,7 +487,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         Modules without blocks are compiled unit by unit. What a backend fuses or decomposes may round differently.
 
         Args:
-            *args: those of ``torch.compile`` beside the function.
+            *args: those of ``torch.compile`` except the function.
             **kwargs: the same: ``backend``, ``mode``, ``dynamic``...
 
         Raises:

@@ -33,7 +33,7 @@ class Profile:
 
     Args:
         units: those whose transitions get ranges. They run their own methods again afterwards.
-        device: whose kernels are in the trace, beside the host's operations.
+        device: whose kernels are in the trace, in addition to the host's operations.
     """
 
     def __init__(self, units: Sequence[Unit], device: torch.device, steps: int, path: Path) -> None:

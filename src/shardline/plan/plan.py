@@ -330,7 +330,7 @@ def make_plan(
         world_size: ranks over which buckets are cut.
         min_numel: elements below which a candidate is merged with its neighbours.
         max_numel: elements above which a block is taken apart, and up to which candidates are merged.
-        chosen: paths of modules that shall be units whatever their size.
+        chosen: paths of modules that become units whatever their size.
         param_aligned: cut shards between parameters only, for optimizers that must see each parameter whole.
     """
     by_name = {param.name: param for param in params}

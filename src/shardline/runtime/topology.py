@@ -94,7 +94,7 @@ def locate(
 
 
 def default_backend() -> str:
-    """``gloo`` on CPU; with an accelerator gloo for CPU tensors beside the accelerator's own backend."""
+    """``gloo`` on CPU; with an accelerator gloo for CPU tensors and the accelerator's own backend."""
     return own_backend(accelerators().kind)
 
 

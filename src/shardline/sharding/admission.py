@@ -167,7 +167,7 @@ class Contents:
     def check(self) -> None:
         """See that the model still holds what it held, under the same names.
 
-        Modules without parameters may come and go. Plain tensors in the place of parameters, as
+        Modules without parameters may come and go. Plain tensors instead of parameters, as
         ``torch.func.functional_call`` puts them there for a call, are left to the caller.
 
         Raises:

@@ -86,7 +86,7 @@ class PassRecord:
 
 
 class Agreement:
-    """See the module.
+    """The orders that all ranks of one engine share.
 
     Attributes:
         last: the sharded unit that forwards use last, as a set of one or none.

@@ -32,7 +32,8 @@ class Edits:
     """Notices writes to ``params`` while they are shown, and brings them into ``weights``.
 
     Args:
-        may_convert: whether a parameter may be converted now, and who then calls :meth:`restore_views`.
+        may_convert: asked before a parameter is converted; see ``Unit.on_convert``. Where it returns True,
+            :meth:`restore_views` is called at the end of the forward or backward.
 
     Attributes:
         standing: the name of a frozen parameter that is edited again and again and does not change.

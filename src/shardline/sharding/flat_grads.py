@@ -28,7 +28,7 @@ __all__ = ["FlatGrads", "cut"]
 
 
 class FlatGrads:
-    """See the module.
+    """The gradients of one bucket on this rank, from ``.grad`` to the step.
 
     Attributes:
         params: the model's own parameters, in order of the entries.

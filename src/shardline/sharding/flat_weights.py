@@ -28,7 +28,7 @@ __all__ = ["FlatWeights"]
 
 
 class FlatWeights:
-    """See the module.
+    """The weights of one bucket on this rank: at rest, gathered, and the masters that the optimizer updates.
 
     Attributes:
         generation: raised whenever the weights change other than by an edit, which a parameter's version tells; what

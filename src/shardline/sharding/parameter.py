@@ -1,10 +1,10 @@
-"""The class of a parameter while an engine manages it: a parameter that notices what is done to it.
+"""The class of a parameter while an engine manages it: it records what is done to it.
 
 A managed parameter is *shown*, its data a view of a flat buffer, or *sealed*, its data away. In either state its class
 is one made for the purpose from the class that it had, so a subclass of ``nn.Parameter`` stays what it is.
 
-* :func:`show` gives it its data. The class notes what raises no version: that ``.data`` was read, whose writes autograd
-  does not count, and that ``.data`` was assigned. All else is done by torch as before, at its own speed.
+* :func:`show` gives it its data. The class records what raises no version: that ``.data`` was read, whose writes
+  autograd does not count, and that ``.data`` was assigned. All else is done by torch as before, at its own speed.
 * In both states ``.grad`` is what autograd has left there and, once the engine has collected that, what its owner says.
 * :func:`seal` takes its data away. Shape, dtype and device stay true; reading or writing it either gathers its unit
   (during a forward) or raises :class:`SealedError` with its name. It can never crash the process, as reading a view of
@@ -62,7 +62,7 @@ class Owner(Protocol):
 
 @dataclass(frozen=True)
 class ParamRecord:
-    """What a managed parameter knows: its name, its owner, and its index there."""
+    """Where a managed parameter belongs: its name, its owner, and its index there."""
 
     name: str
     index: int
@@ -104,7 +104,7 @@ def assign(param: nn.Parameter, data: Tensor) -> None:
 
 
 def record_of(tensor: Tensor) -> ParamRecord | None:
-    """What ``tensor`` knows, if an engine manages it."""
+    """The record of ``tensor``, if an engine manages it."""
     return tensor.__dict__.get("_shardline") if hasattr(type(tensor), "_unmanaged") else None
 
 
@@ -212,7 +212,7 @@ def _plain(param: Any) -> Iterator[None]:
 
 
 def _apart(reduced: Any, own: dict[str, Any]) -> Any:
-    """``reduced`` with a copy in the place of ``own``, which gets its record back before it is pickled."""
+    """``reduced`` with a copy instead of ``own``, which gets its record back before it is pickled."""
     if isinstance(reduced, tuple):
         return tuple(_apart(each, own) for each in reduced)
     return dict(own) if reduced is own else reduced

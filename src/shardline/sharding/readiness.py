@@ -40,7 +40,9 @@ class Readiness:
 
     def _forget(self) -> None:
         self._hints = [_Hints() for _ in range(self._count)]
-        self._has_forward = False  # since the last backward: the next one is no second one of its graph
+        self._has_forward = (
+            False  # since the last backward; without one, it is not known which units a second backward of a graph uses
+        )
         self._almost: list[Unit] = []
         self._ready: set[int] = set()
         self._all_ready = False

@@ -1,13 +1,14 @@
 """When units are gathered, released and reduced.
 
-A rank runs passes: forwards with and without gradients, and backwards. The first one of a kind is negotiated with the
-other ranks gather by gather; if all turn out to do the same, what they did is the order that the next ones follow
-without any message (:mod:`shardline.sharding.passes`). After a step in which ranks differed the next step is
-negotiated.
+A rank runs passes: forwards with and without gradients, and backwards. The first forward of a kind, and
+each backward of the first step, is negotiated with the other ranks gather by gather; if all turn out to do the same,
+what they did is the order that the next ones follow without any message (:mod:`shardline.sharding.passes`). After a
+step in which ranks differed the next step is negotiated.
 
 * **gathers** come in the order of their uses.
-* **reductions** come in the order in which units get ready, once that was alike on all ranks, at first in the reverse
-  of the forward. A unit that is ready early waits for its turn. An unused unit counts as zero gradients.
+* **reductions** come in the order in which units get ready, once that was alike on all ranks; in a
+  negotiated backward, in the reverse of the forward. A unit that is ready early waits for its turn. An unused unit
+  counts as zero gradients.
 
 =================  =====================================================================================
 who                knows
@@ -206,7 +207,8 @@ class Schedule:
         return self._unshard(unit, again=True)
 
     def _unshard(self, unit: Unit, *, again: bool = False) -> Iterable[Issue]:
-        """What is due for ``unit`` to be here; see :meth:`Pass.unshard`."""
+        """What is due for ``unit`` to be here, by the pass that runs (:meth:`Pass.unshard`). Outside of the model's own
+        forward and backward there is none, so ranks negotiate each gather."""
         if not unit.sharded:
             return ()
         current = self._backward if self.in_backward else self._forward
@@ -221,7 +223,8 @@ class Schedule:
         return ()
 
     def _convert(self, unit: Unit) -> bool:
-        """A parameter of ``unit`` is about to be converted. It may be, where a forward or backward ends that."""
+        """A parameter of ``unit`` is about to be converted. Allowed while the model runs: at the end of that
+        :meth:`_end_conversions` makes it a view again."""
         if self._is_running():
             self._converted.append(unit)
             return True

@@ -265,7 +265,7 @@ class Update:
     def seal(self, *, scale_is_out: bool) -> None:
         """From backward to step: let a read of ``.grad`` of what the optimizer holds give the gradient, or raise.
 
-        ``scale_is_out``: what a GradScaler multiplied the loss by was taken out: its ``unscale_`` shall do nothing.
+        ``scale_is_out``: what a GradScaler multiplied the loss by was taken out: its ``unscale_`` does nothing then.
         """
         self._scale_is_out = scale_is_out
         if not self._sealed:

@@ -42,16 +42,17 @@ _TRANSITIONS = {
 
 
 class Unit:
-    """See the module.
+    """The buckets of one unit on this rank, and the state that their weights are in.
 
     Attributes:
         sharded: whether the weights rest sharded, so that a use needs a gather.
-        is_local: whether reductions are aliases: a single process whose states are beside its weights.
+        is_local: whether reductions are aliases: a single process whose states are where its weights are.
         state_device: where masters, reduced gradients and optimizer state are.
         residence: where the full weights are now.
         holds: uses in progress, by calls of modules and by ``gathered_parameters()``; a unit in use is not resharded.
         pinned: a graph may hold the parameters themselves: they stay, in full, until the weights change.
-        on_convert: whether a parameter may be converted now, and who then calls :meth:`restore_views`.
+        on_convert: asked before a parameter is converted. Returns True if that is allowed, and has noted the unit: the
+            schedule calls :meth:`restore_views` when the forward or backward ends.
     """
 
     def __init__(

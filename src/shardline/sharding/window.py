@@ -64,7 +64,7 @@ class Window:
         self.restart()
 
     def restart(self, *, steps: int = 0) -> None:
-        """Begin again, ``steps`` micro-steps into the window. What was accumulated is forgotten."""
+        """Begin again: what was accumulated is forgotten. ``steps`` keeps the count, for ``zero_grad()``."""
         self.state = State.ACCUMULATING if steps else State.EMPTY
         self.gradients = Gradients.NONE
         self.steps, self.weight, self.samples, self.tokens, self.backwards = steps, 0.0, 0, 0, 0
@@ -169,7 +169,7 @@ class Progress:
         global_steps: optimizer steps, skipped ones included.
         micro_steps: calls of ``step()``.
         global_samples: samples of all ranks together that the steps have seen.
-        skipped_steps: steps whose gradients were not finite.
+        skipped_steps: steps that were skipped.
         average_updates: how often a moving average of the weights has followed them.
         norm: of the last step's averaged gradients before clipping.
         applied: whether the last call of ``step()`` changed the weights, as far as the host knows.

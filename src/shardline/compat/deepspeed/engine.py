@@ -85,7 +85,7 @@ class DeepSpeedEngine(EngineSettings):
         super().zero_grad(set_to_none)
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss that a plain ``.backward()`` shall start from: ``loss`` times the loss scale."""
+        """The loss to start a plain ``.backward()`` from: ``loss`` times the loss scale."""
         self.trainables.check_trains("scale()")
         return self._backwards.scaled(loss) if self.fp16_enabled() else loss
 
