@@ -473,6 +473,28 @@ def observing() -> None:
     for stage in (0, 3):
         with attempt(f"stage {stage}: a run that is looked at"), tempfile.TemporaryDirectory() as folder:
             looked_at(stage, Path(folder))
+    with attempt("a rank that is slow"):
+        launch = [sys.executable, "-m", "shardline", "run", "--nproc", "2", __file__, "slow"]
+        done = subprocess.run(launch, capture_output=True, text=True, timeout=40)
+        said = [line for line in (done.stdout + done.stderr).splitlines() if "shardline: " in line]
+        found = [line for line in said if "rank 0 waits in" in line and "for rank 1" in line]
+        verdict("a rank that is slow is named by the one that waits", done.returncode == 0 and bool(found))
+        for line in found or (done.stdout + done.stderr).splitlines()[-20:]:
+            note(line)
+
+
+def slow() -> None:
+    """What :func:`observing` starts on two ranks, which share the device: the second sleeps before its fourth step."""
+    import time
+
+    from tests.device.training import config, make
+
+    engine = make(config(3) | {"watchdog": {"quiet_seconds": 1}})
+    for number in range(5):
+        if number == 3 and engine.comm.data.rank:
+            time.sleep(4)
+        engine_step(engine, number)
+    engine.destroy()
 
 
 def looked_at(stage: int, folder: Path) -> None:
@@ -531,4 +553,4 @@ def looked_at(stage: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    stood_in(sys.argv[1])
+    slow() if sys.argv[1] == "slow" else stood_in(sys.argv[1])
