@@ -88,10 +88,10 @@ class FakeUnit:
         self.works: list[int] = []
         self.reductions: list[int] = []
 
-    def acquire(self) -> None:
+    def hold(self) -> None:
         self.holds += 1
 
-    def release(self) -> None:
+    def unhold(self) -> None:
         self.holds -= 1
 
     def unshard(self) -> None:

@@ -25,10 +25,10 @@ class FakeUnit:
         root = f"b{index}"
         self.plan = SimpleNamespace(roots=(root,), users=(root, *users), numel=100)
 
-    def acquire(self) -> None:
+    def hold(self) -> None:
         self.holds += 1
 
-    def release(self) -> None:
+    def unhold(self) -> None:
         self.holds -= 1
 
     def unshard(self) -> None:

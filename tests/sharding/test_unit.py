@@ -263,7 +263,7 @@ def test_letting_go_gives_ordinary_parameters() -> None:
 
 def test_a_unit_in_use_is_not_updated() -> None:
     unit, _, _ = make(2)
-    unit.acquire()
+    unit.hold()
     with pytest.raises(UsageError, match="in use"):
         unit.refresh()
 
@@ -400,11 +400,11 @@ def edits():
     except SealedError as error:
         said.append(str(error))
     unit.wait_for_unshard()
-    unit.acquire()
+    unit.hold()
     with torch.no_grad():
         model.scalar.fill_(2.0 + rank)
     unit.write_back()
-    unit.release()
+    unit.unhold()
     unit.reshard()
     unit.wait_for_unshard()
     scalar = float(model.scalar)
@@ -467,7 +467,7 @@ def early_release():
     states = [unit.residence.value]
     unit.reshard()
     states.append(unit.residence.value)
-    unit.acquire()
+    unit.hold()
     unit.wait_for_unshard()
     unit.reshard()  # in use: stays
     states.append(unit.residence.value)

@@ -91,7 +91,7 @@ def _unshard(units: Sequence[Unit]) -> None:
     for unit in units:
         unit.adopt()
         unit.wait_for_unshard()
-        unit.acquire()
+        unit.hold()
 
 
 @outside_modes
@@ -112,7 +112,7 @@ def _write_back(units: Sequence[Unit], *, write: bool) -> None:
 @outside_modes
 def _reshard(units: Sequence[Unit]) -> None:
     for unit in units:
-        unit.release()
+        unit.unhold()
         unit.reshard()
 
 

@@ -163,7 +163,7 @@ class Schedule:
     def pre_forward(self, unit: Unit) -> None:
         """A module that uses ``unit`` begins its forward, outside of backward. :meth:`post_forward` follows."""
         outermost = not unit.holds
-        unit.acquire()
+        unit.hold()
         self._calls += 1
         self._readiness.use_in_forward(unit)
         if outermost:
@@ -172,7 +172,7 @@ class Schedule:
 
     def post_forward(self, unit: Unit) -> None:
         """The forward that began with :meth:`pre_forward` is over."""
-        unit.release()
+        unit.unhold()
         self._calls -= 1
         if self._converted and not self._is_running():
             self._end_conversions()

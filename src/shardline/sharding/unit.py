@@ -126,11 +126,11 @@ class Unit:
 
     # -- uses -------------------------------------------------------------------------------------------------------
 
-    def acquire(self) -> None:
-        """A use begins: the unit is not resharded before :meth:`release`."""
+    def hold(self) -> None:
+        """A use begins: the unit is not resharded before :meth:`unhold`."""
         self.holds += 1
 
-    def release(self) -> None:
+    def unhold(self) -> None:
         """A use is over. :meth:`reshard` may follow."""
         if not self.holds:
             raise AssertionError(f"unit {self.name} is not in use")
