@@ -33,7 +33,7 @@ class Residence(Enum):
     GATHERED_SEALED = "gathered, sealed"  # here, for a use that comes soon; parameters are sealed
 
 
-_TRANSITIONS = {
+_NEXT_RESIDENCES = {
     Residence.SHARDED: {Residence.GATHERING},
     Residence.GATHERING: {Residence.GATHERED, Residence.SHARDED},
     Residence.GATHERED: {Residence.SHARDED, Residence.GATHERED_SEALED},
@@ -94,7 +94,7 @@ class Unit:
         self._reductions: list[Work] = []
 
     def _become(self, residence: Residence) -> None:
-        if residence not in _TRANSITIONS[self.residence]:
+        if residence not in _NEXT_RESIDENCES[self.residence]:
             raise AssertionError(f"unit {self.name} is {self.residence.value} and cannot become {residence.value}")
         self.residence = residence
 
