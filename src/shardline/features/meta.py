@@ -392,7 +392,7 @@ class _Filling:
             if found is None or found.is_meta or found.shape != state.like.shape:
                 made = "nothing" if found is None else f"a tensor of {tuple(found.shape)} on {found.device}"
                 raise ModelError(
-                    f"an initialiser replaced parameter {state.name!r} by {made} instead of "
+                    f"an initialiser put {made} where it found parameter {state.name!r} of "
                     f"{tuple(state.like.shape)}. Let it write the values in place."
                 )
             self._run(partial(param.copy_, found), lambda param, state: True, final=True)
