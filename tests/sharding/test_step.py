@@ -30,8 +30,8 @@ def rows(*values: tuple[float, ...]) -> torch.Tensor:
     return torch.tensor([[*(row[place] for place in order), *told] for row in full], dtype=torch.float64)
 
 
-def verdict(*values, unit_weight=1.0, loss_scale=1.0, clip=0.0, check=False) -> Verdict:
-    return Verdict.of(rows(*values), unit_weight=unit_weight, loss_scale=loss_scale, clip=clip, check=check)
+def verdict(*values, accumulation=1.0, loss_scale=1.0, clip=0.0, check=False) -> Verdict:
+    return Verdict.of(rows(*values), accumulation=accumulation, loss_scale=loss_scale, clip=clip, check=check)
 
 
 def test_a_report_is_what_it_says() -> None:
@@ -61,7 +61,7 @@ def test_what_is_told_of_a_step() -> None:
     row = rows((9, 2, 5, 0, 0, 8), (16, 4, 5, 0, 0, 16))
     row[:, 10:] = torch.tensor(list(told.values()), dtype=torch.float64).T
     groups = torch.tensor([[5.0, 4.0], [15.0, 1.0]], dtype=torch.float64)
-    found = Verdict.of(torch.cat([row, groups], dim=1), unit_weight=2, loss_scale=8, clip=0.0, check=True)
+    found = Verdict.of(torch.cat([row, groups], dim=1), accumulation=2, loss_scale=8, clip=0.0, check=True)
     host = found.read()
     assert (host.loss, host.tokens, host.waited) == (7 / 4, 15, (0.25, 0.0))
     assert host.group_norms == pytest.approx([math.sqrt(20) / 24, math.sqrt(5) / 24])
@@ -71,7 +71,7 @@ def test_what_is_told_of_a_step() -> None:
 
 def test_norm_and_average() -> None:
     """Sums of gradients whose squares are 9 and 16, from 2 + 4 micro-steps of 1/2 each, under a scale of 8."""
-    found = verdict((9, 2, 5, 0, 0, 8), (16, 4, 5, 0, 0, 16), unit_weight=2, loss_scale=8)
+    found = verdict((9, 2, 5, 0, 0, 8), (16, 4, 5, 0, 0, 16), accumulation=2, loss_scale=8)
     assert float(found.average) == 6 / 2 * 8
     assert float(found.norm) == pytest.approx(5 / 24) and float(found.scale) == pytest.approx(24)
     host = found.read()

@@ -102,7 +102,7 @@ class Backwards:
     def _begin(self, *, factor: float) -> None:
         reducing = self._reduces_now()
         self._window.begin_backward(self._intake.share(), reducing=reducing)
-        self._trainables.schedule.begin_backward(reducing=reducing, factor=factor / self._window.divided)
+        self._trainables.schedule.begin_backward(reducing=reducing, factor=factor / self._window.divided_by)
 
     def _reduces_now(self) -> bool:
         return not self.no_sync and (self._every_time or self._window.at_boundary)
@@ -135,7 +135,7 @@ class Backwards:
         applied, by_accumulation = multiplied_by()
         if (applied, by_accumulation) == PLAIN:
             self._leftovers.see_plain_backward(self._scaler.scale)
-        own = self._intake.share() / (self._window.unit if by_accumulation else 1) * self._scaler.scale
+        own = self._intake.share() / (self._window.accumulation if by_accumulation else 1) * self._scaler.scale
         return own / applied if applied else 0.0
 
     @outside_modes

@@ -232,7 +232,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         """
         self.trainables.check_trains("backward()")
         _check_loss(loss)
-        divisor = self._window.unit if scale_wrt_gas else 1
+        divisor = self._window.accumulation if scale_wrt_gas else 1
         factor = self._intake.share() / divisor * self.scaler.scale
         foreign = self._leftovers.scale_of(loss, divisor)
         with self._backwards.running(factor, by_accumulation=scale_wrt_gas):

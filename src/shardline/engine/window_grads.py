@@ -244,14 +244,14 @@ class WindowGrads:
 
     def _average(self) -> float:
         """What the gradients are still to be divided by to be averages without a loss scale."""
-        return self._comm.data.size * self._scaler.scale / self._window.divided
+        return self._comm.data.size * self._scaler.scale / self._window.divided_by
 
     def _make_averages(self) -> None:
         if (average := self._average()) != 1.0:
             pieces = [piece for _, piece in self._pieces()]
             if pieces:
                 torch._foreach_div_(pieces, average)
-            self._window.divided *= average
+            self._window.divided_by *= average
 
     def _pieces(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's own elements of every parameter's gradient."""

@@ -174,7 +174,7 @@ class Boundary:
             transitions=digest(*log.values()),
             alike=statement.digest,
             on_device=statement.on_device,
-            loss=None if window.loss is None else window.loss.double() * window.unit,
+            loss=None if window.loss is None else window.loss.double() * window.accumulation,
             counted=0.0 if window.loss is None else window.counted,
             tokens=window.tokens,
             waited=self.update.comm.log.take_waited(),
@@ -182,7 +182,7 @@ class Boundary:
         )
         verdict = Verdict.of(
             self.update.comm.all_gather_vector(report.stack(self.update.device)),
-            unit_weight=window.unit,
+            accumulation=window.accumulation,
             loss_scale=self.scaler.scale,
             clip=self._clip,
             check=self._check,

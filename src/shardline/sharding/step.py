@@ -99,11 +99,11 @@ class Verdict:
     _arrived: torch.Event | None = field(default=None, init=False, repr=False)
 
     @classmethod
-    def of(cls, reports: Tensor, *, unit_weight: float, loss_scale: float, clip: float, check: bool) -> Verdict:
+    def of(cls, reports: Tensor, *, accumulation: float, loss_scale: float, clip: float, check: bool) -> Verdict:
         """Combine ``reports`` (ranks, columns), in rank order, so that every rank has the same bits.
 
         Args:
-            unit_weight: what every backward was divided by already: the divisor of the average is the sum of all
+            accumulation: what every backward was divided by already: the divisor of the average is the sum of all
                 weights over it.
             loss_scale: is divided by as well.
             clip: the norm to which gradients are clipped; 0.0 for none.
@@ -111,7 +111,7 @@ class Verdict:
         """
         weight, late, backwards = (reports[:, _COLUMN[name]] for name in ("weight", "late", "backwards"))
         total = reports[:, _COLUMN["squares"]].sum()
-        average = weight.sum() / unit_weight * loss_scale
+        average = weight.sum() / accumulation * loss_scale
         norm = total.sqrt() / average
         found_inf = ~torch.isfinite(norm) if check else torch.zeros_like(norm, dtype=torch.bool)
         # Ranks that sent different things have exchanged wrong ranges; those with late gradients need another round.
