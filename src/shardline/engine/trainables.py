@@ -29,7 +29,7 @@ from shardline.sharding.unit import Unit
 
 __all__ = ["Trainables"]
 
-DividedGradOf = Callable[[Bucket, int], Tensor | None]
+ShardedGradOf = Callable[[Bucket, int], Tensor | None]
 
 
 class Trainables:
@@ -68,7 +68,7 @@ class Trainables:
         make_boundary: Callable[[Update, Schedule], Boundary],
     ) -> None:
         self._on_output: Callable[[Any], None] | None = None
-        self._divided_grad: DividedGradOf | None = None
+        self._sharded_grad: ShardedGradOf | None = None
         self.layout, self.groups = layout, groups
         self.frozen_states: dict[str, ParamState] = {}
         self.averages = Averages()
@@ -109,16 +109,16 @@ class Trainables:
     def _show_divided_grads(self) -> None:
         for unit in self.layout.units:
             for bucket in unit.trainable:
-                bucket.divided_grad = self._divided_grad
+                bucket.sharded_grad = self._sharded_grad
 
-    def serve_loop(self, on_output: Callable[[Any], None], divided_grad: DividedGradOf) -> None:
+    def serve_loop(self, on_output: Callable[[Any], None], sharded_grad: ShardedGradOf) -> None:
         """The loop calls the model, and uses gradients, itself.
 
         Args:
             on_output: see :class:`shardline.sharding.hooks.Hooks`.
-            divided_grad: see :class:`shardline.sharding.bucket.Bucket`.
+            sharded_grad: see :class:`shardline.sharding.bucket.Bucket`.
         """
-        self._on_call, self._on_output, self._divided_grad = None, on_output, divided_grad
+        self._on_call, self._on_output, self._sharded_grad = None, on_output, sharded_grad
         self.renew_hooks()
         self._show_divided_grads()
 
@@ -305,4 +305,4 @@ class Trainables:
         # These refer back to the engine. Without them memory of the device is free with the last reference to the
         # engine, not when the garbage collector finds the cycle.
         del self.layout, self.schedule, self.hooks, self.params
-        del self._on_forward, self._on_call, self._on_output, self._divided_grad, self._make_boundary
+        del self._on_forward, self._on_call, self._on_output, self._sharded_grad, self._make_boundary

@@ -171,7 +171,7 @@ def _make_classes(original: type[nn.Parameter]) -> tuple[type[nn.Parameter], typ
             if collected is None or left_grad(self) is not None:
                 set_grad(self, value)
                 return
-        with torch.no_grad():  # what stands for a divided gradient has functions of its own
+        with torch.no_grad():  # what stands for a sharded gradient has functions of its own
             if value is None:
                 collected.zero_()
             elif value is not collected:
