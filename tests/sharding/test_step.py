@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def rows(*values: tuple[float, ...]) -> torch.Tensor:
-    """Per rank: squares, weight, left, late, samples, backwards (1), leaving, alike, on_device (0)."""
+    """Per rank: squares, weight, left_order, late, samples, backwards (1), exit_requested, alike, on_device (0)."""
     order = (0, 1, 3, 4, 5, 6, 7, 2, 8, 9)  # of the columns
     full = [[*row, *[1.0, 0.0, 0.0, 0.0][len(row) - 6 :]] for row in values]
     told = [0.0, 0.0, 0.0, 0.0]  # loss, counted, tokens, waited
@@ -38,11 +38,11 @@ def test_a_report_is_what_it_says() -> None:
     report = StepReport(
         squares=torch.tensor(2.5, dtype=torch.float64),
         weight=3.0,
-        left=True,
+        left_order=True,
         late=1,
         samples=40,
         backwards=2,
-        leaving=True,
+        exit_requested=True,
         transitions=2**32 - 1,
         alike=2**32 - 2,
         on_device=None,
@@ -75,7 +75,7 @@ def test_norm_and_average() -> None:
     assert float(found.average) == 6 / 2 * 8
     assert float(found.norm) == pytest.approx(5 / 24) and float(found.scale) == pytest.approx(24)
     host = found.read()
-    assert (host.skipped, host.diverged, host.left, host.late, host.samples) == (False, False, False, False, 24)
+    assert (host.skipped, host.diverged, host.left_order, host.late, host.samples) == (False, False, False, False, 24)
     assert host.norm == pytest.approx(5 / 24)
 
 
@@ -97,7 +97,7 @@ def test_ranks_that_did_different_things_do_not_step() -> None:
     host = verdict((1, 1, 5, 6, 0, 1), (1, 1, 4, 6, 0, 1)).read()
     assert host.diverged and host.skipped
     host = verdict((1, 1, 5, 0, 0, 1), (1, 1, 5, 1, 0, 1)).read()
-    assert not host.diverged and not host.skipped and host.left
+    assert not host.diverged and not host.skipped and host.left_order
     host = verdict((1, 1, 5, 6, 0, 1), (1, 1, 5, 6, 2, 1)).read()
     assert host.late and host.skipped and not host.diverged
 
@@ -116,8 +116,8 @@ def test_ranks_that_are_not_alike_do_not_step(column) -> None:
 
 
 def test_one_rank_that_leaves_takes_all_along() -> None:
-    assert verdict((1, 1, 0, 0, 0, 1, 1, 0), (1, 1, 0, 0, 0, 1, 1, 1)).read().leaving
-    assert not verdict((1, 1, 0, 0, 0, 1, 1, 0), (1, 1, 0, 0, 0, 1, 1, 0)).read().leaving
+    assert verdict((1, 1, 0, 0, 0, 1, 1, 0), (1, 1, 0, 0, 0, 1, 1, 1)).read().exit_requested
+    assert not verdict((1, 1, 0, 0, 0, 1, 1, 0), (1, 1, 0, 0, 0, 1, 1, 0)).read().exit_requested
 
 
 def test_a_step_without_any_backward_is_no_step() -> None:

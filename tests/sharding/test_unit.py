@@ -13,7 +13,7 @@ from shardline.plan import make_plan
 from shardline.plan.describe import describe_modules, describe_params
 from shardline.plan.placement import STAGES
 from shardline.sharding.buffer import BufferPool, view
-from shardline.sharding.parameter import is_sealed, left_grad, set_grad
+from shardline.sharding.parameter import autograd_grad, is_sealed, set_grad
 from shardline.sharding.precision import Precision
 from shardline.sharding.unit import Residence, Unit
 
@@ -106,7 +106,7 @@ def test_gradients_are_collected_added_and_dropped() -> None:
         set_grad(model.matrix, torch.full((9, 11), turn))
         set_grad(model.columns, torch.arange(35.0).reshape(5, 7))  # in another order than the weight
         unit.reduce_scatter(0.5)
-        assert left_grad(model.matrix) is None
+        assert autograd_grad(model.matrix) is None
     places = {entry.param.name: bucket.grads.reduced[entry.offset : entry.stop] for entry in bucket.plan.entries}
     assert bool((places["matrix"] == 1.5).all()) and bool((places["scalar"] == 0).all())
     assert torch.equal(places["columns"].as_strided((5, 7), (1, 5)), torch.arange(35.0).reshape(5, 7))

@@ -305,7 +305,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         self._end_window(end_of_window, lr_kwargs or {})
         self.comm.watch.status.count(self.progress.global_steps, 0)
         self.window_start.mark(self._intake.position)
-        self.checkpoints.after_step(leave=self.progress.leaving)
+        self.checkpoints.after_step(leave=self.progress.exit_requested)
 
     def _count_micro_step(self, weight: float | None) -> None:
         intake = self._intake
@@ -333,7 +333,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
                 self.trainables.hooks.unpin()  # its graphs are of weights that now change
                 host = boundary.end(
                     self._window,
-                    leaving=self.checkpoints.exit_requested,
+                    exit_requested=self.checkpoints.exit_requested,
                     at_once=scheduler is not None and not lr.can_undo(scheduler),
                     before=partial(self._call, self._before_step) if self._before_step else None,
                     after=partial(self._call, self._after_step) if self._after_step else None,

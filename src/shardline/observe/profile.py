@@ -38,7 +38,7 @@ class Profile:
 
     def __init__(self, units: Sequence[Unit], device: torch.device, steps: int, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self._units, self._left = path, list(units), steps
+        self.path, self._units, self._remaining = path, list(units), steps
         for unit in self._units:
             for method, words in _MOMENTS.items():
                 setattr(unit, method, _in_range(getattr(unit, method), f"{words} {_name(unit)}"))
@@ -55,10 +55,10 @@ class Profile:
 
     def end_step(self) -> bool:
         """A step is over. Returns whether it was the last, and writes the trace then."""
-        self._left -= 1
-        if not self._left:
+        self._remaining -= 1
+        if not self._remaining:
             self.end()
-        return not self._left
+        return not self._remaining
 
     def end(self) -> None:
         """Write the trace of what has run."""

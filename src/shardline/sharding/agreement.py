@@ -91,7 +91,7 @@ class Agreement:
     Attributes:
         last: the sharded unit that forwards use last, as a set of one or none.
         reduce_order: of the next negotiated backward.
-        left: whether this rank left an order in this step.
+        left_order: whether this rank left an order in this step.
     """
 
     def __init__(self, units: Sequence[Unit], negotiation: Negotiation, *, prefetch: bool) -> None:
@@ -104,7 +104,7 @@ class Agreement:
         self._differed = False  # ranks did, in this step
         self.last = frozenset(self._sharded[-1:])
         self.reduce_order = [unit.index for unit in reversed(units) if unit.trainable]
-        self.left = False
+        self.left_order = False
 
     # -- a pass -----------------------------------------------------------------------------------------------------
 
@@ -179,9 +179,9 @@ class Agreement:
             self._disagree()
         else:
             self._doubt = max(0, self._doubt - 1)
-        left, self.left, self._differed = self.left, False, False
+        left_order, self.left_order, self._differed = self.left_order, False, False
         self._passes.clear()
-        return left
+        return left_order
 
     def distrust(self, *, ending: bool = False) -> None:
         """Some rank left an agreed order, or had late gradients, and all know it. The next step is negotiated.

@@ -84,7 +84,7 @@ class Boundary:
         self,
         window: Window,
         *,
-        leaving: bool,
+        exit_requested: bool,
         at_once: bool = False,
         before: Callable[[], None] | None = None,
         after: Callable[[], None] | None = None,
@@ -95,7 +95,7 @@ class Boundary:
 
         Args:
             window: what this rank has seen.
-            leaving: whether this rank was asked to save and end.
+            exit_requested: whether this rank was asked to save and end.
             at_once: whether the host must know the verdict when this returns.
             before, after: called around the optimizer's step; see :meth:`Update.apply`.
 
@@ -111,14 +111,14 @@ class Boundary:
         for unit in self.update.units:
             unit.adopt(keep=False)
         self._reduce_rest(window)
-        left, statement = self.schedule.end_step(), self.alike.state()
+        left_order, statement = self.schedule.end_step(), self.alike.state()
         hooked = before is not None or after is not None
         reads = at_once or self._first or self.reads_at_once or self.update.needs_host(hooked)
-        judged = self._judge(window, left, statement, leaving, reads=reads, late=self._was_late)
+        judged = self._judge(window, left_order, statement, exit_requested, reads=reads, late=self._was_late)
         self._was_late = False
         if judged.host is not None and judged.host.late:
             self._reduce_late()
-            judged = self._judge(window, left, statement, leaving, reads=reads, late=True)
+            judged = self._judge(window, left_order, statement, exit_requested, reads=reads, late=True)
         verdict, host = judged.verdict, judged.host
         if host is not None:
             self._refuse(judged, host, "this step")
@@ -156,7 +156,14 @@ class Boundary:
                 self._was_late = True
 
     def _judge(
-        self, window: Window, left: bool, statement: Statement, leaving: bool, *, reads: bool, late: bool = False
+        self,
+        window: Window,
+        left_order: bool,
+        statement: Statement,
+        exit_requested: bool,
+        *,
+        reads: bool,
+        late: bool = False,
     ) -> JudgedStep:
         """One small collective: the ranks compare their reports."""
         self.schedule.finish_reductions()
@@ -166,11 +173,11 @@ class Boundary:
         report = StepReport(
             squares=self.update.squares(),
             weight=window.weight,
-            left=left,
+            left_order=left_order,
             late=sum(unit.has_partial() for unit in self.update.units),
             samples=window.samples,
             backwards=window.backwards,
-            leaving=leaving,
+            exit_requested=exit_requested,
             transitions=digest(*log.values()),
             alike=statement.digest,
             on_device=statement.on_device,
@@ -244,8 +251,8 @@ class Boundary:
 
     def _adopt(self, host: HostVerdict, *, late: bool, ending: bool) -> None:
         """What all ranks do alike. ``late``: some rank had late gradients."""
-        self.progress.leaving = self.progress.leaving or host.leaving
-        if host.left or late:  # some rank left an order or has late gradients: all ranks take note
+        self.progress.exit_requested = self.progress.exit_requested or host.exit_requested
+        if host.left_order or late:  # some rank left an order or has late gradients: all ranks take note
             untrusted = self.update.comm.messages.exchange(sorted(self.schedule.untrusted))
             self.schedule.distrust({index for indices in untrusted for index in indices}, ending=ending)
 

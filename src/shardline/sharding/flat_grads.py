@@ -20,7 +20,7 @@ from shardline.plan.placement import Placement
 from shardline.sharding.buffer import BufferPool, flat, owns_its_memory, view
 from shardline.sharding.gradient import collect_grads, drop_grads, gradient_error, has_grads
 from shardline.sharding.host import HostMemory
-from shardline.sharding.parameter import left_grad
+from shardline.sharding.parameter import autograd_grad
 from shardline.sharding.precision import Precision
 from shardline.sharding.shard import Shard
 
@@ -86,7 +86,7 @@ class FlatGrads:
         """
         param, entry = self.params[0], self.plan.entries[0]
         with torch._C.DisableTorchFunctionSubclass():
-            found = left_grad(param)
+            found = autograd_grad(param)
         if found is None or found.layout is not torch.strided or found.dtype != self.dtype:
             return False
         if found.numel() != self.plan.size or found.stride() != entry.param.stride or not owns_its_memory(found):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shardline.errors import UsageError
 from shardline.sharding.containers import replace_tensors, tensors_in
-from shardline.sharding.parameter import HARMLESS, left_grad, set_grad
+from shardline.sharding.parameter import HARMLESS, autograd_grad, set_grad
 
 __all__ = ["SealedGrad", "collect_grads", "drop_grads", "gradient_error", "has_grads"]
 
@@ -24,7 +24,7 @@ __all__ = ["SealedGrad", "collect_grads", "drop_grads", "gradient_error", "has_g
 def collect_grads(params: Sequence[Tensor]) -> list[Tensor | None]:
     """What autograd has left in ``.grad`` of each of ``params``, which have none afterwards."""
     with torch._C.DisableTorchFunctionSubclass():
-        grads = [left_grad(param) for param in params]
+        grads = [autograd_grad(param) for param in params]
         for param, grad in zip(params, grads, strict=True):
             if grad is not None:
                 set_grad(param, None)
@@ -39,7 +39,7 @@ def drop_grads(params: Sequence[Tensor]) -> None:
 def has_grads(params: Sequence[Tensor]) -> bool:
     """Whether autograd has left anything in ``.grad`` of ``params``."""
     with torch._C.DisableTorchFunctionSubclass():
-        return any(left_grad(param) is not None for param in params)
+        return any(autograd_grad(param) is not None for param in params)
 
 
 def gradient_error(name: str, operation: str) -> UsageError:

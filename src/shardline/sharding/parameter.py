@@ -30,9 +30,9 @@ __all__ = [
     "Owner",
     "ParamRecord",
     "assign",
+    "autograd_grad",
     "has_own_attributes",
     "is_sealed",
-    "left_grad",
     "make_ordinary",
     "record_of",
     "seal",
@@ -122,7 +122,7 @@ def has_own_attributes(param: nn.Parameter) -> bool:
 _DATA: Any = torch._C.TensorBase.data
 _GRAD: Any = torch._C.TensorBase.grad
 
-left_grad: Callable[[Tensor], Tensor | None] = _GRAD.__get__
+autograd_grad: Callable[[Tensor], Tensor | None] = _GRAD.__get__
 """What autograd has left in ``.grad`` and was not collected yet. To be called without torch functions."""
 
 set_grad: Callable[[Tensor, Tensor | None], None] = _GRAD.__set__
@@ -159,7 +159,7 @@ def _make_classes(original: type[nn.Parameter]) -> tuple[type[nn.Parameter], typ
 
     def read_grad(self: Any) -> Tensor | None:
         with torch._C.DisableTorchFunctionSubclass():
-            grad = left_grad(self)
+            grad = autograd_grad(self)
         if grad is not None or torch._guards.TracingContext.try_get() is not None:  # compilers must not trace the seal
             return grad
         record: ParamRecord = self._shardline
@@ -168,7 +168,7 @@ def _make_classes(original: type[nn.Parameter]) -> tuple[type[nn.Parameter], typ
     def write_grad(self: Any, value: Tensor | None) -> None:
         collected = read_grad(self)
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-            if collected is None or left_grad(self) is not None:
+            if collected is None or autograd_grad(self) is not None:
                 set_grad(self, value)
                 return
         with torch.no_grad():  # what stands for a sharded gradient has functions of its own

@@ -34,10 +34,10 @@ class Pass:
         kept: units that are not released before the pass is over.
 
     Attributes:
-        left: whether this rank needed something else than an agreed order says.
+        left_order: whether this rank needed something else than an agreed order says.
     """
 
-    left = False
+    left_order = False
 
     def __init__(self, kept: Collection[int] = ()) -> None:
         self.kept = kept
@@ -178,12 +178,12 @@ class Replayed(Pass):
             self._ahead = None
         elif unit.residence is Residence.SHARDED:
             yield from self._gather_in_order(unit)
-        self.left = self.left or unit.index in self.order.idle
+        self.left_order = self.left_order or unit.index in self.order.idle
         unit.wait_for_unshard()
         yield from self._run()
 
     def reshard(self, unit: Unit) -> None:
-        if self.left:
+        if self.left_order:
             self._keep(unit)
         else:
             super().reshard(unit)
@@ -202,7 +202,7 @@ class Replayed(Pass):
             elif event in self._resident:
                 self._resident.discard(event)
             else:
-                self.left = self.left or event not in self.order.idle
+                self.left_order = self.left_order or event not in self.order.idle
                 unit = self._units[event]
                 keeps = event in self.kept and unit.residence is Residence.SHARDED
                 yield unit.unshard if keeps else unit.join_unshard
@@ -240,10 +240,10 @@ class Replayed(Pass):
             event = events[self._position]
             self._position += 1
             if event < 0:
-                self.left = self.left or not self._ready(~event)
+                self.left_order = self.left_order or not self._ready(~event)
                 yield from self._reduce(~event)
             elif event != unit.index:
-                self.left = self.left or not (event in self.order.idle or event in self._resident)
+                self.left_order = self.left_order or not (event in self.order.idle or event in self._resident)
                 yield from self._join_skipped(event)
             else:
                 if event not in self._gathered:
@@ -288,7 +288,7 @@ class Replayed(Pass):
     def _drop_ahead(self) -> None:
         """What was to be used next is not."""
         if self._ahead is not None:
-            self.left = True
+            self.left_order = True
             unit, self._ahead = self._ahead, None
             self._keep(unit)
 

@@ -259,7 +259,7 @@ class Schedule:
 
     def _conclude(self, current: Pass) -> None:
         """Everything of a pass was issued: see whether ranks did the same."""
-        self._agreement.left = self._agreement.left or current.left
+        self._agreement.left_order = self._agreement.left_order or current.left_order
         if isinstance(current, Negotiated):
             uses = self._uses
             self._agreement.conclude(

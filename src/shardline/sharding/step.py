@@ -30,11 +30,11 @@ class StepReport:
     Attributes:
         squares: sum of squares of this rank's shard of the summed, unscaled gradients (0-dim, float64).
         weight: what this rank's gradients count for: micro-steps, samples or tokens.
-        left: whether this rank left an agreed order of collectives since the last step.
+        left_order: whether this rank left an agreed order of collectives since the last step.
         late: units with gradients that no reduction has seen yet.
         samples: samples seen.
         backwards: backwards in this window.
-        leaving: whether this rank was asked to save and end.
+        exit_requested: whether this rank was asked to save and end.
         transitions: digest of the collectives issued since the last step.
         alike: digest of what must be the same on all ranks (:class:`shardline.sharding.alike.Statement`).
         on_device: the same of what only the device knows (0-dim, float64), if there is such a thing.
@@ -47,11 +47,11 @@ class StepReport:
 
     squares: Tensor
     weight: float
-    left: bool
+    left_order: bool
     late: int
     samples: int
     backwards: int
-    leaving: bool
+    exit_requested: bool
     transitions: int
     alike: int
     on_device: Tensor | None
@@ -147,11 +147,11 @@ class Verdict:
             norm=norm,
             scale=scale,
             diverged=not same["transitions"],
-            left=any(column["left"]),
+            left_order=any(column["left_order"]),
             late=any(column["late"]),
             samples=int(sum(column["samples"])),
             backwards=int(sum(column["backwards"])),
-            leaving=any(column["leaving"]),
+            exit_requested=any(column["exit_requested"]),
             alike=same["alike"] and same["on_device"],
             loss=sum(column["loss"]) / counted if counted else None,
             tokens=int(sum(column["tokens"])),
@@ -180,11 +180,11 @@ class HostVerdict:
     norm: float
     scale: float
     diverged: bool
-    left: bool
+    left_order: bool
     late: bool
     samples: int
     backwards: int
-    leaving: bool = False
+    exit_requested: bool = False
     alike: bool = True
     loss: float | None = None
     tokens: int = 0

@@ -173,7 +173,7 @@ class Progress:
         average_updates: how often a moving average of the weights has followed them.
         norm: of the last step's averaged gradients before clipping.
         applied: whether the last call of ``step()`` changed the weights, as far as the host knows.
-        leaving: whether some rank was asked to save and end.
+        exit_requested: whether some rank was asked to save and end.
     """
 
     global_steps: int = 0
@@ -183,4 +183,4 @@ class Progress:
     average_updates: int = 0
     norm: Tensor | float | None = None
     applied: bool = False
-    leaving: bool = False
+    exit_requested: bool = False
