@@ -294,7 +294,7 @@ def test_low_precision_weights_follow_their_masters() -> None:
     update, unit, model, _ = make(lambda params: torch.optim.SGD(params, lr=2.0**-12, fused=True), torch.bfloat16)
     with torch.no_grad():
         model.weight.fill_(1.0)
-    unit.adopt()
+    unit.adopt(keep=True)
     for _ in range(16):  # each step is lost in bf16 next to 1; sixteen of them are not
         model.weight.grad = torch.ones_like(model.weight)
         unit.reduce_scatter(1.0)

@@ -213,7 +213,7 @@ class Trainables:
     def adopt_edits(self) -> None:
         """Take what the user wrote into weights over into the masters."""
         for unit in self.layout.units:
-            unit.adopt()
+            unit.adopt(keep=True)
 
     def on_sealed_access(self, unit: Unit) -> bool:
         """A sealed parameter of ``unit`` is used outside of its module. Says whether it was gathered."""

@@ -233,7 +233,7 @@ class Boundary:
         judged, self._last = self._last, None
         if judged is not None and judged.host is not None:
             self._refuse(judged, judged.host, "the step before")
-            self._adopt(judged.host, late=judged.late or judged.host.late, ending=ending)
+            self._act_on(judged.host, late=judged.late or judged.host.late, ending=ending)
 
     def forget(self) -> None:
         """The last step does not count any more: other states were loaded."""
@@ -249,7 +249,7 @@ class Boundary:
         if not host.backwards:
             raise no_backward(before=what == "the step before")
 
-    def _adopt(self, host: HostVerdict, *, late: bool, ending: bool) -> None:
+    def _act_on(self, host: HostVerdict, *, late: bool, ending: bool) -> None:
         """What all ranks do alike. ``late``: some rank had late gradients."""
         self.progress.exit_requested = self.progress.exit_requested or host.exit_requested
         if host.left_order or late:  # some rank left an order or has late gradients: all ranks take note

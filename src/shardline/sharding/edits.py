@@ -104,11 +104,11 @@ class Edits:
 
     # -- bringing in ------------------------------------------------------------------------------------------------
 
-    def adopt(self, *, keep: bool = False) -> None:
+    def adopt(self, *, keep: bool) -> None:
         """Bring edits of resting weights (``clamp_``, ``load_state_dict``, ``.data``) into the masters.
 
         Args:
-            keep: whether the masters of now come back if, until the next update, the weights do.
+            keep: whether the masters from before the edit come back if, before the next update, the weights do.
 
         Raises:
             ModelError: if a parameter's tensor was replaced instead of edited.

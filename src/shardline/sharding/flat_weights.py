@@ -187,7 +187,7 @@ class FlatWeights:
         """Bring masters up to weights that were edited; where a weight is still its rounded master, that stays.
 
         Args:
-            keep: whether the masters of now come back if, until the next update, the weights do.
+            keep: whether the masters from before the edit come back if, before the next update, the weights do.
         """
         if self.master is None or self.masters_are_weights:
             return

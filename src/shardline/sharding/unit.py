@@ -220,7 +220,7 @@ class Unit:
             for bucket in self.buckets:
                 bucket.edits.check_in_place()
 
-    def adopt(self, *, keep: bool = True) -> None:
+    def adopt(self, *, keep: bool) -> None:
         """Notice edits that were made to resting weights; see :meth:`Edits.adopt`."""
         if not self.sharded:
             for bucket in self.buckets:
@@ -231,7 +231,7 @@ class Unit:
         for bucket in self.buckets:
             if bucket.weights.before_edit is not None:
                 if not self.sharded:
-                    bucket.edits.adopt()
+                    bucket.edits.adopt(keep=False)
                 bucket.weights.before_edit = None
 
     def note_versions(self) -> None:
