@@ -19,7 +19,7 @@ from shardline.sharding.orders import Order
 from shardline.sharding.reduce_queue import ReduceQueue
 from shardline.sharding.unit import Residence, Unit
 
-__all__ = ["Issue", "Negotiated", "Pass", "Replayed"]
+__all__ = ["Followed", "Issue", "Negotiated", "Pass"]
 
 Issue = Callable[[], None]
 """Starts one collective."""
@@ -133,7 +133,7 @@ class Negotiated(Pass):
             self._negotiation.reduced(number, self.issued)
 
 
-class Replayed(Pass):
+class Followed(Pass):
     """A pass by an agreed order.
 
     A rank that uses units in another way still issues what the others issue, in the same order: gathers that it passes
@@ -141,7 +141,7 @@ class Replayed(Pass):
     that it does not have yet.
 
     Args:
-        resident: units that are here on every rank from before this pass: their first gather is none.
+        carried_over: units that are here on every rank from before this pass: their first gather is none.
         prefetch: whether gathers begin one use ahead.
         room: elements of weights to keep that were gathered for other ranks.
         queue: of reductions, in a backward that reduces.
@@ -154,7 +154,7 @@ class Replayed(Pass):
         units: Sequence[Unit],
         kept: Collection[int],
         *,
-        resident: Collection[int],
+        carried_over: Collection[int],
         prefetch: bool,
         room: int,
         queue: ReduceQueue | None = None,
@@ -163,7 +163,7 @@ class Replayed(Pass):
     ) -> None:
         super().__init__(kept)
         self.order, self._units = order, units
-        self._resident = set(resident)
+        self._carried_over = set(carried_over)
         self._prefetch, self._room = prefetch, room
         self._queue, self._ready, self._factor = queue, ready, factor
         self._position = 0
@@ -199,8 +199,8 @@ class Replayed(Pass):
             self._position += 1
             if event < 0:
                 yield from self._reduce(~event)
-            elif event in self._resident:
-                self._resident.discard(event)
+            elif event in self._carried_over:
+                self._carried_over.discard(event)
             else:
                 self.left_order = self.left_order or event not in self.order.idle
                 unit = self._units[event]
@@ -218,7 +218,7 @@ class Replayed(Pass):
                 self._position += 1
                 yield from self._reduce(~event)
                 continue
-            if event in self._resident or event in self.order.idle:
+            if event in self._carried_over or event in self.order.idle:
                 self._position += 1
                 yield from self._join_skipped(event)
                 continue
@@ -243,21 +243,21 @@ class Replayed(Pass):
                 self.left_order = self.left_order or not self._ready(~event)
                 yield from self._reduce(~event)
             elif event != unit.index:
-                self.left_order = self.left_order or not (event in self.order.idle or event in self._resident)
+                self.left_order = self.left_order or not (event in self.order.idle or event in self._carried_over)
                 yield from self._join_skipped(event)
             else:
                 if event not in self._gathered:
                     self._drop_ahead()
                 self._gathered.add(event)
-                if event in self._resident:  # it was gathered, and this rank has resharded it
+                if event in self._carried_over:  # it was gathered, and this rank has resharded it
                     raise self._refusal(unit)
                 yield unit.unshard
 
     def _join_skipped(self, index: int) -> Iterator[Issue]:
         """Take part in a gather that this rank does not need now."""
         unit = self._units[index]
-        if index in self._resident:
-            self._resident.discard(index)
+        if index in self._carried_over:
+            self._carried_over.discard(index)
             return
         self._gathered.add(index)
         if unit.residence is not Residence.SHARDED:

@@ -33,7 +33,7 @@ from functools import partial
 
 from shardline.sharding.agreement import Agreement, Kind, PassRecord, Signature
 from shardline.sharding.negotiation import Negotiation
-from shardline.sharding.passes import Issue, Negotiated, Pass, Replayed
+from shardline.sharding.passes import Followed, Issue, Negotiated, Pass
 from shardline.sharding.readiness import Readiness
 from shardline.sharding.reduce_queue import ReduceQueue
 from shardline.sharding.unit import Residence, Unit
@@ -111,13 +111,13 @@ class Schedule:
         self._agreement = Agreement(units, self._negotiation, prefetch=prefetch)
         self._readiness = Readiness(units)
         self._queue = ReduceQueue(units, on_host=on_host)
-        self._replay = partial(Replayed, prefetch=prefetch, room=max_kept, ready=self._readiness.is_ready)
+        self._follow = partial(Followed, prefetch=prefetch, room=max_kept, ready=self._readiness.is_ready)
         self._reshard_after_forward = reshard_after_forward
         self._sharded = [unit.index for unit in units if unit.sharded]
         self._forward: Pass | None = None
         self._backward = Pass()
         self._running = Signature(Kind.FORWARD), 0  # the pass, and its place in the step
-        self._resident: set[int] = set()  # what is here between two passes, on every rank
+        self._carried_over: set[int] = set()  # what is here between two passes, on every rank
         self._uses = _Uses()
         self._calls = 0  # of modules, now: not uses by gathered_parameters(), in which ranks may differ
         self._converted: list[Unit] = []
@@ -130,7 +130,7 @@ class Schedule:
         """The model's own forward begins."""
         if self.in_backward or self._forward is not None:
             return
-        self._release_but(self._resident)
+        self._release_but(self._carried_over)
         if not self._reshard_after_forward:
             kept = frozenset(self._sharded)
         else:  # a backward begins with what was used last: to release that would only gather it again
@@ -154,10 +154,10 @@ class Schedule:
         finally:
             self._end_conversions()
             kept = self._agreement.last & set(current.kept) if self._reshard_after_forward else current.kept
-            self._resident = {index for index in kept if self.units[index].residence is not Residence.SHARDED}
-            self._release_but(self._resident)
+            self._carried_over = {index for index in kept if self.units[index].residence is not Residence.SHARDED}
+            self._release_but(self._carried_over)
             if self._reshard_after_forward:
-                for index in self._resident:
+                for index in self._carried_over:
                     self.units[index].seal_keeping_buffer()
 
     def pre_forward(self, unit: Unit) -> None:
@@ -181,7 +181,7 @@ class Schedule:
         if self._forward is not None:
             self._forward.reshard(unit)
         else:
-            self._resident.discard(unit.index)
+            self._carried_over.discard(unit.index)
             unit.reshard()
 
     def on_sealed_access(self, unit: Unit) -> bool:
@@ -217,7 +217,7 @@ class Schedule:
         if unit.residence is not Residence.SHARDED:
             unit.wait_for_unshard()
         elif self._negotiation.request(unit):  # past the model's own forward, where no pass begins or ends
-            self._resident.add(unit.index)
+            self._carried_over.add(unit.index)
         else:
             self._agreement.differ()
         return ()
@@ -253,9 +253,9 @@ class Schedule:
         if order is None:
             ready, reduce_order = self._readiness.is_ready, self._agreement.reduce_order
             return Negotiated(self._negotiation, self.units, kept, queue, reduce_order, ready, self.factor)
-        resident = [index for index in self._sharded if self.units[index].residence is not Residence.SHARDED]
+        carried_over = [index for index in self._sharded if self.units[index].residence is not Residence.SHARDED]
         kept = order.stays | frozenset(kept)
-        return self._replay(order, self.units, kept, resident=resident, queue=queue, factor=self.factor)
+        return self._follow(order, self.units, kept, carried_over=carried_over, queue=queue, factor=self.factor)
 
     def _conclude(self, current: Pass) -> None:
         """Everything of a pass was issued: see whether ranks did the same."""
@@ -301,8 +301,8 @@ class Schedule:
         self.reducing = reducing and not all(unit.is_local for unit in self.units)
         self._readiness.begin()
         self._queue.begin()
-        self._release_but(self._resident)
-        self._resident = set()
+        self._release_but(self._carried_over)
+        self._carried_over = set()
         if not self.reducing and not self._sharded:
             self._backward = Pass()
             return
