@@ -61,7 +61,8 @@ class PassRecord:
     """What this rank did in a negotiated pass.
 
     Attributes:
-        signature, place: of the pass: its number among those of its signature in the step.
+        signature: of the pass.
+        nth: its number, from 0, among the passes of its signature in the step.
         events: as :class:`Order` has them.
         kept: units that were not released before the end of the pass.
         uses: units that the forwards since the last backward used, in order.
@@ -71,7 +72,7 @@ class PassRecord:
     """
 
     signature: Signature
-    place: int
+    nth: int
     events: tuple[int, ...]
     kept: frozenset[int]
     uses: tuple[int, ...]
@@ -97,7 +98,7 @@ class Agreement:
     def __init__(self, units: Sequence[Unit], negotiation: Negotiation, *, prefetch: bool) -> None:
         self._units, self._negotiation, self._prefetch = units, negotiation, prefetch
         self._sharded = [unit.index for unit in units if unit.sharded]
-        self._orders: dict[Signature, list[Order | None]] = {}  # by the pass's place among its like in the step
+        self._orders: dict[Signature, list[Order | None]] = {}  # by the pass's number among its like in the step
         self._passes: Counter[Signature] = Counter()  # of this step
         self._doubt = 0  # steps in which every pass is negotiated
         self._disagreements = 0
@@ -109,19 +110,19 @@ class Agreement:
     # -- a pass -----------------------------------------------------------------------------------------------------
 
     def order(self, signature: Signature) -> Order | None:
-        """The order for the next such pass: that of its place in the step; for a forward else the last before.
+        """The order for the next such pass: that of its number in the step; for a forward else the last before.
 
         The order of a backward leaves out what it did not need, which another one may: as the second of one graph.
         """
-        known, place = self._orders.get(signature), self._passes[signature]
+        known, nth = self._orders.get(signature), self._passes[signature]
         if self._doubt or self._differed or not known:
             return None
-        if place >= len(known) and not signature.kind.is_forward:
+        if nth >= len(known) and not signature.kind.is_forward:
             return None
-        return known[min(place, len(known) - 1)]
+        return known[min(nth, len(known) - 1)]
 
     def begin(self, signature: Signature) -> int:
-        """Such a pass begins. Returns its place in the step."""
+        """Such a pass begins. Returns its number among its like in the step."""
         self._passes[signature] += 1
         return self._passes[signature] - 1
 
@@ -134,16 +135,16 @@ class Agreement:
 
     def conclude(self, record: PassRecord) -> None:
         """Compare what ranks did in a negotiated pass, and remember it where they did the same. Collective."""
-        kind, place = record.signature.kind, record.place
+        kind, nth = record.signature.kind, record.nth
         point = _END_OF_FORWARD if kind.is_forward else _END_OF_BACKWARD
         alike = self._negotiation.wait_at(point, record.reductions, record.digest)
         known = self._orders.setdefault(record.signature, [])
-        known += [None] * (place + 1 - len(known))
+        known += [None] * (nth + 1 - len(known))
         if not alike and not self._sharded:  # ranks can differ only in when their units are ready
-            known[place] = Order(tuple(~index for index in self.reduce_order))
+            known[nth] = Order(tuple(~index for index in self.reduce_order))
             return
         self._differed = self._differed or not alike
-        known[place] = self._order_of(record) if alike else None
+        known[nth] = self._order_of(record) if alike else None
         if alike and kind is Kind.FORWARD and record.last is not None:
             self.last = frozenset([record.last]) & set(self._sharded)
         if alike and kind is Kind.BACKWARD:

@@ -116,7 +116,7 @@ class Schedule:
         self._sharded = [unit.index for unit in units if unit.sharded]
         self._forward: Pass | None = None
         self._backward = Pass()
-        self._running = Signature(Kind.FORWARD), 0  # the pass, and its place in the step
+        self._running = Signature(Kind.FORWARD), 0  # the pass, and its number among its like in the step
         self._carried_over: set[int] = set()  # what is here between two passes, on every rank
         self._uses = _Uses()
         self._calls = 0  # of modules, now: not uses by gathered_parameters(), in which ranks may differ
