@@ -66,7 +66,7 @@ class PassRecord:
         events: as :class:`Order` has them.
         kept: units that were not released before the end of the pass.
         uses: units that the forwards since the last backward used, in order.
-        needless: those of them that no backward needs: it ends in them, since nothing they were given has a gradient.
+        no_input_grads: those of them none of whose inputs required a gradient: backward ends in them.
         last: the unit that the last forward used last.
         reductions: how many were started.
     """
@@ -76,14 +76,14 @@ class PassRecord:
     events: tuple[int, ...]
     kept: frozenset[int]
     uses: tuple[int, ...]
-    needless: frozenset[int]
+    no_input_grads: frozenset[int]
     last: int | None
     reductions: int
 
     @cached_property
     def digest(self) -> int:
         """What ranks compare."""
-        return digest(self.events, self.uses, sorted(self.needless), [-1 if self.last is None else self.last])
+        return digest(self.events, self.uses, sorted(self.no_input_grads), [-1 if self.last is None else self.last])
 
 
 class Agreement:
@@ -155,7 +155,7 @@ class Agreement:
         to gather the others as well would cost more than to negotiate."""
         kind, events = record.signature.kind, record.events
         # Only what a backward could have needed, with another loss: it leaves out what none does, as an embedding.
-        left_out = () if kind.is_forward else record.needless
+        left_out = () if kind.is_forward else record.no_input_grads
         idle = [index for index in self._sharded if index not in events and index not in left_out]
         if kind is Kind.EVALUATION and idle:
             return None
@@ -165,7 +165,7 @@ class Agreement:
             idle,
             self._negotiation.repeated | record.kept if kind.is_forward else (),
             plan=self._sharded if kind.is_forward else self._sharded[::-1],
-            ahead=self._prefetch,
+            prefetch=self._prefetch,
         )
 
     def differ(self) -> None:

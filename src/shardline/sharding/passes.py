@@ -168,14 +168,14 @@ class Followed(Pass):
         self._queue, self._ready, self._factor = queue, ready, factor
         self._position = 0
         self._gathered: set[int] = set()
-        self._ahead: Unit | None = None  # prefetched, for the next use
+        self._prefetched: Unit | None = None  # gathered for the next use
         self._spare: dict[Unit, None] = {}  # gathered and not in use, oldest first
 
     def unshard(self, unit: Unit, *, again: bool = False) -> Iterator[Issue]:
-        if unit.residence is Residence.GATHERED and unit is not self._ahead:
+        if unit.residence is Residence.GATHERED and unit is not self._prefetched:
             return
-        if unit is self._ahead:
-            self._ahead = None
+        if unit is self._prefetched:
+            self._prefetched = None
         elif unit.residence is Residence.SHARDED:
             yield from self._gather_in_order(unit)
         self.left_order = self.left_order or unit.index in self.order.idle
@@ -192,7 +192,7 @@ class Followed(Pass):
         return self._run()
 
     def finish(self) -> Iterator[Issue]:
-        self._drop_ahead()
+        self._drop_prefetched()
         events = self.order.events
         while self._position < len(events):
             event = events[self._position]
@@ -222,12 +222,12 @@ class Followed(Pass):
                 self._position += 1
                 yield from self._join_skipped(event)
                 continue
-            if not self._prefetch or self._ahead is not None or event in self._gathered:
+            if not self._prefetch or self._prefetched is not None or event in self._gathered:
                 return
             self._position += 1
             self._gathered.add(event)
-            self._ahead = self._units[event]
-            yield self._ahead.unshard
+            self._prefetched = self._units[event]
+            yield self._prefetched.unshard
 
     def _gather_in_order(self, unit: Unit) -> Iterator[Issue]:
         """Issue all that comes before the gather of ``unit``, and that."""
@@ -247,7 +247,7 @@ class Followed(Pass):
                 yield from self._join_skipped(event)
             else:
                 if event not in self._gathered:
-                    self._drop_ahead()
+                    self._drop_prefetched()
                 self._gathered.add(event)
                 if event in self._carried_over:  # it was gathered, and this rank has resharded it
                     raise self._refusal(unit)
@@ -285,11 +285,11 @@ class Followed(Pass):
             del self._spare[oldest]
             oldest.reshard()
 
-    def _drop_ahead(self) -> None:
+    def _drop_prefetched(self) -> None:
         """What was to be used next is not."""
-        if self._ahead is not None:
+        if self._prefetched is not None:
             self.left_order = True
-            unit, self._ahead = self._ahead, None
+            unit, self._prefetched = self._prefetched, None
             self._keep(unit)
 
     def _refusal(self, unit: Unit) -> DisagreementError:

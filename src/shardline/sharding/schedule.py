@@ -268,7 +268,7 @@ class Schedule:
                     events=tuple(current.events),
                     kept=frozenset(current.kept),
                     uses=tuple(uses.in_order),
-                    needless=frozenset(uses.in_order.keys() - uses.differentiable),
+                    no_input_grads=frozenset(uses.in_order.keys() - uses.differentiable),
                     last=uses.last,
                     reductions=current.issued,
                 )
