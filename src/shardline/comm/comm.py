@@ -25,6 +25,7 @@ from shardline.comm.peer_memory import Peers, attach
 from shardline.comm.transport import CLOSED, SINGLE_PROCESS, Transport, choose, closed_error, is_staged
 from shardline.errors import DisagreementError, ShardlineError
 from shardline.runtime.device import RankDevice, choose_backend
+from shardline.runtime.process_group import rendezvous_store
 from shardline.watch import CHANNELS, Channel, Operation, Watch, Watchdog, WatchSettings
 
 __all__ = ["Comm"]
@@ -85,7 +86,8 @@ class Comm:
         backend = self._backend_between(groups, host, inherited)
         limit = groups.timeout or default_pg_timeout
         exchange = partial(all_gather_json, group=host)
-        self.watch = Watch.join(self.data.rank, replace(settings, timeout=limit.total_seconds()), exchange)
+        settings = replace(settings, timeout=limit.total_seconds())
+        self.watch = Watch.join(self.data.rank, settings, exchange, rendezvous_store)
         self._watchdog = Watchdog(self.watch, self)
         gathers, reductions, messages = map(self.watch.channel, range(CHANNELS))
         if on_cpu:
