@@ -21,7 +21,7 @@ __all__ = ["Agreement", "Kind", "PassRecord", "Signature"]
 
 _END_OF_FORWARD, _BEGIN_OF_BACKWARD, _END_OF_BACKWARD = range(3)
 
-_MOST_DOUBT = 8
+_MOST_NEGOTIATED = 8
 """Steps that are negotiated before an order is followed again, where ranks keep differing: as many as they differed."""
 
 
@@ -100,7 +100,7 @@ class Agreement:
         self._sharded = [unit.index for unit in units if unit.sharded]
         self._orders: dict[Signature, list[Order | None]] = {}  # by the pass's number among its like in the step
         self._passes: Counter[Signature] = Counter()  # of this step
-        self._doubt = 0  # steps in which every pass is negotiated
+        self._negotiated_steps = 0  # how many are to come
         self._disagreements = 0
         self._differed = False  # ranks did, in this step
         self.last = frozenset(self._sharded[-1:])
@@ -115,7 +115,7 @@ class Agreement:
         The order of a backward leaves out what it did not need, which another one may: as the second of one graph.
         """
         known, nth = self._orders.get(signature), self._passes[signature]
-        if self._doubt or self._differed or not known:
+        if self._negotiated_steps or self._differed or not known:
             return None
         if nth >= len(known) and not signature.kind.is_forward:
             return None
@@ -179,20 +179,20 @@ class Agreement:
         if self._differed:
             self._disagree()
         else:
-            self._doubt = max(0, self._doubt - 1)
+            self._negotiated_steps = max(0, self._negotiated_steps - 1)
         left_order, self.left_order, self._differed = self.left_order, False, False
         self._passes.clear()
         return left_order
 
-    def distrust(self, *, ending: bool = False) -> None:
+    def negotiate_next(self, *, ending: bool = False) -> None:
         """Some rank left an agreed order, or had late gradients, and all know it. The next step is negotiated.
 
         Args:
             ending: whether :meth:`end_step` follows at once, so that the next step is the one after it.
         """
         self._disagree()
-        self._doubt += ending
+        self._negotiated_steps += ending
 
     def _disagree(self) -> None:
         self._disagreements += 1
-        self._doubt = min(self._disagreements, _MOST_DOUBT)
+        self._negotiated_steps = min(self._disagreements, _MOST_NEGOTIATED)

@@ -253,8 +253,8 @@ class Boundary:
         """What all ranks do alike. ``late``: some rank had late gradients."""
         self.progress.exit_requested = self.progress.exit_requested or host.exit_requested
         if host.left_order or late:  # some rank left an order or has late gradients: all ranks take note
-            untrusted = self.update.comm.messages.exchange(sorted(self.schedule.untrusted))
-            self.schedule.distrust({index for indices in untrusted for index in indices}, ending=ending)
+            wrong = self.update.comm.messages.exchange(sorted(self.schedule.wrong_hints))
+            self.schedule.negotiate_next({index for indices in wrong for index in indices}, ending=ending)
 
     def _reduce_late(self) -> None:
         """A second round for gradients that came after their unit was reduced, on every rank alike."""

@@ -279,19 +279,19 @@ class Schedule:
         return self._agreement.end_step()
 
     @property
-    def untrusted(self) -> set[int]:
+    def wrong_hints(self) -> set[int]:
         """Units whose gradients came after their hint."""
-        return self._readiness.untrusted
+        return self._readiness.wrong_hints
 
-    def distrust(self, untrusted: Iterable[int] = (), *, ending: bool = False) -> None:
+    def negotiate_next(self, wrong_hints: Iterable[int] = (), *, ending: bool = False) -> None:
         """Some rank left an agreed order, or had late gradients, and all know it: the next step is negotiated.
 
         Args:
-            untrusted: units of which any rank had late gradients.
+            wrong_hints: units of which any rank had late gradients.
             ending: whether :meth:`end_step` follows at once, so that the next step is the one after it.
         """
-        self._readiness.untrusted.update(untrusted)
-        self._agreement.distrust(ending=ending)
+        self._readiness.wrong_hints.update(wrong_hints)
+        self._agreement.negotiate_next(ending=ending)
 
     # -- backward ---------------------------------------------------------------------------------------------------
 
@@ -367,7 +367,7 @@ class Schedule:
                 unit.accumulate(self.factor)
             elif unit.has_uncollected():
                 if unit.index not in self._queue.forced:
-                    self._readiness.untrusted.add(unit.index)
+                    self._readiness.wrong_hints.add(unit.index)
                 unit.accumulate(self.factor)
         self._conclude(self._backward)
         self.finish_reductions()
