@@ -108,13 +108,13 @@ class Backwards:
         return not self.no_sync and (self._every_time or self._window.at_boundary)
 
     def end(self) -> None:
-        """A backward is over: reduce what is left, and seal the gradients until the step."""
+        """A backward is over: reduce what is left, and guard the gradients until the step."""
         with leave_modes():
             with self._reporter.phase("reduce"):
                 self._trainables.schedule.end_backward()
             if (boundary := self._trainables.boundary) is not None:
                 self._trainables.bring_states()  # here, where activations are gone
-                boundary.update.seal(scale_is_out=self._leftovers.grad_scale is not None)
+                boundary.update.guard_grads(scale_is_out=self._leftovers.grad_scale is not None)
 
     @outside_modes
     def enter_foreign(self) -> bool:

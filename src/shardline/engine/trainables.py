@@ -293,7 +293,7 @@ class Trainables:
         for unit in self.layout.units:
             unit.drop_grads()
         if self.boundary is not None:
-            self.boundary.update.unseal()
+            self.boundary.update.unguard_grads()
 
     def close(self) -> None:
         """Give the model ordinary parameters again. Collective at stage 3."""

@@ -17,7 +17,7 @@ from shardline.optim import takes_grad_scale
 from shardline.optim.clip import divisor, square_sum
 from shardline.sharding.bucket import RunTensors
 from shardline.sharding.buffer import flat
-from shardline.sharding.gradient import SealedGrad, gradient_error
+from shardline.sharding.gradient import GuardedGrad, gradient_error
 from shardline.sharding.unit import Unit
 
 __all__ = ["StepReport", "Update", "Verdict"]
@@ -222,7 +222,7 @@ class Update:
         self.units, self.comm, self.optimizer, self.runs = units, comm, optimizer, runs
         self.device = units[0].state_device if units else comm.device
         self.applying = False
-        self._sealed = self._scale_is_out = False
+        self._guarded = self._scale_is_out = False
 
     def squares(self) -> Tensor:
         """Sum of squares of this rank's shard of the gradients, whatever part of them the stage keeps here."""
@@ -262,29 +262,29 @@ class Update:
         for run in runs:
             run.param.grad = None
 
-    def seal(self, *, scale_is_out: bool) -> None:
+    def guard_grads(self, *, scale_is_out: bool) -> None:
         """From backward to step: let a read of ``.grad`` of what the optimizer holds give the gradient, or raise.
 
         ``scale_is_out``: what a GradScaler multiplied the loss by was taken out: its ``unscale_`` does nothing then.
         """
         self._scale_is_out = scale_is_out
-        if not self._sealed:
-            self._sealed = True
-            for run, sealed in zip(self.runs, self._seals, strict=True):
-                run.param.grad = sealed
+        if not self._guarded:
+            self._guarded = True
+            for run, guarded in zip(self.runs, self._guards, strict=True):
+                run.param.grad = guarded
 
-    def unseal(self) -> None:
-        if self._sealed:
-            self._sealed = False
+    def unguard_grads(self) -> None:
+        if self._guarded:
+            self._guarded = False
             self.detach(self.runs)
 
     @cached_property
-    def _seals(self) -> list[SealedGrad]:
+    def _guards(self) -> list[GuardedGrad]:
         # Weak references: the collector does not see what a tensor in .grad refers to, and states on a device are free
         # with the last reference, not when a cycle is collected.
         update = proxy(self)
         return [
-            SealedGrad.stand_for(run.param, partial(_read, proxy(run)), lambda: update._scale_is_out)
+            GuardedGrad.stand_for(run.param, partial(_read, proxy(run)), lambda: update._scale_is_out)
             for run in self.runs
         ]
 
@@ -311,7 +311,7 @@ class Update:
             before: called with averaged gradients attached, where the user wants to see or change them.
             after: called when masters and state are new and the weights do not follow from them yet.
         """
-        self.unseal()
+        self.unguard_grads()
         if host is not None and host.skipped:
             return
         works: list[Work] = []
