@@ -192,8 +192,8 @@ class Comm:
         local = vector.cpu() if self._staged else vector.to(self.device)
         stacked = local.new_empty(self.data.size, vector.numel())
         if self._peers is not None:
-            boundaries = range(0, stacked.numel() + 1, vector.numel())
-            self.reductions.gather(None, stacked.view(-1), boundaries, local, Operation.COMPARE).wait()
+            cuts = range(0, stacked.numel() + 1, vector.numel())
+            self.reductions.gather(None, stacked.view(-1), cuts, local, Operation.COMPARE).wait()
             self._peers.wait_for_readers()  # all ranks are here, so what they gathered before is read by now
         else:
             self._all_gather(stacked, local, self._vector_group, self._comparing, Operation.COMPARE)
@@ -211,8 +211,8 @@ class Comm:
         mine = torch.tensor(values, dtype=torch.int64, device="cpu")
         stacked = torch.empty(self.data.size, len(values), dtype=torch.int64, device="cpu")
         if self._peers is not None:
-            boundaries = range(0, stacked.numel() + 1, len(values))
-            self.gathers.gather(None, stacked.view(-1), boundaries, mine, Operation.NEGOTIATE).wait()
+            cuts = range(0, stacked.numel() + 1, len(values))
+            self.gathers.gather(None, stacked.view(-1), cuts, mine, Operation.NEGOTIATE).wait()
         else:
             self._all_gather(stacked, mine, self._host, self._asking, Operation.NEGOTIATE)
         return stacked.tolist()

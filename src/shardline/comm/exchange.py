@@ -115,8 +115,8 @@ class Exchange:
         flat = stored.as_strided((stored.numel(),), (1,), stored.storage_offset()).view(torch.uint8)
         sent = flat.to(self.device)
         # A gather of a buffer that is one rank's range.
-        boundaries = [0] * (source + 1) + [flat.numel()] * (self.world_size - source)
-        work = self._transport.gather(None, sent, boundaries, operation=Operation.BROADCAST)
+        cuts = [0] * (source + 1) + [flat.numel()] * (self.world_size - source)
+        work = self._transport.gather(None, sent, cuts, operation=Operation.BROADCAST)
         if sent.data_ptr() != flat.data_ptr():
             work = work.then(lambda: flat.copy_(sent))
         if stored.data_ptr() != tensor.data_ptr():

@@ -274,7 +274,7 @@ class Unit:
             weights = bucket.weights
             weights.refresh(self.index)
             if transition(self.stage.states, self.stage.weights) is Transition.GATHER:
-                works.append(self.comm.gathers.gather(self.index, weights.resting, bucket.plan.boundaries))
+                works.append(self.comm.gathers.gather(self.index, weights.resting, bucket.plan.cuts))
             weights.generation += 1
         self.reshard()
         return works
