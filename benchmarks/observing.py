@@ -8,7 +8,7 @@ is the median over the rounds of the ratio of two turns of one round; the two en
 is noise. The first step of a turn is not counted: it warms caches up, and a thread that still writes what the last turn
 left takes its time from the engine that left it. The processor time counts all threads of the process, the wall clock
 also what else the machine does. What the sinks take by themselves is counted, too: processor time within the calls by
-which they get events, and of threads beside the one that trains. `--write` puts the table between the markers of
+which they get events, and of threads other than the one that trains. `--write` puts the table between the markers of
 docs/performance.md.
 
 One process of one thread on the CPU. Other ranks than 0 have no sinks, and wait for rank 0 if it is slower.

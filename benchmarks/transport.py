@@ -1,4 +1,4 @@
-"""What a gather, a reduction and the row of a step cost by direct reading and over gloo, beside a plain copy.
+"""What a gather, a reduction and the row of a step cost by direct reading and over gloo, and what a plain copy costs.
 
     python benchmarks/transport.py [--ranks 2] [--megabytes 16] [--rounds 50]
 
