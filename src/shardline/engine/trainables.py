@@ -15,7 +15,7 @@ from shardline.engine.notices import Notices
 from shardline.errors import UsageError
 from shardline.features.compiling import compiled_in
 from shardline.optim.guard import guard
-from shardline.sharding.admission import Contents
+from shardline.sharding.admission import HeldParameters
 from shardline.sharding.averages import Averages
 from shardline.sharding.boundary import Boundary
 from shardline.sharding.bucket import Bucket
@@ -76,7 +76,7 @@ class Trainables:
         self._model, self._optimizer = model, optimizer
         self._config, self._precision, self._comm = config, precision, comm
         self._on_forward, self._on_call, self._make_boundary = on_forward, on_call, make_boundary
-        self._contents = Contents(model)
+        self._held_parameters = HeldParameters(model)
         self.states_are_away = self.is_closed = False
         self._arrange()
 
@@ -151,7 +151,7 @@ class Trainables:
         Args:
             forget_edits: whether earlier values of edited parameters are needed no longer.
         """
-        self._contents.check()
+        self._held_parameters.check()
         for unit in self.layout.units:
             unit.check_in_place()
         if forget_edits:
@@ -167,7 +167,7 @@ class Trainables:
 
     def _add_group(self, add: Callable[[dict[str, Any]], None], group: dict[str, Any]) -> None:
         """``optimizer.add_param_group`` with parameters of the model: they join at the next forward."""
-        self._contents.check()
+        self._held_parameters.check()
         params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         joining = group_parameters(self._model, [{"params": params}])
         known = sorted(set(joining) & set(self.groups))
@@ -208,7 +208,7 @@ class Trainables:
 
     def check_contents(self) -> None:
         """See that the model holds the parameters and modules that it held."""
-        self._contents.check()
+        self._held_parameters.check()
 
     def adopt_edits(self) -> None:
         """Take what the user wrote into weights over into the masters."""
