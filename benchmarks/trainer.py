@@ -126,6 +126,20 @@ def ds_config(stage: int) -> dict[str, Any]:
 # -- both ranks of each way, round by round ----------------------------------------------------------------------------
 
 
+def patient(way: str, python: str, options: list[str], out: Path) -> dict[str, Any]:
+    """:func:`run`, up to three times: ranks of DeepSpeed abort now and then as they exit, and a port can be taken."""
+    for _ in range(2):
+        try:
+            return run(way, python, options, out)
+        except Failed as error:
+            print(f"{error}\n{way} is run again.", file=sys.stderr)
+    return run(way, python, options, out)
+
+
+class Failed(SystemExit):
+    """A rank that failed, with the end of its log."""
+
+
 def run(way: str, python: str, options: list[str], out: Path) -> dict[str, Any]:
     """Start both ranks of ``way`` and read the figures of rank 0."""
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -167,7 +181,7 @@ def _wait(way: str, ranks: list[tuple[subprocess.Popen[bytes], Path]]) -> None:
         if process.poll() != 0:
             what = "did not end in 600 s" if process.returncode is None else f"ended with {process.returncode}"
             if process.returncode is not None or all(other.returncode is None for other, _ in ranks):
-                raise SystemExit(f"{way}: a rank {what}; {log} ends with\n{log.read_text()[-3000:]}")
+                raise Failed(f"{way}: a rank {what}; {log} ends with\n{log.read_text()[-3000:]}")
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
@@ -235,11 +249,13 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     options = ["--steps", str(args.steps)] + ["--quick"] * args.quick
     pythons = {way: (peer if way.startswith("deepspeed") else None) or sys.executable for way in ways}
     rounds: list[dict[str, dict[str, Any]]] = []
+    result: dict[str, Any] = {"date": datetime.date.today().isoformat(), "rounds": rounds}
     for number in range(args.rounds):
-        rounds.append({way: run(way, pythons[way], options, args.out / f"{way}.json") for way in ways})
+        rounds.append({way: patient(way, pythons[way], options, args.out / f"{way}.json") for way in ways})
+        result["machine"] = rounds[0]["alone"]["machine"]
+        (args.out / "rounds.json").write_text(json.dumps(result))
         print(f"round {number + 1} of {args.rounds} done", file=sys.stderr)
-    machine = rounds[0]["alone"]["machine"]
-    return {"date": datetime.date.today().isoformat(), "machine": machine, "rounds": rounds}
+    return result
 
 
 def main() -> None:
@@ -260,8 +276,6 @@ def main() -> None:
         train(args.job, args.steps, args.quick, str(args.out))
         return
     result = json.loads(args.read.read_text()) if args.read else measured(args)
-    if not args.read:
-        (args.out / "rounds.json").write_text(json.dumps(result))
     print(section(result), end="")
     if args.write:
         PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), result), encoding="utf-8")
