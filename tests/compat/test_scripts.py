@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from tests.compat.rows import unchanged
-
 ROOT = Path(__file__).parents[2]
 SMALL = {"unit_min_numel": 0, "stage3_param_persistence_threshold": 0}
 
@@ -36,7 +34,6 @@ def run(script: str, tmp_path: Path, *arguments: Any, world: int = 2, config: di
     return json.loads(out.read_text())
 
 
-@unchanged("scripts like DeepSpeed's examples", "CIFAR-10")
 def test_cifar(tmp_path):
     whole = run("cifar.py", tmp_path, "--stage", 0, world=1)
     assert whole["losses"][-1] < whole["losses"][0]
@@ -45,7 +42,6 @@ def test_cifar(tmp_path):
         assert found == {key: pytest.approx(value, rel=1e-4) for key, value in whole.items()}
 
 
-@unchanged("scripts like DeepSpeed's examples", "in bf16 and fp16")
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_cifar_in_half_precision(tmp_path, dtype):
@@ -57,7 +53,6 @@ def test_cifar_in_half_precision(tmp_path, dtype):
         }
 
 
-@unchanged("scripts like DeepSpeed's examples", "with `--moe`")
 @pytest.mark.slow
 def test_cifar_with_experts(tmp_path):
     options = ("--moe", "--num-experts", 2, 3, "--top-k", 1, "--mlp-type", "residual", "--noisy-gate-policy", "RSample",
@@ -86,7 +81,6 @@ def bert(stage: int, **more: Any) -> dict[str, Any]:
     }
 
 
-@unchanged("scripts like DeepSpeed's examples", "BERT with LAMB and fp16, saved and resumed")
 @pytest.mark.slow
 def test_bert(tmp_path):
     fp16 = {"enabled": True, "loss_scale": 0, "initial_scale_power": 8}
@@ -100,7 +94,6 @@ def test_bert(tmp_path):
     assert (half["skipped"], half["scale"]) == (0, 256)
 
 
-@unchanged("scripts like DeepSpeed's examples", "a GAN of two engines in fp16")
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_gan(tmp_path, stage):
@@ -113,7 +106,6 @@ def test_gan(tmp_path, stage):
         assert half[name] == pytest.approx(full[name], rel=2e-2)
 
 
-@unchanged("a loop of one's own", "`ds_to_universal`, `load_universal`, `offload_states`")
 @pytest.mark.slow
 def test_calls_around_the_loop(tmp_path):
     config = {
@@ -126,7 +118,6 @@ def test_calls_around_the_loop(tmp_path):
     assert len(run("surface.py", tmp_path, "--save_dir", tmp_path / "saved", config=config)["losses"]) == 3
 
 
-@unchanged("scripts like DeepSpeed's examples", "a residual network with `StepLR`, saved and resumed at another stage")
 @pytest.mark.slow
 def test_imagenet(tmp_path):
     config = {"train_batch_size": 8, "zero_optimization": {"stage": 0}}

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardline.config.batch import KEYS, BatchError, solve
+from shardline.config.batch import KEYS, UNEVEN, BatchError, solve, solve_changing
 
 sizes = st.integers(1, 64)
 worlds = st.integers(1, 16)
@@ -36,7 +36,7 @@ def test_whatever_is_given_is_kept_or_refused(train, micro, accumulation, world,
         assert train % product or train != product, "refused although it fits"
         return
     assert solved.train == train
-    assert micro in (None, solved.micro)
+    assert micro in (None, solved.micro) or (uneven and accumulation is None and solved.micro < micro)
     assert accumulation in (None, solved.accumulation)
     pieces = solved.accumulation * world
     assert solved.micro == math.ceil(train / pieces)
@@ -89,3 +89,26 @@ def test_uneven_rounds_up():
     assert (solved.train, solved.micro, solved.accumulation) == (101, 7, 2)
     assert "rounded up" in solved.origins["train_micro_batch_size_per_gpu"]
     assert solve(12, 2, None, 8, uneven=True).accumulation == 1
+    assert (solve(12, 3, None, 3, uneven=True).accumulation, solve(12, 3, None, 3, uneven=True).micro) == (2, 2)
+
+
+@given(st.integers(1, 200), st.none() | sizes, st.none() | sizes, worlds)
+def test_where_nodes_come_and_go_any_number_of_ranks_takes_the_same_batch(train, micro, accumulation, world):
+    solved = solve_changing(train, micro, accumulation, world, None)
+    pieces = solved.accumulation * world
+    assert (solved.train, solved.micro) == (train, math.ceil(train / pieces))
+    assert solved.micro <= (micro or train)  # what is in memory at once
+    assert (UNEVEN in solved.origins) == (train % pieces != 0)
+    assert solved.accumulation == accumulation or micro or accumulation is None
+    try:
+        usual = solve(train, micro, accumulation, world)
+    except BatchError:
+        with pytest.raises(BatchError):
+            solve_changing(train, micro, accumulation, world, False)
+    else:
+        assert (usual.micro, usual.accumulation) == (solved.micro, solved.accumulation)
+
+
+def test_where_nodes_come_and_go_the_global_batch_is_given():
+    with pytest.raises(BatchError, match=r"nodes may come and go, so train_batch_size must be given.*it would be 12\."):
+        solve_changing(None, 2, 3, 2, None)

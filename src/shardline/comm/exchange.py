@@ -31,7 +31,7 @@ class Exchange:
         host: their process group for tensors on the CPU; None in a single process.
         device: of tensors that are sent.
         transport: by which they are sent.
-        channel: of ``host``; None for a thread other than the main one, which is not watched.
+        channel: of ``host``; None for a thread beside the main one, which is not watched.
         before: called with what says whether a collective on ``host`` is over, before it is waited for.
     """
 
@@ -115,8 +115,8 @@ class Exchange:
         flat = stored.as_strided((stored.numel(),), (1,), stored.storage_offset()).view(torch.uint8)
         sent = flat.to(self.device)
         # A gather of a buffer that is one rank's range.
-        cuts = [0] * (source + 1) + [flat.numel()] * (self.world_size - source)
-        work = self._transport.gather(None, sent, cuts, operation=Operation.BROADCAST)
+        boundaries = [0] * (source + 1) + [flat.numel()] * (self.world_size - source)
+        work = self._transport.gather(None, sent, boundaries, operation=Operation.BROADCAST)
         if sent.data_ptr() != flat.data_ptr():
             work = work.then(lambda: flat.copy_(sent))
         if stored.data_ptr() != tensor.data_ptr():

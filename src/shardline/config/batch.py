@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-__all__ = ["ACCUMULATION", "KEYS", "MICRO", "TRAIN", "Batch", "BatchError", "solve"]
+__all__ = ["ACCUMULATION", "KEYS", "MICRO", "TRAIN", "UNEVEN", "Batch", "BatchError", "solve", "solve_changing"]
 
 TRAIN, MICRO, ACCUMULATION = KEYS = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
 )
-UNEVEN = "set data_loader.uneven: true, which cuts a batch into pieces that differ by at most one sample"
+UNEVEN = "data_loader.uneven"
+_SET_UNEVEN = f"set {UNEVEN}: true, which cuts a batch into pieces that differ by at most one sample"
 
 
 class BatchError(ValueError):
@@ -33,7 +34,8 @@ def solve(train: int | None, micro: int | None, accumulation: int | None, world:
     """The three sizes from those given (each at least 1, None for not given) on ``world`` ranks.
 
     Two give the third; train or micro alone stands with accumulation 1. With ``uneven`` train need not be a multiple
-    of world x accumulation, and micro is the size of the largest piece, ceil(train / (world x accumulation)).
+    of world x accumulation, and micro is the size of the largest piece, ceil(train / (world x accumulation));
+    where accumulation is not given, a given micro is the most that a piece may have.
 
     Raises:
         BatchError: too few sizes are given, or they do not fit together; names the fixes with numbers.
@@ -59,17 +61,47 @@ def solve(train: int | None, micro: int | None, accumulation: int | None, world:
         origins[TRAIN] = f"computed: micro {micro} x accumulation {accumulation} x world {world}"
         return Batch(micro * pieces, micro, accumulation, origins)
     largest = ceil(train / pieces)
-    if micro is not None and (micro != largest or (train != micro * pieces and not uneven)):
+    as_given = micro == largest and (uneven or train == micro * pieces)
+    if micro is not None and not as_given and not (uneven and ACCUMULATION in origins):
         raise BatchError(_mismatch(train, micro, accumulation, world, uneven))
     if train % pieces and not uneven:
         raise BatchError(
             f"{TRAIN} {train} is not divisible by world {world} x accumulation {accumulation} = {pieces}; "
-            f"{TRAIN} {_multiples(train, pieces)} would be, or {UNEVEN}."
+            f"{TRAIN} {_multiples(train, pieces)} would be, or {_SET_UNEVEN}."
         )
-    if micro is None:
+    if micro != largest:
         how = ", rounded up" if train % pieces else ""
         origins[MICRO] = f"computed: {TRAIN} {train} / (world {world} x accumulation {accumulation}){how}"
     return Batch(train, largest, accumulation, origins)
+
+
+def solve_changing(
+    train: int | None, micro: int | None, accumulation: int | None, world: int, uneven: bool | None
+) -> Batch:
+    """As :func:`solve`, in a job that may go on with another number of ranks: train stands, so that they all take the
+    same batches. Where the sizes do not fit this ``world``, a given micro is the most that a piece may have, and
+    accumulation follows.
+
+    Args:
+        uneven: None where it is not given: it is true then where it is needed, and the origins say so.
+
+    Raises:
+        BatchError: train is not given, or ``uneven`` is False and the sizes do not fit.
+    """
+    if train is None:
+        would_be = "" if micro is None else f"; here it would be {micro * (accumulation or 1) * world}"
+        raise BatchError(
+            f"nodes may come and go, so {TRAIN} must be given, which stays the same however many there are{would_be}."
+        )
+    try:
+        return solve(train, micro, accumulation, world, bool(uneven))
+    except BatchError:
+        if uneven is False:
+            raise
+    solved = solve(train, micro, accumulation if micro is None else None, world, uneven=True)
+    if train % (solved.accumulation * world):
+        solved.origins[UNEVEN] = f"computed: true, since nodes may come and go, and there are {_ranks(world)} now"
+    return solved
 
 
 def _divide_by_micro(train: int, micro: int, world: int) -> int:
@@ -80,7 +112,7 @@ def _divide_by_micro(train: int, micro: int, world: int) -> int:
             divisor = max(size for size in range(1, micro + 1) if (train // world) % size == 0)
             fix += f", or {MICRO} {divisor}"
         raise BatchError(
-            f"{TRAIN} {train} is not divisible by micro {micro} x world {world} = {step}; {fix}, or {UNEVEN}."
+            f"{TRAIN} {train} is not divisible by micro {micro} x world {world} = {step}; {fix}, or {_SET_UNEVEN}."
         )
     return train // step
 

@@ -25,7 +25,9 @@ __all__ = ["Source", "load_config"]
 Source = Mapping[str, Any] | str | os.PathLike[str] | Config | None
 
 
-def load_config(source: Source, world_size: int, *, batches: bool = True, filled_by: str | None = None) -> Config:
+def load_config(
+    source: Source, world_size: int, *, batches: bool = True, changing: bool = False, filled_by: str | None = None
+) -> Config:
     """The resolved configuration on ``world_size`` ranks: batch sizes computed, every ``"auto"`` settled.
 
     Args:
@@ -33,6 +35,7 @@ def load_config(source: Source, world_size: int, *, batches: bool = True, filled
         world_size: number of ranks that share a global batch.
         batches: whether batches are made from it. Without, a batch size may be missing: a micro-batch then counts as
             one sample.
+        changing: whether the job may go on with another number of ranks: the global batch stays the same then.
         filled_by: a trainer that fills in what is ``"auto"``: ``"transformers"``. Stand-ins take its place.
 
     Raises:
@@ -54,7 +57,14 @@ def load_config(source: Source, world_size: int, *, batches: bool = True, filled
             if not batches and train is None and micro is None:
                 micro = 1
                 reading.origins[batch.MICRO] = "none given, and no training_data: a micro-batch counts as one sample"
-            solved = batch.solve(train, micro, accumulation, world_size, config.data_loader.uneven)
+            uneven = config.data_loader.uneven
+            if changing and (batches or train is not None):
+                given = uneven if batch.UNEVEN in reading.origins else None
+                solved = batch.solve_changing(train, micro, accumulation, world_size, given)
+                if batch.UNEVEN in solved.origins:
+                    update["data_loader"] = config.data_loader.model_copy(update={"uneven": True})
+            else:
+                solved = batch.solve(train, micro, accumulation, world_size, uneven)
             update |= zip(batch.KEYS, (solved.train, solved.micro, solved.accumulation), strict=True)
             reading.origins |= solved.origins
         except batch.BatchError as error:

@@ -162,7 +162,10 @@ class DataLoader(Section):
         None, "Seed of order and augmentation; null is the top-level seed.", own=True, ge=0, le=_SEED
     )
     uneven: bool = key(
-        False, "Allow a train_batch_size that ranks x accumulation does not divide; sizes differ by one.", own=True
+        False,
+        "Allow a train_batch_size that ranks x accumulation does not divide; sizes differ by one. By itself with "
+        "--nnodes MIN:MAX, where it is needed.",
+        own=True,
     )
     weighting: Literal["samples", "none"] = key(
         "samples", 'Average over samples, or with "none" over micro-batches of whatever size.', own=True

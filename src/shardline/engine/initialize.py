@@ -39,6 +39,7 @@ from shardline.observe.summary import start_of
 from shardline.optim import arrange, lr
 from shardline.optim.kinds import kind
 from shardline.plan.placement import STAGES, Placement, Stage
+from shardline.runtime.environment import nodes_may_change
 from shardline.runtime.modes import outside_modes
 from shardline.runtime.process_group import init_distributed, make_current
 from shardline.runtime.topology import Topology, discover
@@ -108,7 +109,7 @@ def initialize(
             or of a part of it, as a mapping that need not hold them, such as :func:`shardline.checkpoint.read` gives:
             rank 0 reads them, one at a time, and every rank gets its part. The other ranks give a mapping of the same
             names. What it does not name is initialised.
-        engine_class: the class of the engine: :class:`shardline.Engine` or a subclass.
+        engine_class: a subclass of :class:`shardline.Engine` of which the engine shall be.
 
     Returns:
         ``(engine, optimizer, loader, lr_scheduler)``; what was not asked for is ``None``.
@@ -133,7 +134,7 @@ def initialize(
         args.local_rank = topology.local_rank
     group = _group(mesh)
     world = 1 if group is None else dist.get_world_size(group)
-    settings = load_config(source, world, batches=training_data is not None)
+    settings = load_config(source, world, batches=training_data is not None, changing=nodes_may_change())
     comm = _connect(group, topology.device, settings)
     with (
         comm.watch.status.call("initialize"),

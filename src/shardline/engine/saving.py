@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,13 +12,15 @@ from shardline.checkpoint.engine.checkpointer import Checkpointer, Scope
 from shardline.checkpoint.foreign.huggingface import export_model
 from shardline.comm import Comm
 from shardline.config import Config
-from shardline.engine.collective import collective
+from shardline.engine.together import together
 from shardline.engine.trainables import Trainables
 from shardline.errors import UsageError
 from shardline.runtime.modes import outside_modes
 from shardline.sharding.precision import Precision
 
 __all__ = ["Saving"]
+
+L = TypeVar("L")
 
 
 class Saving:
@@ -36,8 +38,30 @@ class Saving:
     checkpoints: Checkpointer
     client_state: dict[str, Any]
 
+    def register_loader(self, loader: L, name: str = "loader") -> L:
+        """Save and load the position of a loader of yours with each checkpoint, as that of the engine's own.
+
+        Call it on every rank, before the first batch is drawn. After a resume the loader goes to its position here.
+        A checkpoint holds the state from the end of the last step, so draw the batches of a step after the one before.
+
+        Args:
+            loader: has ``state_dict()``, of plain values and tensors, and ``load_state_dict(state)``, such as
+                torchdata's ``StatefulDataLoader``. Each rank's state is saved; at another number of ranks it is loaded
+                where all ranks had the same.
+            name: of this loader among several.
+
+        Returns:
+            The loader.
+
+        Raises:
+            UsageError: if it has no such methods, or another loader has the name.
+            CheckpointError: if it does not take the position of the checkpoint that was loaded.
+        """
+        self.checkpoints.register(name, loader)
+        return loader
+
     @outside_modes
-    @collective
+    @together
     def save_checkpoint(
         self,
         save_dir: str | os.PathLike[str],
@@ -82,7 +106,7 @@ class Saving:
         return True
 
     @outside_modes
-    @collective
+    @together
     def load_checkpoint(
         self,
         load_dir: str | os.PathLike[str],
@@ -106,7 +130,7 @@ class Saving:
             load_lr_scheduler_states: the schedule's position.
             load_module_only: weights and buffers only; no counters, random states or position of the loader either.
             custom_load_fn: not supported.
-            load_data_position: the position of the engine's loader.
+            load_data_position: the position of the engine's loader, and of those that were registered.
 
         Returns:
             ``(path, client_state)``, or ``(None, None)`` where there is no checkpoint.
@@ -134,7 +158,7 @@ class Saving:
         return path, state
 
     @outside_modes
-    @collective
+    @together
     def export(
         self,
         save_dir: str | os.PathLike[str],
@@ -162,7 +186,7 @@ class Saving:
         return [str(file) for file in export_model(parts, save_dir, dtype, frozen=frozen, shard_bytes=max_shard_bytes)]
 
     @outside_modes
-    @collective
+    @together
     def save_16bit_model(
         self,
         save_dir: str | os.PathLike[str],

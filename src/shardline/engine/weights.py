@@ -40,7 +40,7 @@ def full_state_dict(
     """
     weights: dict[str, Tensor] = {}
     for unit in layout.units:
-        unit.adopt(keep=True)
+        unit.adopt()
         for entry, tensor in full_weights(unit):
             if wanted:
                 kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
@@ -89,9 +89,9 @@ def gathered(units: Sequence[Unit], hooks: Hooks, status: Status, *, write: bool
 @outside_modes
 def _unshard(units: Sequence[Unit]) -> None:
     for unit in units:
-        unit.adopt(keep=True)
+        unit.adopt()
         unit.wait_for_unshard()
-        unit.hold()
+        unit.acquire()
 
 
 @outside_modes
@@ -112,7 +112,7 @@ def _write_back(units: Sequence[Unit], *, write: bool) -> None:
 @outside_modes
 def _reshard(units: Sequence[Unit]) -> None:
     for unit in units:
-        unit.unhold()
+        unit.release()
         unit.reshard()
 
 

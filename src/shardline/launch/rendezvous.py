@@ -62,6 +62,8 @@ BACKEND = "shardline"
 _STORE_TIMEOUT = timedelta(seconds=60)  # for an answer of a store that is there
 _HANDSHAKE_SECONDS = 15.0
 _FIRST_WORD_SECONDS = 10.0  # nodes of one job usually start within seconds of each other
+_LAST_CALL = timedelta(seconds=30)  # how long enough nodes wait for more, each of which would later be a restart
+_HEARTBEAT_SECONDS = 5  # a node that was silent for three of them is taken for lost
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,8 @@ class ChangingNodes(DynamicRendezvousHandler):
                 SignedBackend(C10dRendezvousBackend(store, BACKEND), meeting.secret),
                 *meeting.nodes,
                 local_addr=own_address(meeting.host, meeting.port),
-                timeout=RendezvousTimeout(join=timedelta(seconds=meeting.seconds)),
+                timeout=RendezvousTimeout(join=timedelta(seconds=meeting.seconds), last_call=_LAST_CALL),
+                keep_alive_interval=_HEARTBEAT_SECONDS,
             )
         if not isinstance(handler, cls):
             raise AssertionError(f"torch made a {type(handler).__name__} of {cls.__name__}")

@@ -28,7 +28,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from shardline.errors import LaunchError
 from shardline.launch.rendezvous import BACKEND, Meeting, NotNeeded, register
 from shardline.runtime.device import Accelerators, usable
-from shardline.runtime.environment import asked_device
+from shardline.runtime.environment import asked_device, let_nodes_change
 from shardline.runtime.network import LOOPBACK
 from shardline.runtime.process_group import DEFAULT_PORT
 
@@ -72,7 +72,7 @@ class Launch:
     grace: float = 600.0
     """Seconds from a SIGTERM to the launcher until ranks that have not ended are killed: a step and a save."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables that the ranks get in addition to those of this process."""
+    """Variables that the ranks get beside those of this process."""
 
 
 def launch(job: Launch) -> int:
@@ -96,6 +96,8 @@ def launch(job: Launch) -> int:
     nproc = job.nproc if job.nproc is not None else here.count or _one_process(asked)
     if job.device is not None:
         os.environ["SHARDLINE_DEVICE"] = job.device
+    if meeting.nodes[0] < meeting.nodes[1]:
+        let_nodes_change(*meeting.nodes)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // nproc)))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # lines of ranks appear when they are written, also in a pipe

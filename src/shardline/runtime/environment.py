@@ -19,7 +19,9 @@ __all__ = [
     "gloo_interfaces",
     "has_agent_store",
     "is_on_one_host",
+    "let_nodes_change",
     "listen_on",
+    "nodes_may_change",
     "read_launcher",
 ]
 
@@ -66,13 +68,8 @@ class Launched:
     node_rank: int | None = None
 
 
-def read_launcher(env: Mapping[str, str] = os.environ, *, in_group: bool = False) -> Launched:
+def read_launcher(env: Mapping[str, str] = os.environ) -> Launched:
     """Read the variables of torchrun (``shardline run`` sets the same), of Slurm's ``srun`` or of Open MPI.
-
-    Args:
-        env: the variables.
-        in_group: whether there is a process group, which tells rank and world size better. Who has made it may have
-            set one of the two variables alone, as Lightning does.
 
     Raises:
         LaunchError: the variables are incomplete or contradict themselves.
@@ -82,7 +79,7 @@ def read_launcher(env: Mapping[str, str] = os.environ, *, in_group: bool = False
         if not present:
             continue
         if len(present) == 1:
-            if in_group or names.launcher != "torchrun":  # the others also leak into shells that start nothing
+            if names.launcher != "torchrun":  # those variables also leak into shells that start nothing
                 continue
             missing = names.world_size if present[0] == names.rank else names.rank
             raise LaunchError(
@@ -146,6 +143,16 @@ def asked_device() -> str | None:
 def ask_for_device(device: str) -> None:
     """Set SHARDLINE_DEVICE, for this process and those that it starts."""
     os.environ["SHARDLINE_DEVICE"] = device
+
+
+def let_nodes_change(least: int, most: int) -> None:
+    """Say to the processes that this one starts that the job may go on with another number of nodes."""
+    os.environ["SHARDLINE_NODES"] = f"{least}:{most}"
+
+
+def nodes_may_change() -> bool:
+    """Whether the launcher said so, for ``shardline run --nnodes MIN:MAX``."""
+    return "SHARDLINE_NODES" in os.environ
 
 
 def listen_on(address: str) -> None:

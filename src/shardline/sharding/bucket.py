@@ -53,7 +53,7 @@ class Bucket:
         shard: which part of the bucket is this rank's.
         weights, grads: the buffers.
         edits: what users do to the parameters.
-        sharded_grad: what ``.grad`` of a parameter is once its gradient was collected and is not whole; else it raises.
+        divided_grad: what ``.grad`` of a parameter is once its gradient was collected and is not whole; else it raises.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Bucket:
         self.weights = FlatWeights(self.shard, comm, pool, precision, host)
         self.grads = FlatGrads(self.shard, self.params, comm, pool, precision, host)
         self.edits = Edits(self.params, self.weights, may_convert)
-        self.sharded_grad: Callable[[Bucket, int], Tensor | None] | None = None
+        self.divided_grad: Callable[[Bucket, int], Tensor | None] | None = None
         self._records = {
             entry.param.name: ParamRecord(entry.param.name, i, self) for i, entry in enumerate(plan.entries)
         }
@@ -121,8 +121,8 @@ class Bucket:
         self.edits.assigned(index, value)
 
     def grad_of(self, index: int) -> Tensor | None:
-        if self.sharded_grad is not None and not self.grads.is_full:
-            return self.sharded_grad(self, index)
+        if self.divided_grad is not None and not self.grads.is_full:
+            return self.divided_grad(self, index)
         return self.grads.of_param(index)
 
     # -- what the optimizer sees ------------------------------------------------------------------------------------

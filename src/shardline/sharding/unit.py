@@ -33,7 +33,7 @@ class Residence(Enum):
     GATHERED_SEALED = "gathered, sealed"  # here, for a use that comes soon; parameters are sealed
 
 
-_NEXT_RESIDENCES = {
+_TRANSITIONS = {
     Residence.SHARDED: {Residence.GATHERING},
     Residence.GATHERING: {Residence.GATHERED, Residence.SHARDED},
     Residence.GATHERED: {Residence.SHARDED, Residence.GATHERED_SEALED},
@@ -42,17 +42,16 @@ _NEXT_RESIDENCES = {
 
 
 class Unit:
-    """The buckets of one unit on this rank, and the state that their weights are in.
+    """See the module.
 
     Attributes:
         sharded: whether the weights rest sharded, so that a use needs a gather.
-        is_local: whether reductions are aliases: a single process whose states are where its weights are.
+        is_local: whether reductions are aliases: a single process whose states are beside its weights.
         state_device: where masters, reduced gradients and optimizer state are.
         residence: where the full weights are now.
         holds: uses in progress, by calls of modules and by ``gathered_parameters()``; a unit in use is not resharded.
         pinned: a graph may hold the parameters themselves: they stay, in full, until the weights change.
-        on_convert: asked before a parameter is converted. Returns True if that is allowed, and has noted the unit: the
-            schedule calls :meth:`restore_views` when the forward or backward ends.
+        on_convert: whether a parameter may be converted now, and who then calls :meth:`restore_views`.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class Unit:
         self._reductions: list[Work] = []
 
     def _become(self, residence: Residence) -> None:
-        if residence not in _NEXT_RESIDENCES[self.residence]:
+        if residence not in _TRANSITIONS[self.residence]:
             raise AssertionError(f"unit {self.name} is {self.residence.value} and cannot become {residence.value}")
         self.residence = residence
 
@@ -126,11 +125,11 @@ class Unit:
 
     # -- uses -------------------------------------------------------------------------------------------------------
 
-    def hold(self) -> None:
-        """A use begins: the unit is not resharded before :meth:`unhold`."""
+    def acquire(self) -> None:
+        """A use begins: the unit is not resharded before :meth:`release`."""
         self.holds += 1
 
-    def unhold(self) -> None:
+    def release(self) -> None:
         """A use is over. :meth:`reshard` may follow."""
         if not self.holds:
             raise AssertionError(f"unit {self.name} is not in use")
@@ -220,7 +219,7 @@ class Unit:
             for bucket in self.buckets:
                 bucket.edits.check_in_place()
 
-    def adopt(self, *, keep: bool) -> None:
+    def adopt(self, *, keep: bool = True) -> None:
         """Notice edits that were made to resting weights; see :meth:`Edits.adopt`."""
         if not self.sharded:
             for bucket in self.buckets:
@@ -231,7 +230,7 @@ class Unit:
         for bucket in self.buckets:
             if bucket.weights.before_edit is not None:
                 if not self.sharded:
-                    bucket.edits.adopt(keep=False)
+                    bucket.edits.adopt()
                 bucket.weights.before_edit = None
 
     def note_versions(self) -> None:
@@ -274,7 +273,7 @@ class Unit:
             weights = bucket.weights
             weights.refresh(self.index)
             if transition(self.stage.states, self.stage.weights) is Transition.GATHER:
-                works.append(self.comm.gathers.gather(self.index, weights.resting, bucket.plan.cuts))
+                works.append(self.comm.gathers.gather(self.index, weights.resting, bucket.plan.boundaries))
             weights.generation += 1
         self.reshard()
         return works

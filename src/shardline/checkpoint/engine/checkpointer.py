@@ -36,6 +36,11 @@ class Checkpointer:
         """The engine's tensors as they are now, edits adopted."""
         return self._trainer.checkpoint_parts()
 
+    def register(self, name: str, loader: Any) -> None:
+        """Keep the position of a loader of the user's: see :meth:`Loaders.add`."""
+        if (told := self._trainer.window_start.loaders.add(name, loader)) is not None:
+            self._trainer.events.emit(Notice(f"{self._trainer.config.checkpoint.dir}: {told}"))
+
     def save(
         self, path: str | os.PathLike[str], tag: str | None, client_state: Mapping[str, Any], **options: bool
     ) -> None:

@@ -56,13 +56,19 @@ def collect(
         capture_tensors(found, parts, frozen=frozen)
         tensors: dict[str, Tensor] = {}
         extra = capture_extra(parts.module, tensors)  # on every rank: it may be collective
+        found.tensors.update(start.loaders.to_tensors())
         if comm.data.rank == 0:
             found.tensors.update(tensors)
             bodies.append(_body(trainer, parts, counters, client_state, extra, found.tensors, within=within))
-        return {"tag": tag, "buffers": checksums(buffers)}
+        return {"tag": tag, "loaders": start.loaders.names, "buffers": checksums(buffers)}
 
     everyone = together(comm.messages, "collecting the checkpoint", capture)
-    check_alike([{"the tag of the checkpoint": theirs["tag"]} for theirs in everyone])
+    check_alike(
+        [
+            {"the tag of the checkpoint": theirs["tag"], "the loaders registered": theirs["loaders"]}
+            for theirs in everyone
+        ]
+    )
     writers = capture_buffers(found, buffers, [theirs["buffers"] for theirs in everyone], comm.data.rank)
     random = start.random if within and start.random is not None else RandomState.now(comm.device)
     tensors, values = random.to_tensors()
@@ -105,6 +111,7 @@ def _body(
         scheduler=None if scheduler is None else encode(scheduler.state_dict(), "scheduler", tensors),
         scaler=trainer.scaler.state_dict() if trainer.scaler.dynamic else None,
         loader=None if loader is None else loader.state_dict(at=at),
+        loaders=trainer.window_start.loaders.names,
         seed=trainer.config.seed,
         config=trainer.config.to_dict(),
         client_state=encode(dict(client_state), "client_state", tensors),

@@ -38,7 +38,7 @@ __all__ = ["Restorer", "Scope"]
 
 @dataclass(frozen=True)
 class Scope:
-    """What is loaded in addition to weights, buffers and extra state.
+    """What is loaded beside weights, buffers and extra state.
 
     Attributes:
         strict: whether the names of checkpoint and model must be the same.
@@ -127,6 +127,8 @@ class Restorer:
             steps=steps_to_lay_out(parts, reader, found) if scope.optimizer and same_kind else None,
         )
         loader = trainer.training_dataloader
+        if scope.position:
+            found.notes += self._move_loaders(reader)
         if scope.position and loader is not None:  # last: it checks the position and moves there
             if manifest.loader is not None:
                 loader.load_state_dict(manifest.loader)
@@ -187,6 +189,17 @@ class Restorer:
                 f"{type(scheduler).__name__} is restored as it is"
             )
         return scheduler_state(scheduler, _values(reader, "scheduler", state), groups)
+
+    def _move_loaders(self, reader: CheckpointReader) -> list[str]:
+        """Let the loaders that the user brings go to their positions; returns what to tell. Collective."""
+        trainer, told = self._trainer, list[str]()
+        loaders, data = trainer.window_start.loaders, trainer.comm.data
+
+        def move() -> None:
+            told.extend(loaders.restore(loaders.read(reader, data.rank, data.size)))
+
+        together(trainer.comm.messages, f"moving the loaders to their positions in {reader.path}", move)
+        return told
 
     def _random(self, reader: CheckpointReader) -> RandomState | None:
         """This rank's random states, or ``None`` where they are derived. Collective."""

@@ -1,4 +1,4 @@
-"""Snapshot of random states, buffers and loader position at the start of the accumulation window.
+"""Snapshot of random states, buffers and positions of loaders at the start of the accumulation window.
 
 A save inside the window holds them: weights and optimizer state do not change there, but random numbers are drawn and
 modules update their buffers. A resume replays the window, so it must begin with those of its start.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from shardline.checkpoint.engine.loaders import Loaders
 from shardline.checkpoint.engine.randomness import RandomState
 from shardline.data.split import Position
 from shardline.plan.describe import persistent_buffers
@@ -17,13 +18,25 @@ __all__ = ["WindowStart"]
 
 
 class WindowStart:
-    """Random states and buffers at the start of a window. Unchanged buffers are not copied again."""
+    """Random states and buffers at the start of a window. Unchanged buffers are not copied again.
+
+    Attributes:
+        random: random states.
+        position: of the engine's loader.
+        loaders: those that the user brings.
+    """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._module, self._device = module, device
         self._copies: dict[int, tuple[Tensor, int, Tensor]] = {}  # id: buffer, its version then, its values then
         self.random: RandomState | None = None
         self.position: Position | None = None
+        self.loaders = Loaders()
+
+    def begin(self, position: Position | None) -> None:
+        """The window before is over, and nothing was drawn for the next one."""
+        self.mark(position)
+        self.loaders.begin_window()
 
     def mark(self, position: Position | None) -> None:
         """The window begins now. Costs some microseconds, and a copy of the buffers that have changed.

@@ -47,6 +47,7 @@ class Body:
     scheduler: Any = None
     scaler: Mapping[str, Any] | None = None
     loader: Mapping[str, Any] | None = None
+    loaders: Sequence[str] = ()
     seed: int = 0
     config: Mapping[str, Any] = field(default_factory=dict)
     client_state: Any = field(default_factory=dict)

@@ -289,6 +289,7 @@ class Manifest(_Value):
         latest: whether a load without a tag may take it.
         random: by rank; empty in a checkpoint that another program wrote.
         extra_state: what modules' ``get_extra_state`` returned, by the module's name.
+        loaders: names of the loaders that the user brought; each rank's file holds where its own were.
         sinks: what sinks need to go on with the same run (the id that a tracker gave it), by name.
     """
 
@@ -305,6 +306,7 @@ class Manifest(_Value):
     scheduler: dict[str, Any] | None
     scaler: Scaler | None
     loader: dict[str, Any] | None
+    loaders: Annotated[list[Short], Field(max_length=1000)] = []
     client_state: dict[str, Any]
     extra_state: dict[str, Any] = {}
     sinks: Annotated[dict[str, dict[Short, Short]], Field(max_length=100)] = {}
@@ -338,7 +340,7 @@ class Manifest(_Value):
             for file in buffer.files:
                 space.reserve(name, Stored(dtype=buffer.dtype, shape=buffer.shape, file=file), 0)
         groups_of_options = [] if self.optimizer is None else self.optimizer.groups
-        _check_tensors([self.scheduler, self.client_state, self.extra_state, groups_of_options])
+        check_tensors([self.scheduler, self.client_state, self.extra_state, groups_of_options])
         return self
 
     @classmethod
@@ -383,7 +385,7 @@ class _Space:
     """What is left of the files for tensors: no manifest can ask for more memory than there are bytes."""
 
     def __init__(self, files: list[FileEntry]) -> None:
-        self._remaining = [entry.bytes for entry in files]
+        self._left = [entry.bytes for entry in files]
 
     def reserve(self, name: str, stored: Stored, numel: int) -> None:
         size = ITEM_BYTES[stored.dtype]
@@ -400,14 +402,14 @@ class _Space:
             raise ValueError(f"the pieces of {shown(repr(name))} hold {done} of its {numel} elements")
 
     def _spend(self, name: str, file: int, size: int) -> None:
-        if not 0 <= file < len(self._remaining):
-            raise ValueError(f"{shown(repr(name))} is in file {file} of {len(self._remaining)}")
-        self._remaining[file] -= size
-        if self._remaining[file] < 0:
+        if not 0 <= file < len(self._left):
+            raise ValueError(f"{shown(repr(name))} is in file {file} of {len(self._left)}")
+        self._left[file] -= size
+        if self._left[file] < 0:
             raise ValueError(f"{shown(repr(name))} and those before it do not fit into file {file}")
 
 
-def _check_tensors(values: list[Any]) -> None:
+def check_tensors(values: list[Any]) -> None:
     """Each tensor of a file belongs to one value: else a short manifest could ask for the same large one a million
     times."""
     seen: set[str] = set()
