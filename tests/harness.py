@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,11 @@ import torch
 import torch._dynamo  # every optimizer's first step imports it, and it sets an environment variable: not inside a test
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from shardline.runtime.modes import keep
 from tests.models import Loss
 from tests.twin import LossScale, Twin
 
@@ -302,3 +307,40 @@ def peak_bytes(work: Callable[[], object]) -> int:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes of the storages that operations of this thread touch, while they live.
+
+    Attributes:
+        most: at one time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, found)):
+            if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        for _ in range(50):  # a transport's thread drops a buffer a moment after it was sent
+            if self._live() <= self.most:
+                return found
+            time.sleep(1e-4)
+        self.most = self._live()
+        return found
+
+    def _live(self) -> int:
+        self._storages = {key: each for key, each in self._storages.items() if not each[0].expired()}
+        return sum(size for _, size in self._storages.values())
+
+
+def most_bytes(work: Callable[[], object]) -> int:
+    """The most that ``work`` held at once in tensors that it used, the engine's own included."""
+    with keep(Meter()) as meter:
+        work()
+    return meter.most

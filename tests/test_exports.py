@@ -27,10 +27,12 @@ PUBLIC = {
     "__version__",
     "add_config_arguments",
     "empty_weights",
+    "gathered_parameters",
     "get_accelerator",
     "init_distributed",
     "initialize",
     "shard",
+    "sharded_weights",
 }
 HEAVY = {
     "matplotlib",

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from shardline.features.meta import empty_weights
+    from shardline.features.sharded import gathered_parameters, sharded_weights
     from shardline.runtime.accelerator import get_accelerator
     from shardline.runtime.process_group import init_distributed
 
@@ -54,10 +55,12 @@ __all__ = [
     "__version__",
     "add_config_arguments",
     "empty_weights",
+    "gathered_parameters",
     "get_accelerator",
     "init_distributed",
     "initialize",
     "shard",
+    "sharded_weights",
 ]
 
 _HOMES = {
@@ -78,10 +81,12 @@ _HOMES = {
     "UsageError": "errors",
     "add_config_arguments": "config.arguments",
     "empty_weights": "features.meta",
+    "gathered_parameters": "features.sharded",
     "get_accelerator": "runtime.accelerator",
     "init_distributed": "runtime.process_group",
     "initialize": "engine.initialize",
     "shard": "engine.in_place",
+    "sharded_weights": "features.sharded",
 }
 
 

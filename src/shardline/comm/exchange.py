@@ -112,16 +112,29 @@ class Exchange:
         stored = tensor.detach()
         if not _is_dense(stored):
             stored = stored.contiguous()
-        flat = stored.as_strided((stored.numel(),), (1,), stored.storage_offset()).view(torch.uint8)
-        sent = flat.to(self.device)
+        flat = stored.as_strided((stored.numel(),), (1,), stored.storage_offset())
         # A gather of a buffer that is one rank's range.
-        boundaries = [0] * (source + 1) + [flat.numel()] * (self.world_size - source)
-        work = self._transport.gather(None, sent, boundaries, operation=Operation.BROADCAST)
-        if sent.data_ptr() != flat.data_ptr():
-            work = work.then(lambda: flat.copy_(sent))
+        work = self._start(flat, [0] * (source + 1) + [flat.numel()] * (self.world_size - source))
         if stored.data_ptr() != tensor.data_ptr():
             work = work.then(lambda: tensor.detach().copy_(stored))
         return work
+
+    def gather(self, buffer: Tensor, boundaries: Sequence[int]) -> None:
+        """Fill ``buffer`` (1-D, any dtype, any device) with every rank's range; this rank's is there.
+
+        Args:
+            boundaries: of the ranges, one more than ranks.
+        """
+        if self._closed:
+            raise closed_error()
+        if self._host is not None and buffer.numel():
+            self._start(buffer.detach(), boundaries).wait()
+
+    def _start(self, flat: Tensor, boundaries: Sequence[int]) -> Work:
+        stored, size = flat.view(torch.uint8), flat.element_size()
+        sent = stored.to(self.device)
+        work = self._transport.gather(None, sent, [size * each for each in boundaries], operation=Operation.BROADCAST)
+        return work if sent.data_ptr() == stored.data_ptr() else work.then(lambda: stored.copy_(sent))
 
     def close(self) -> None:
         """Destroy the process group that :meth:`over` made. Messages after it raise."""

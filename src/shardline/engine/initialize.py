@@ -56,6 +56,7 @@ from shardline.sharding.build import (
     sample_optimizer,
     take_over,
 )
+from shardline.sharding.piece import check_pieces
 from shardline.sharding.precision import Precision
 from shardline.sharding.unit import Unit
 from shardline.watch import WatchSettings
@@ -133,6 +134,7 @@ def initialize(
     if hasattr(args, "local_rank"):
         args.local_rank = topology.local_rank
     group = _group(mesh)
+    check_pieces(model.parameters(), group)
     world = 1 if group is None else dist.get_world_size(group)
     settings = load_config(source, world, batches=training_data is not None, changing=nodes_may_change())
     comm = _connect(group, topology.device, settings)

@@ -10,6 +10,7 @@ from shardline.plan.describe import first_names
 from shardline.sharding.build import Layout
 from shardline.sharding.fragments import full_weights
 from shardline.sharding.parameter import make_ordinary, record_of
+from shardline.sharding.piece import piece_of
 
 __all__ = ["Origin"]
 
@@ -23,6 +24,8 @@ class Origin:
             for param, names in first_names(model).items()
             if not param.is_meta
         }
+        found = {name: piece_of(param) for name, (param, _, _) in self._params.items()}
+        self._pieces = {name: piece for name, piece in found.items() if piece is not None}
         self._on_meta = [
             (param, param.shape, param.stride(), param.dtype) for param in model.parameters() if param.is_meta
         ]
@@ -55,12 +58,14 @@ class Origin:
         rounded = []
         for unit in layout.units:
             names = [entry.param.name for bucket in unit.buckets for entry in bucket.plan.entries]
-            managed = {name for name in names if name in self._params and record_of(self._params[name][0]) is not None}
+            managed = {name for name in names if name in self._params and self._is_taken(name)}
             for entry, value in full_weights(unit) if managed else ():
                 name = entry.param.name
                 if name in managed:
                     param, dtype, device = self._params[name]
                     make_ordinary(param, value.to(device, dtype, copy=True))
+                    if name in self._pieces:
+                        self._pieces[name].divide(shared=True)
                     if torch.promote_types(dtype, value.dtype) != value.dtype:
                         rounded.append(name)
         for param, shape, stride, dtype in self._on_meta:
@@ -73,3 +78,9 @@ class Origin:
             error.add_note(
                 f"The model has its weights back. Those that are frozen were rounded meanwhile: {', '.join(rounded)}."
             )
+
+    def _is_taken(self, name: str) -> bool:
+        """Whether the values of a parameter are the engine's, or its parameter shows them."""
+        if name in self._pieces:
+            return self._pieces[name].elements is None
+        return record_of(self._params[name][0]) is not None

@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -273,7 +273,7 @@ class _Filling:
     # -- parameters come and go -------------------------------------------------------------------------------------
 
     def _put_away(self, param: nn.Parameter, state: _Param) -> None:
-        record = ParamRecord(state.name, 0, _Owner(partial(self._materialize, param)))
+        record = ParamRecord(state.name, 0, _Owner(state.like, partial(self._materialize, param)))
         seal(param, record, torch.empty(0, dtype=state.like.dtype, device="cpu"))
 
     def _materialize(self, param: nn.Parameter) -> bool:
@@ -433,15 +433,22 @@ def _is_repeated(call: _Call, param: nn.Parameter, state: _Param) -> bool:
 
 @dataclass(eq=False)
 class _Owner:
-    """The owner of a parameter whose data is away; one that has its data has no owner."""
+    """The owner of a parameter like ``like`` whose data is away; one that has its data has no owner."""
 
+    like: Tensor
     sealed_access: Callable[[], bool]
+    detaches: ClassVar[bool] = False
+    advice: ClassVar[str] = "It has its values once initialize is done."
+    conversion: ClassVar[str] = "A model is moved or converted before shardline.initialize."
 
     def handed_out(self, index: int, alias: Tensor) -> None:
         raise AssertionError("no parameter is shown while a model is filled")
 
     def assigned(self, index: int, value: Tensor) -> None:
         raise AssertionError("no parameter is shown while a model is filled")
+
+    def stride_of(self, index: int) -> tuple[int, ...]:
+        return self.like.stride()
 
     def grad_of(self, index: int) -> Tensor | None:
         return None

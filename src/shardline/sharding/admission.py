@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from shardline.errors import ModelError
 from shardline.names import join
 from shardline.plan.describe import first_names
-from shardline.sharding.parameter import record_of
+from shardline.sharding.parameter import is_sealed, record_of
+from shardline.sharding.piece import piece_of
 
 __all__ = ["Contents", "check_model"]
 
@@ -42,7 +43,7 @@ def check_model(model: nn.Module) -> None:
                 where = f"module {path!r}" if path else "the model"
                 raise ModelError(f"{where} is wrapped by {kind.__name__}, which {reason}; the engine takes its place.")
     for name, param in model.named_parameters():
-        if record_of(param) is not None:
+        if record_of(param) is not None and piece_of(param) is None:
             raise ModelError(
                 f"parameter {name!r} is managed by an engine already. Go on with that engine, or call its destroy() "
                 f"before the next initialize. What two models share is trained by one engine over both of them."
@@ -119,7 +120,7 @@ def _tensors(model: nn.Module) -> Iterator[_Held]:
     seen: set[Tensor] = set()
 
     def held(what: str, name: str, tensor: Any) -> Iterator[_Held]:
-        if not isinstance(tensor, Tensor) or tensor in seen:
+        if not isinstance(tensor, Tensor) or is_sealed(tensor) or tensor in seen:
             return
         seen.add(tensor)
         special = isinstance(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,13 @@ class Bucket:
         edits: what users do to the parameters.
         divided_grad: what ``.grad`` of a parameter is once its gradient was collected and is not whole; else it raises.
     """
+
+    detaches: ClassVar[bool] = False
+    advice: ClassVar[str] = (
+        "Read or change it inside `with engine.gathered_parameters():` (write=True to change it), or take the whole "
+        "weights from engine.full_state_dict() instead of state_dict()."
+    )
+    conversion: ClassVar[str] = "A model is moved or converted before shardline.initialize."
 
     def __init__(
         self,
@@ -119,6 +127,9 @@ class Bucket:
 
     def assigned(self, index: int, value: Tensor) -> None:
         self.edits.assigned(index, value)
+
+    def stride_of(self, index: int) -> tuple[int, ...]:
+        return self.plan.entries[index].param.stride
 
     def grad_of(self, index: int) -> Tensor | None:
         if self.divided_grad is not None and not self.grads.is_full:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from shardline.sharding.buffer import BufferPool, view
 from shardline.sharding.fragments import ParamState, collect_states, full_weights, put_states
 from shardline.sharding.gradient import drop_grads
 from shardline.sharding.host import HostMemory
+from shardline.sharding.piece import piece_of
 from shardline.sharding.precision import Precision
 from shardline.sharding.unit import Unit
 
@@ -203,7 +204,8 @@ def load_model(
 ) -> None:
     """Move the model's values into the units, unit by unit, and its buffers to the device.
 
-    Rank 0's win on every rank. Where some of the model is on ``meta``, ``fill`` gives it its values.
+    Rank 0's win on every rank. Where some of the model is on ``meta``, ``fill`` gives it its values. What is divided
+    already comes a range at a time, from the rank that has it.
 
     Raises:
         ModelError: for a parameter or buffer that nothing gives a value, or another one than its constructor did.
@@ -234,10 +236,15 @@ def load_model(
         unit.allocate()
         for bucket in unit.buckets:
             drop_grads(bucket.params)
-            if any(param.is_meta for param in bucket.params):
+            if any(param.is_meta or piece_of(param) is not None for param in bucket.params):
                 for param, entry in zip(bucket.params, bucket.plan.entries, strict=True):
-                    if not param.is_meta:
+                    piece = piece_of(param)
+                    if piece is not None:
+                        piece.pour(comm, partial(bucket.weights.store_range, entry))
+                    elif not param.is_meta:
                         store(entry.param.name)
+                    if fill is None:
+                        unit.seal_or_bind(bucket, entry)
                 continue
             work = bucket.weights.load(bucket.params)
             if fill is None:

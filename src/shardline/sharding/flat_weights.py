@@ -115,22 +115,27 @@ class FlatWeights:
         """Copy ``value``, the whole parameter of ``entry`` in any float dtype, into weights and masters."""
         if value.stride() != entry.param.stride:
             value = torch.empty_strided(entry.param.shape, entry.param.stride, dtype=value.dtype).copy_(value)
-        self._store(flat(value), entry, self.resting, self.shard.weights)
-        if not self.masters_are_weights:
-            self.store_master(entry, value)
+        self.store_range(entry, 0, flat(value))
+
+    def store_range(self, entry: Entry, start: int, elements: Tensor) -> None:
+        """Copy ``elements`` (1-D, any float dtype), which begin at the parameter's element ``start`` in the order of
+        storage, into weights and masters."""
+        self._store(elements, entry.offset + start, self.resting, self.shard.weights)
+        if self.master is not None and not self.masters_are_weights:
+            self._store(elements, entry.offset + start, self.master, self.shard.states)
 
     def store_master(self, entry: Entry, value: Tensor) -> None:
         """Copy ``value``, the whole parameter of ``entry``, into the masters alone."""
         if value.stride() != entry.param.stride:
             value = torch.empty_strided(entry.param.shape, entry.param.stride, dtype=value.dtype).copy_(value)
         if self.master is not None:
-            self._store(flat(value), entry, self.master, self.shard.states)
+            self._store(flat(value), entry.offset, self.master, self.shard.states)
 
     @staticmethod
-    def _store(elements: Tensor, entry: Entry, target: Tensor, covered: Range) -> None:
-        low, high = max(entry.offset, covered[0]), min(entry.stop, covered[1])
+    def _store(elements: Tensor, offset: int, target: Tensor, covered: Range) -> None:
+        low, high = max(offset, covered[0]), min(offset + elements.numel(), covered[1])
         if low < high:
-            target[low - covered[0] : high - covered[0]].copy_(elements[low - entry.offset : high - entry.offset])
+            target[low - covered[0] : high - covered[0]].copy_(elements[low - offset : high - offset])
 
     def begin_average(self) -> None:
         """Let the average be what the masters are now."""
@@ -139,7 +144,7 @@ class FlatWeights:
     def store_average(self, entry: Entry, elements: Tensor) -> None:
         """Copy the average of the whole parameter of ``entry`` (1-D, in storage order) into this rank's."""
         if self.average is not None:
-            self._store(elements, entry, self.average, self.shard.states)
+            self._store(elements, entry.offset, self.average, self.shard.states)
 
     def load(self, params: Sequence[nn.Parameter], source: int = 0) -> Work:
         """Start to copy the values that rank ``source`` holds in ``params`` themselves, in one broadcast.

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,17 @@ class Owner(Protocol):
     """Keeps the data of parameters, and is called when users access them.
 
     ``index`` says which of the owner's parameters it is.
+
+    Attributes:
+        detaches: whether ``detach()`` of a sealed parameter gives a tensor that is as sealed (so a state dict has its
+            names and shapes), instead of raising.
+        advice: what to do instead of using a sealed parameter.
+        conversion: where a model is moved or converted.
     """
+
+    detaches: ClassVar[bool]
+    advice: ClassVar[str]
+    conversion: ClassVar[str]
 
     def sealed_access(self) -> bool:
         """A sealed parameter is accessed. Gathers it if all ranks do so now, and returns whether it did."""
@@ -55,6 +65,9 @@ class Owner(Protocol):
 
     def assigned(self, index: int, value: Tensor) -> None:
         """``.data = value`` was written for a shown parameter. Raises where that cannot be."""
+
+    def stride_of(self, index: int) -> tuple[int, ...]:
+        """The strides under which a sealed parameter is stored."""
 
     def grad_of(self, index: int) -> Tensor | None:
         """The gradient that was collected of ``.grad``; None if none was. Raises where it is not whole."""
@@ -269,6 +282,10 @@ class _Sealed(Tensor):
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.stride and is_sealed(args[0]):
+            strides = args[0]._shardline.owner.stride_of(args[0]._shardline.index)
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            return strides if dim is None else strides[dim]
         if func not in HARMLESS and not (func is Tensor.type and len(args) == 1 and not kwargs):
             if _changes_nothing(func, args, kwargs):
                 return args[0]
@@ -276,6 +293,8 @@ class _Sealed(Tensor):
             for tensor in _sealed_among((*looked_at, *(() if func in _LIKE_OTHER else kwargs.values()))):
                 # Gathering shows a whole unit, so a later one of the arguments may be here already.
                 if is_sealed(tensor) and not tensor._unseal():
+                    if func is Tensor.detach and tensor._shardline.owner.detaches:
+                        return tensor._placeholder()
                     raise _error(tensor, _name(func))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -283,15 +302,16 @@ class _Sealed(Tensor):
     def _unseal(self) -> bool:
         return self._shardline.owner.sealed_access()
 
-    @property
-    def data(self) -> Tensor:
-        """The data, where it can be gathered now; else a tensor that is as sealed."""
-        if self._unseal():
-            return self.data
+    def _placeholder(self) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
             alias: Any = Tensor._make_subclass(_SealedData, _DATA.__get__(self))
         alias._shardline = self._shardline
         return alias  # type: ignore[no-any-return]
+
+    @property
+    def data(self) -> Tensor:
+        """The data, where it can be gathered now; else a tensor that is as sealed."""
+        return self.data if self._unseal() else self._placeholder()
 
     @data.setter
     def data(self, value: Tensor) -> None:
@@ -311,6 +331,8 @@ class _Sealed(Tensor):
         return repr(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self._unseal():
+            return self.__deepcopy__(memo)
         raise _error(self, "copying")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -334,11 +356,10 @@ class _SealedData(_Sealed):
 
 def _error(tensor: Any, operation: str) -> SealedError:
     converts = operation in ("to", "cpu", "cuda", "type", *(cast.__name__ for cast in _CASTS))
+    owner = tensor._shardline.owner
     return SealedError(
-        f"{operation}: parameter {tensor._shardline.name!r} is sharded and not gathered here. Read or change it inside "
-        f"`with engine.gathered_parameters():` (write=True to change it), or take the whole weights from "
-        f"engine.full_state_dict() instead of state_dict()."
-        + (" A model is moved or converted before shardline.initialize." if converts else "")
+        f"{operation}: parameter {tensor._shardline.name!r} is sharded and not gathered here. {owner.advice}"
+        + (f" {owner.conversion}" if converts else "")
     )
 
 

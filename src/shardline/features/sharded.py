@@ -1,0 +1,348 @@
+"""A model that is divided over the ranks while it is made, before there is an engine.
+
+Constructors run as ever, on whole tensors and with their own random numbers. What is whole at one time is bounded:
+before a tensor is allocated that would take more, the parameters that were used longest ago are divided, and one that
+is used again is gathered again. Three hooks are enough for that:
+
+* one of ``nn.Module`` on the registration of parameters, which gives each a :class:`shardline.sharding.piece.Piece`,
+  and one on their deep copies, which are registered nowhere;
+* a function mode, which tells which parameters an operation in progress uses: these stay;
+* a dispatch mode, which tells of an allocation before it is made.
+
+A parameter in whose memory another tensor lies (a view, a ``.data`` that somebody holds, what autograd saved) stays
+whole as long as that tensor exists, so nothing that is written to it is lost.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache, wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+from shardline.errors import UsageError
+from shardline.runtime.modes import outside_modes
+from shardline.runtime.process_group import init_distributed
+from shardline.sharding.containers import tensors_in
+from shardline.sharding.parameter import HARMLESS, record_of
+from shardline.sharding.piece import Piece, Ranks, piece_of
+
+__all__ = ["edited", "gathered_parameters", "shard_parameters", "sharded_weights"]
+
+
+@contextmanager
+def sharded_weights(mesh: Any = None) -> Iterator[None]:
+    """Within it, models are made that are divided over the ranks from the beginning. Collective.
+
+    Each rank keeps its part of every parameter, and at most one large parameter whole::
+
+        with shardline.sharded_weights():
+            model = Net()
+        engine, *_ = shardline.initialize(model=model, config="config.json")
+
+    Constructors run as without it, on whole tensors on the device on which they make them, with the same random
+    numbers; all ranks run them alike, and rank 0's values count. What they do to a parameter that was divided already
+    (``self.apply(self._init_weights)``, ``.to(dtype)``, a deep copy, ``load_state_dict``) gathers it for as long as it
+    takes. After the block parameters are sealed: shape, dtype and device are true, a use raises :class:`SealedError`,
+    and :func:`gathered_parameters` makes them whole for a while. Not divided are lazy parameters, those on ``meta`` and
+    those that share their memory with another tensor. On one rank nothing is.
+
+    Args:
+        mesh: as that of :func:`initialize`.
+
+    Raises:
+        DisagreementError: if ranks make different models, or one of them fails.
+    """
+    ranks = _ranks(mesh)
+    if ranks is None or _Construction.here() is not None:
+        yield
+        return
+    construction = _Construction(ranks)
+    with construction.watching():
+        yield
+
+
+def shard_parameters(params: Iterable[nn.Parameter], mesh: Any = None) -> None:
+    """Divide parameters that exist over the ranks, as :func:`sharded_weights` does. Collective."""
+    ranks = _ranks(mesh)
+    if ranks is None:
+        return
+    construction = _Construction(ranks)
+    for param in params:
+        construction.track(param, f"{type(param).__name__} of {tuple(param.shape)}")
+        construction.finish()
+
+
+def _ranks(mesh: Any) -> Ranks | None:
+    """Those of ``mesh``, or all; None for a single one."""
+    init_distributed()
+    group = dist.group.WORLD if mesh is None else mesh.get_group()
+    return None if group is None or dist.get_world_size(group) == 1 else Ranks(group)
+
+
+@contextmanager
+def gathered_parameters(
+    params: nn.Module | nn.Parameter | Iterable[nn.Parameter], write: bool = False
+) -> Iterator[None]:
+    """Within it, parameters of :func:`sharded_weights` are whole; with ``write`` they can be changed. Collective.
+
+    What was changed is taken over at the end, everywhere alike: rank 0's values win, so it may be changed on rank 0
+    alone. Parameters that are whole already are left as they are. Once there is an engine its own
+    ``gathered_parameters`` does this.
+
+    Args:
+        params: parameters, or a module for all of its own. They are whole at the same time.
+        write: whether changes shall be kept. Changes without it raise.
+
+    Raises:
+        UsageError: for a change without ``write``; for a parameter that an engine manages.
+    """
+    found: list[nn.Parameter] = list(params.parameters() if isinstance(params, nn.Module) else
+                                     [params] if isinstance(params, nn.Parameter) else params)  # fmt: skip
+    managed = [record for param in found if (record := record_of(param)) is not None and piece_of(param) is None]
+    if managed:
+        raise UsageError(
+            f"parameter {managed[0].name!r} is managed by an engine. Gather it by `with engine.gathered_parameters():`."
+        )
+    with edited(found, source=0 if write else None):
+        yield
+
+
+@contextmanager
+def edited(params: Iterable[Tensor], source: int | None) -> Iterator[None]:
+    """Within it those of ``params`` that have pieces are whole. Rank ``source``'s values win at the end. Collective.
+
+    Raises:
+        UsageError: for a change without a ``source``.
+    """
+    pieces = {piece for param in params if (piece := piece_of(param)) is not None and not piece.is_whole}
+    hidden = sorted(pieces, key=_index)  # the same order on every rank
+    everyone = dict.fromkeys(piece.ranks for piece in hidden)
+    construction = _Construction.here()
+    with ExitStack() as around:
+        if construction is not None:
+            around.enter_context(construction.suspended())
+        for ranks in everyone:
+            around.enter_context(ranks.together())
+        around.callback(_seal_again, hidden)
+        for piece in hidden:
+            piece.gather(keep=True)
+        versions = [piece.param._version for piece in hidden]
+        yield
+        if source is not None:
+            for piece in hidden:
+                piece.divide(source=source, shared=True)
+            return
+        changed = [
+            piece
+            for piece, version in zip(hidden, versions, strict=True)
+            if piece.param._version != version or piece.differs()
+        ]
+        for ranks in everyone:
+            names = ranks.meet(
+                "end gathered_parameters()", next((each.name for each in changed if each.ranks is ranks), "")
+            )
+            if any(names):
+                raise ranks.known(
+                    UsageError(
+                        f"parameter {next(filter(None, names))!r} was changed inside gathered_parameters(). Pass "
+                        f"write=True to keep changes on every rank."
+                    )
+                )
+
+
+def _seal_again(pieces: Iterable[Piece]) -> None:
+    for piece in pieces:
+        if piece.is_whole:
+            piece.seal()
+
+
+def _index(piece: Piece) -> int:
+    return piece.index
+
+
+class _Construction:
+    """What this thread makes within :func:`sharded_weights`.
+
+    Attributes:
+        in_use: the parameters of operations in progress, innermost last.
+    """
+
+    _threads = threading.local()
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._whole: dict[Piece, int] = {}  # with their bytes, in the order of their last gather
+        self._largest = 0
+        self._waits = False
+        self.in_use: list[Sequence[Tensor]] = []
+
+    @classmethod
+    def here(cls) -> _Construction | None:
+        """The one of this thread."""
+        return getattr(cls._threads, "construction", None)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within it parameters are divided as they are made; at the end, all of them."""
+        self._threads.construction = self
+        handle = register_module_parameter_registration_hook(self._register)
+        try:
+            with self._ranks.together():
+                with _copies_tracked(), _Uses(self), _Allocations(self):
+                    yield
+                self._ranks.meet("end sharded_weights()")
+                self.finish()
+        finally:
+            handle.remove()
+            self._threads.construction = None
+            for piece in self._whole:
+                piece.leave()
+            self._whole.clear()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Within it nothing is divided, and no use gathers: ranks may do different things."""
+        before, self._waits = self._waits, True
+        try:
+            yield
+        finally:
+            self._waits = before
+
+    def _register(self, module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and _Construction.here() is self:
+            self.track(param, f"{type(module).__name__}.{name}")
+
+    @outside_modes
+    def track(self, param: nn.Parameter, name: str) -> None:
+        """Divide ``param`` when there is need."""
+        lazy = isinstance(param, nn.parameter.UninitializedParameter)
+        if lazy or param.is_meta or is_traceable_wrapper_subclass(param):
+            return
+        if record_of(param) is not None or piece_of(param) is not None:
+            return
+        if param.layout is not torch.strided or param.is_complex():
+            return  # initialize says so
+        self._hold(Piece(param, name, self._ranks, self._gather))
+
+    def _hold(self, piece: Piece) -> None:
+        self._whole[piece] = piece.param.nbytes
+        self._largest = max(self._largest, piece.param.nbytes)
+
+    def _gather(self, piece: Piece) -> bool:
+        """Gather ``piece`` for a use, if the ranks are alike here."""
+        if self._waits or _Construction.here() is not self:
+            return False
+        self.make_room(piece.param.nbytes)
+        piece.gather()
+        self._hold(piece)
+        return True
+
+    @outside_modes
+    def make_room(self, size: int) -> None:
+        """Divide what was used longest ago, for ``size`` bytes. Biases and the like may stay beside a large tensor."""
+        if self._waits:
+            return
+        total = sum(self._whole.values())
+        limit = max(self._largest, size) * 9 // 8
+        used = {piece_of(tensor) for tensors in self.in_use for tensor in tensors}
+        for piece, held in list(self._whole.items()):
+            if total + size <= limit:
+                break
+            if piece not in used and piece.divide():
+                del self._whole[piece]
+                total -= held
+
+    @outside_modes
+    def finish(self) -> None:
+        """Divide all; what shares its memory is left as it is."""
+        left = [piece for piece in self._whole if not piece.divide()]
+        if left:
+            gc.collect()
+        for piece in left:
+            if not piece.divide():
+                piece.leave()
+        self._whole.clear()
+
+
+@contextmanager
+def _copies_tracked() -> Iterator[None]:
+    """Within it the construction of a thread has the deep copies, too: copying a module registers no parameter."""
+    kind: Any = nn.Parameter
+    deepcopy = kind.__deepcopy__
+
+    @wraps(deepcopy)
+    def copy(self: nn.Parameter, memo: dict[int, Any]) -> Any:
+        made = deepcopy(self, memo)
+        construction = _Construction.here()
+        if construction is not None:
+            construction.track(made, f"a copy of {tuple(made.shape)}")
+        return made
+
+    kind.__deepcopy__ = copy
+    try:
+        yield
+    finally:
+        kind.__deepcopy__ = deepcopy
+
+
+class _Uses(TorchFunctionMode):
+    """Tells a construction what operations in progress use."""
+
+    def __init__(self, construction: _Construction) -> None:
+        super().__init__()
+        self._construction = construction
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in HARMLESS:
+            return func(*args, **kwargs)
+        self._construction.in_use.append(tensors_in((args, kwargs)))
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._construction.in_use.pop()
+
+
+class _Allocations(TorchDispatchMode):
+    """Lets a construction make room before an operation allocates."""
+
+    def __init__(self, construction: _Construction) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._construction = construction
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._construction.in_use and _allocates(func):  # else a use may be in progress that is not known
+            self._construction.make_room(_size(func, args, kwargs))
+        return func(*args, **kwargs)
+
+
+@cache
+def _allocates(func: Any) -> bool:
+    """Whether an operation gives a tensor of its own, no view and no argument."""
+    return any(each.alias_info is None and "Tensor" in str(each.type) for each in func._schema.returns)
+
+
+def _size(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    """About the bytes that ``func`` allocates: as its ``size`` says, or as the largest of its arguments."""
+    if kwargs.get("device") == torch.device("meta"):
+        return 0
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.name == "size":
+            size = args[index] if index < len(args) else kwargs["size"]
+            return torch.Size(size).numel() * (kwargs.get("dtype") or torch.get_default_dtype()).itemsize
+    return max((tensor.nbytes for tensor in tensors_in((args, kwargs)) if not tensor.is_meta), default=0)
