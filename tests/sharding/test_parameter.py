@@ -14,11 +14,14 @@ import torch
 from torch import nn
 
 from shardline.errors import SealedError
+from shardline.sharding.bucket import Bucket
 from shardline.sharding.parameter import ParamRecord, is_sealed, make_ordinary, record_of, seal, show
 
 
 class Diary:
     """An owner that writes down what it is told."""
+
+    detaches, advice, conversion = Bucket.detaches, Bucket.advice, Bucket.conversion
 
     def __init__(self, gather=None):
         self.gather, self.told, self.collected = gather, [], None
@@ -32,6 +35,9 @@ class Diary:
 
     def assigned(self, index, value):
         self.told.append(("assigned", index, value))
+
+    def stride_of(self, index):
+        return (30, 5, 1)
 
     def grad_of(self, index):
         return self.collected
@@ -55,6 +61,7 @@ def test_sealing_takes_the_data_and_leaves_everything_else() -> None:
     seal(param, record(), data)
     assert is_sealed(param) and param is before and isinstance(param, Tagged)
     assert (param.shape, param.dtype, param.requires_grad, param.note) == ((3, 4), torch.float64, False, "kept")
+    assert param.stride() == (30, 5, 1) and (param.stride(0), param.stride(dim=-1)) == (30, 1)  # as its owner says
     assert "net.w" in repr(param) and "(3, 4)" in repr(param)
     with torch._C.DisableTorchFunctionSubclass():
         assert param.untyped_storage().nbytes() == 8
@@ -126,8 +133,13 @@ outcomes = {}
 
 
 class Owner:
+    detaches, advice, conversion = False, "Gather it.", "Before that."
+
     def sealed_access(self):
         return False
+
+    def stride_of(self, index):
+        return (6, 1)
 
     def grad_of(self, index):
         return None
@@ -216,7 +228,7 @@ READS = [
     "data_ptr/0", "__reduce_ex__/1", "__deepcopy__/1", "__repr__/0", "__str__/0", "__format__/0", "__eq__/1", "get T",
     "get mT", "get mT", "is_contiguous/0", "stride/0",
 ]  # fmt: skip
-METADATA = {"__repr__/0", "__str__/0", "__format__/0"}
+METADATA = {"__repr__/0", "__str__/0", "__format__/0", "stride/0"}
 
 
 def test_reads_and_writes_of_elements_are_named(sweep: dict[str, str]) -> None:
