@@ -1,12 +1,14 @@
 """Training scripts in the form in which people publish them: each runs plain, and in place with one line more.
 
 ``shard(model, optimizer)`` is that line. Where a script reads or writes whole weights outside of a forward, stage 3
-asks for one more, ``with whole(engine):``; `LINES` says how many each script has. Nothing else knows an engine.
+asks for one more, ``with whole(engine):``; `changed_lines` counts them. Nothing else knows an engine.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -474,6 +476,39 @@ def images(shard: Shard) -> dict[str, Any]:
     return {"losses": losses, "weights": engine.full_state_dict()}
 
 
-LINES = {gpt: (1, 1), lstm: (1, 1), gan: (2, 2), wgan: (2, 2), ppo: (1, 1), ddpm: (1, 2), teacher: (1, 2),
-         moco: (1, 1), simclr: (1, 1), lora: (1, 3), images: (1, 1)}  # fmt: skip
-"""Changed lines of each script at stages 0 to 2, and at stage 3; what saves aside."""
+WHAT: dict[Callable[[Shard], dict[str, Any]], tuple[str, str]] = {
+    gpt: (
+        "GPT: accumulation, weight decay by group, clipping, estimate of the loss, resume",
+        "where it saves: `engine.full_state_dict()` and `engine.full_optimizer_state_dict()`, on every rank",
+    ),
+    lstm: ("LSTM language model: hidden state carried over, clipping", ""),
+    gan: ("GAN: two models, two optimizers, a loss through both, in either order", ""),
+    wgan: ("WGAN-GP: a penalty on gradients (double backward)", ""),
+    ppo: ("PPO: methods instead of `forward`, a parameter outside of the modules, clipping", ""),
+    ddpm: ("DDPM with an EMA for sampling, a schedule, clipping", "around the EMA's update"),
+    teacher: ("a teacher that is the EMA of its student", "around the teacher's update"),
+    moco: ("MoCo: the key encoder is an EMA inside the forward, a queue", ""),
+    simclr: ("SimCLR: negatives gathered from all ranks", ""),
+    lora: ("LoRA that merges in `eval()`", "around `model.eval()` and `model.train()`, with `write=True`"),
+    images: ("image classification: warm-up by group, growing accumulation", ""),
+}
+"""The scripts: what is in each, and which lines stage 3 asks for, or saving."""
+
+BY_METHODS = (ppo, ddpm, moco)
+"""They give other modules than the model their inputs: in lower precision they need autocast."""
+
+
+def changed_lines(script: Callable[[Shard], dict[str, Any]]) -> tuple[int, int]:
+    """How many lines of ``script`` differ from the plain one at stages 0 to 2, and at stage 3; what saves aside."""
+    source = [line.strip() for line in inspect.getsource(script).splitlines()]
+    sharding = {line for line in source if "shard(" in line and not line.startswith("def ")}
+    calls = sum(line.count("shard(") for line in sharding)  # of each model
+    return calls, calls + sum("with whole(" in line for line in source)
+
+
+def table() -> str:
+    """The table of docs/integrations.md."""
+    lines = ["| script | stages 0 to 2 | stage 3 | the other lines |", "|---|---|---|---|"]
+    for script, (what, others) in WHAT.items():
+        lines.append(f"| {what} | {' | '.join(map(str, changed_lines(script)))} | {others} |".replace("|  |", "| |"))
+    return "".join(f"{line}\n" for line in lines)

@@ -39,11 +39,11 @@ def attempt(call):
         return f"{type(error).__name__}: {error}"
 
 
-def saved(what):
+def saved(what, *, weights_only=True):
     file = io.BytesIO()
     torch.save(what(), file)
     file.seek(0)
-    return torch.load(file, weights_only=True)
+    return torch.load(file, weights_only=weights_only)
 
 
 def rank_0_alone(stage):
@@ -55,6 +55,7 @@ def rank_0_alone(stage):
         found["optim"] = attempt(lambda: saved(optimizer.state_dict))
         found["both"] = attempt(lambda: saved(lambda: {"model": model.state_dict(), "optim": optimizer.state_dict()}))
         found["copy"] = attempt(lambda: dict(copy.deepcopy(model).state_dict()))
+        found["pickled"] = attempt(lambda: dict(saved(lambda: model, weights_only=False).state_dict()))
     train(model, optimizer, 1, seed=500)
     found["after"] = engine.full_state_dict()
     engine.destroy()
@@ -82,15 +83,58 @@ def test_rank_0_saves_and_copies_alone(ranks, world):
         if world == 1 or stage < 3:
             assert_same(dict(found["model"]), dict(want["model"]))
             assert_same(found["copy"], dict(want["model"]))
+            assert_same(found["pickled"], dict(want["model"]))
         else:
             assert "engine.full_state_dict()" in found["model"]
             assert found["copy"].startswith("SealedError")
+            assert "engine.full_state_dict()" in found["pickled"]
         if world == 1 or stage == 0:
             assert_same(in_order(found["optim"]), in_order(want["optim"]))
             assert_same(in_order(found["both"]["optim"]), in_order(want["optim"]))
         else:
             assert "engine.full_optimizer_state_dict()" in found["optim"]
             assert "engine.full_" in found["both"]
+
+
+def rank_0_evaluates(stage, how):
+    """``if rank == 0:`` an evaluation, and the loop goes on."""
+    engine, model, optimizer = begun(sharded(stage))
+
+    def go_on():
+        loss = None
+        if dist.get_rank() == 0:
+            if how == "eval":
+                model.eval()
+            with torch.no_grad():
+                x, y = regression(4, seed=3)
+                loss = F.mse_loss(model(x), y).item()
+            model.train()
+        train(model, optimizer, 2, seed=500)
+        return loss, engine.full_state_dict()
+
+    found = attempt(go_on)
+    attempt(engine.destroy)
+    return found
+
+
+def evaluated_plainly():
+    _, model, optimizer = begun(averaged)
+    with torch.no_grad():
+        x, y = regression(4, seed=3)
+        loss = F.mse_loss(model(x), y).item()
+    train(model, optimizer, 2, seed=500)
+    return loss, dict(model.state_dict())
+
+
+@pytest.mark.parametrize("how", ["eval", "train"])
+def test_rank_0_evaluates_alone(ranks, how):
+    want = ranks(evaluated_plainly, 2)[0]
+    for stage in (0, 1, 2):
+        found, other = ranks(rank_0_evaluates, 2, stage, how)
+        assert_same(found, want)
+        assert_same(other[1], want[1])
+    for said in ranks(rank_0_evaluates, 2, 3, how):
+        assert said.startswith("DisagreementError") and "Every rank must" in said and "rank 1" in said
 
 
 # -- groups and options -----------------------------------------------------------------------------------------------
