@@ -13,7 +13,7 @@ COMPILED := command -v $${CXX:-g++} >/dev/null || { echo "SKIPPED, no C++ compil
 (Debian: g++), or name yours in CXX."; exit 0; };
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo demo-resume cifar10 test test-full test-faults test-deepspeed test-integrations test-device test-late test-gpu gpu-first gpu-wheels docs dist bench bench-quick check format clean
+.PHONY: help .venv demo demo-resume cifar10 test test-full test-faults test-deepspeed test-integrations test-device test-late test-gpu gpu-first gpu-wheels docs dist bench bench-quick bench-trainer check format clean
 
 help:  ## this list
 	@grep -hE '^[a-z.][a-z0-9.-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -99,14 +99,17 @@ bench: .venv-bench/.installed  ## speed and memory beside DeepSpeed, FSDP2, DDP 
 bench-quick: .venv  ## does the benchmark itself work? A minute, with what .venv has
 	$(BIN)/python benchmarks/bench.py --quick --rounds 1 --out runs/bench-quick $(ARGS)
 
+bench-trainer: .venv-integrations/.installed .venv-bench/.installed  ## a step of Transformers' Trainer beside DDP and DeepSpeed, about 15 minutes
+	DEEPSPEED_PYTHON=.venv-bench/bin/python .venv-integrations/bin/python benchmarks/trainer.py --write $(ARGS)
+
 # The peers, in an environment of their own.
-.venv-bench/.installed: constraints.txt benchmarks/constraints.txt
+.venv-bench/.installed: constraints.txt benchmarks/constraints.txt tests/compat/constraints.txt
 	@echo "Installing the peers into .venv-bench ..."
 	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools numpy torch \
 		pydantic safetensors tqdm matplotlib
 	@DS_BUILD_OPS=0 .venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
-		-c constraints.txt -c benchmarks/constraints.txt deepspeed
+		-c constraints.txt -c benchmarks/constraints.txt -c tests/compat/constraints.txt deepspeed transformers accelerate
 	@touch $@
 
 docs: .venv-docs/.installed  ## the documentation site, in build/site; warnings are errors
@@ -133,7 +136,7 @@ dist: .venv-dist/.installed  ## sdist and wheel in dist/, installed into an empt
 	@.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build
 	@touch $@
 
-check: .venv  ## formatting, lint, types, import levels, sizes, and calls between a call and a collective
+check: .venv  ## formatting, lint, types, import levels, sizes, and depth of the call stack down to a collective
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

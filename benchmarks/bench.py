@@ -1,4 +1,4 @@
-"""Shardline beside its peers and beside the limit: engines take turns on the same work, in one run.
+"""Shardline compared with its peers and with the limit: engines take turns on the same work, in one run.
 
     make bench                                                # everything, about 25 minutes on 2 cores
     python benchmarks/bench.py --models gpt --dtypes fp32 --engines compute,shardline-2,shardline-3 --rounds 5

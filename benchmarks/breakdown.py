@@ -2,7 +2,7 @@
 
     python benchmarks/breakdown.py [--stage 2] [--dtype fp32] [--model gpt] [--steps 20] [--transport auto]
 
-Two ranks of one thread each; rank 0's medians over the steps, beside the same of the hand-written loop on both ranks
+Two ranks of one thread each; rank 0's medians over the steps, and the same of the hand-written loop on both ranks
 without communication. What no row names is "the rest": Python between the calls.
 """
 

@@ -8,7 +8,7 @@ both; medians over the rounds are printed. Seconds are those of the slowest rank
 is idle at the start of a turn; what is loaded was just written, so it comes from the page cache for all.
 
 DeepSpeed runs with each writer that it has, as far as it runs here: its default (``torch.save``), its "python" writer,
-the same in a process beside ("decoupled"), and "fast", which needs libaio. Without DEEPSPEED_PYTHON only Shardline is
+the same in another process ("decoupled"), and "fast", which needs libaio. Without DEEPSPEED_PYTHON only Shardline is
 measured.
 """
 

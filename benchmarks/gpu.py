@@ -9,9 +9,11 @@ Every part runs in a process of its own, and the engines take turns: A B C A B C
 * train: tokens/s, TFLOP/s and peak memory of the hand-written loop, FSDP2, DeepSpeed (where it is installed) and
   Shardline, on one rank. A step's work is 6 operations per token and weight, and 12 x depth x width x time per token
   for attention, not counting what is computed twice.
-* update: what ``engine.step()`` takes, as bytes per second, beside a measured copy of a large buffer. An AdamW step
-  with fp32 masters moves at least 28 bytes per parameter: the gradient in bf16, master and both moments in and out,
-  the weight in bf16 out.
+* kernels: those of an update, one at a time, as bytes per second.
+* update: what ``engine.step()`` takes, as bytes per second beside a measured copy of a large buffer, and beside the
+  same by hand. It moves 42 bytes per parameter: 4 for the norm; 32 for AdamW (master, both moments and the fp32
+  gradient in and out, since fused kernels write the gradient back that they have scaled); 6 to round the weight. By
+  hand it is 46, as clipping is a pass of its own (8) and AdamW writes no gradient (28).
 * checks: how often two steps wait for the GPU, by CUDA's sync debug mode; kernels and copies by stream, from a profile.
 * ranks: two ranks that share the GPU over gloo train as one process with both ranks' data does, at every stage.
 """
@@ -36,8 +38,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PLACES = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 sys.path[:0] = PLACES
 
+from gpu_says import is_wait  # noqa: E402
+
 ENGINES = ("compute", "fsdp2", "deepspeed-2", "deepspeed-3", "shardline-0", "shardline-2", "shardline-3")
-BYTES_PER_PARAMETER = 28
+BYTES_PER_PARAMETER = 42
+"""What ``engine.step()`` moves."""
 LIMIT = 150.0
 """Seconds that one part may take."""
 
@@ -123,25 +128,127 @@ def part_copy(device: str, size: Size) -> dict[str, Any]:
     return {"bytes/s": 2 * size.copy / _timed(device, lambda: target.copy_(source), 10)}
 
 
-def part_update(device: str, size: Size, stage: str) -> dict[str, Any]:
-    """``engine.step()`` alone, after a backward each time."""
+def part_kernels(device: str, size: Size) -> dict[str, Any]:
+    """What an update is made of, a kernel at a time: bytes per second on matrices of one block, as they lie in buckets.
+
+    ``each``: a call for each tensor; ``foreach``: one for all of them, which torch cuts into launches of few blocks.
+    """
     import torch
-    from loops import Work, config
+    from loops import ADAMW
+
+    count, numel = size.depth, 4 * size.width**2
+    wide = [torch.ones(numel, device=device) for _ in range(count)]
+    narrow = [torch.ones(numel, device=device, dtype=torch.bfloat16) for _ in range(count)]
+    params = [torch.nn.Parameter(torch.ones(numel, device=device)) for _ in range(count)]
+    for param, grad in zip(params, wide, strict=True):
+        param.grad = grad
+    optimizer = torch.optim.AdamW(params, fused=True, **ADAMW)
+    scale, found_inf = torch.ones((), device=device), torch.zeros((), device=device)
+
+    def scaled() -> None:
+        optimizer.grad_scale, optimizer.found_inf = scale, found_inf  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
+    def copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+    row = min(numel, 16_384)
+    actions: dict[str, tuple[int, int, Callable[[], Any]]] = {  # tensors, bytes of an element, what is done
+        "widen one": (1, 6, lambda: wide[0].copy_(narrow[0])),
+        "widen one, foreach": (1, 6, lambda: torch._foreach_copy_(wide[:1], narrow[:1])),
+        "widen each": (count, 6, lambda: copy_each(wide, narrow)),
+        "widen, foreach": (count, 6, lambda: torch._foreach_copy_(wide, narrow)),
+        "round each": (count, 6, lambda: copy_each(narrow, wide)),
+        "round, foreach": (count, 6, lambda: torch._foreach_copy_(narrow, wide)),
+        "norms of rows": (count, 4, lambda: [torch.linalg.vector_norm(g.view(-1, row), dim=1) for g in wide]),
+        "norms, foreach": (count, 4, lambda: torch._foreach_norm(wide)),
+        "AdamW": (count, 28, optimizer.step),
+        "AdamW with a scale": (count, 32, scaled),
+    }
+    return {
+        f"{name}, bytes/s": tensors * numel * each / _timed(device, action, 5)
+        for name, (tensors, each, action) in actions.items()
+    }
+
+
+def part_update(device: str, size: Size, stage: str) -> dict[str, Any]:
+    """``engine.step()`` alone, after a backward each time, and in turns with it the same by hand.
+
+    By hand gradients become fp32 (``collect``) before they are clipped and used, which the engine does in its backward.
+    """
+    import torch
+    from loops import ADAMW, Masters, Work, config
 
     import shardline
 
     _world(device)
     spec = size.model()
     with torch.device(device):
-        model = spec.fresh()
+        model, twin = spec.fresh(), spec.fresh()
     parameters = sum(param.numel() for param in model.parameters())
     engine = shardline.initialize(model=model, config=config(Work(torch.bfloat16, micro=size.micro), int(stage)))[0]
-    seconds = []
-    for batch in (*spec.data(0, torch.bfloat16, device)[:5],):
+    masters = Masters(twin.parameters(), torch.bfloat16)
+    optimizer = torch.optim.AdamW(masters.masters, fused=True, **ADAMW)
+    turns: dict[str, list[tuple[float, float]]] = {"step": [], "collect": [], "hand": []}
+    batches = spec.data(0, torch.bfloat16, device)
+    for batch in batches[:7]:
         engine.backward(engine(*batch))
-        seconds.append(_timed(device, engine.step, 1, warm=0))
-    taken = statistics.median(seconds[2:])
-    return {"seconds": taken, "bytes/s": BYTES_PER_PARAMETER * parameters / taken}
+        turns["step"].append(_apart(device, engine.step))
+        twin(*batch).backward()
+        turns["collect"].append(_apart(device, masters.collect))
+        turns["hand"].append(_apart(device, lambda: masters.update(optimizer)))
+    middle = {name: [statistics.median(each) for each in zip(*found[2:], strict=True)] for name, found in turns.items()}
+    ratios = [step[1] / hand[1] for step, hand in zip(turns["step"][2:], turns["hand"][2:], strict=True)]
+    engine.backward(engine(*batches[7]))
+    kernels = _kernels(device, engine.step)
+    twin(*batches[7]).backward()
+    masters.collect()
+    by_hand = _kernels(device, lambda: masters.update(optimizer))
+    return {
+        "seconds": middle["step"][1],
+        "seconds until it returns": middle["step"][0],
+        "bytes/s": BYTES_PER_PARAMETER * parameters / middle["step"][1],
+        "by hand": middle["hand"][1],
+        "by hand until it returns": middle["hand"][0],
+        "collect by hand": middle["collect"][1],
+        "step / by hand": statistics.median(ratios),
+        "kernels": kernels,
+        "kernels by hand": by_hand,
+    }
+
+
+def _apart(device: str, action: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds until ``action`` returns, and until the device has done what it asked for."""
+    _wait(device)
+    began = time.perf_counter()
+    action()
+    returned = time.perf_counter() - began
+    _wait(device)
+    return returned, time.perf_counter() - began
+
+
+def _kernels(device: str, action: Callable[[], Any]) -> dict[str, Any]:
+    """What the device does for ``action``: how many kernels and copies, the ms of them, the ms from first to last.
+
+    ``table``: those that take longest by name, as (ms, calls, name).
+    """
+    from torch.profiler import ProfilerActivity, profile, supported_activities
+
+    _wait(device)
+    # torch's CPU build, which a simulated device runs on, records no CUDA
+    with profile(activities={ProfilerActivity.CPU, ProfilerActivity.CUDA} & supported_activities()) as profiler:
+        action()
+        _wait(device)
+    found = [event for event in profiler.events() or [] if event.device_type.name != "CPU"]
+    names: dict[str, tuple[float, int]] = {}
+    for event in found:
+        ms, calls = names.get(event.name, (0.0, 0))
+        names[event.name] = (ms + event.time_range.elapsed_us() / 1e3, calls + 1)
+    span = max((e.time_range.end for e in found), default=0) - min((e.time_range.start for e in found), default=0)
+    table = sorted(((ms, calls, name[:200]) for name, (ms, calls) in names.items()), reverse=True)
+    return {"count": len(found), "ms": sum(ms for ms, _, _ in table), "span ms": span / 1e3, "table": table[:12]}
 
 
 def part_checks(device: str, size: Size, stage: str) -> dict[str, Any]:
@@ -167,7 +274,7 @@ def part_checks(device: str, size: Size, stage: str) -> dict[str, Any]:
         step([batches[4]])
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-    waits = sum("synchronizing" in str(warning.message) for warning in said)
+    waits = sum(is_wait(warning.message) for warning in said)
     # torch's CPU build, which a simulated device runs on, records no CUDA
     with profile(activities={ProfilerActivity.CPU, ProfilerActivity.CUDA} & supported_activities()) as profiler:
         step([batches[5]])
@@ -248,7 +355,15 @@ class _Memory:
         (torch.cuda.reset_peak_memory_stats if device == "cuda" else measure.restart_peak)()
 
 
-PARTS = {"train": part_train, "copy": part_copy, "update": part_update, "checks": part_checks, "rank": part_rank}
+PARTS = {
+    "train": part_train,
+    "copy": part_copy,
+    "kernels": part_kernels,
+    "update": part_update,
+    "checks": part_checks,
+    "rank": part_rank,
+}
+CHOICES = ("copy", "kernels", "train", "update", "checks", "ranks")
 
 
 def run(device: str, size: str, part: str, *arguments: str, world: int = 1) -> dict[str, Any]:
@@ -298,6 +413,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, help="large on a GPU, tiny on CPU")
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--parts", default=",".join(CHOICES), help="some of these, by commas")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu")
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -318,18 +434,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (args.out / "results.json").write_text(json.dumps(result, indent=1))
         return answer
 
-    copy = note("copy", run(args.device, size, "copy"))
+    parts = args.parts.split(",")
+    if unknown := [part for part in parts if part not in CHOICES]:
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(CHOICES)}")
+    copy = note("copy", run(args.device, size, "copy")) if "copy" in parts else {"error": "not asked for"}
+    if "kernels" in parts:
+        note("kernels", run(args.device, size, "kernels"))
     turns: dict[str, list[dict[str, Any]]] = {}
-    for number in range(args.rounds):
+    for number in range(args.rounds if "train" in parts else 0):
         for engine in filter(installed, args.engines.split(",")):
             answer = note(f"train {engine} {number}", run(args.device, size, "train", engine))
             turns.setdefault(engine, []).append(answer)
     for stage in ("0", "3"):
-        update = note(f"update stage {stage}", run(args.device, size, "update", stage))
-        if "error" not in update and "error" not in copy:
-            update["of copy"] = update["bytes/s"] / copy["bytes/s"]
-        note(f"checks stage {stage}", run(args.device, size, "checks", stage))
-    for stage in ("0", "1", "2", "3"):
+        if "update" in parts:
+            update = note(f"update stage {stage}", run(args.device, size, "update", stage))
+            if "error" not in update and "error" not in copy:
+                update["of copy"] = update["bytes/s"] / copy["bytes/s"]
+        if "checks" in parts:
+            note(f"checks stage {stage}", run(args.device, size, "checks", stage))
+    for stage in ("0", "1", "2", "3") if "ranks" in parts else ():
         note(f"two ranks stage {stage}", run(args.device, size, "rank", stage, world=2))
     text = table(result, turns, copy)
     print(text)
@@ -341,14 +464,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _line(answer: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                     for key, value in answer.items())  # fmt: skip
+    """``key value, ...``, and below it the tables of kernels."""
+    parts, below = [], ""
+    for key, value in answer.items():
+        if isinstance(value, dict) and "table" in value:
+            below += f"\n    {key}: {value['count']}, {value['ms']:.2f} ms in {value['span ms']:.2f} ms"
+            below += "".join(f"\n    {ms:9.3f} ms {calls:5d} x {name}" for ms, calls, name in value["table"])
+        else:
+            parts.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+    return ", ".join(parts) + below
 
 
 def table(result: dict[str, Any], turns: dict[str, list[dict[str, Any]]], copy: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    lines = [f"{result['device']}, torch {result['torch']}, {result['date']}", "",
-             "| engine | tokens/s | TFLOP/s | step / hand loop | peak GB | loss |", "|---" * 6 + "|"]  # fmt: skip
+    lines = [f"{result['device']}, torch {result['torch']}, {result['date']}"]
+    if turns:
+        lines += ["", "| engine | tokens/s | TFLOP/s | step / hand loop | peak GB | loss |", "|---" * 6 + "|"]
     for engine, answers in turns.items():
         if any("error" in answer for answer in answers):
             lines.append(f"| {engine} | failed | | | | |")
@@ -363,7 +494,7 @@ def table(result: dict[str, Any], turns: dict[str, list[dict[str, Any]]], copy: 
     if "error" not in copy:
         lines += ["", f"Copy: {copy['bytes/s'] / 1e9:.0f} GB/s."]
     for name, answer in result.items():
-        if name.startswith(("update", "checks", "two")):
+        if name.startswith(("kernels", "update", "checks", "two")):
             lines.append(f"{name}: {_line(answer)}.")
     return "\n".join(lines) + "\n"
 

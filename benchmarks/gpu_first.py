@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import gc
 import importlib.util
+import io
 import os
 import signal
 import subprocess
@@ -24,13 +25,14 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+import gpu_use
+from gpu_says import attempt, note, verdict, watched
 
 ROOT = Path(__file__).resolve().parent.parent
 WHEELS = ROOT / "wheels"
@@ -42,29 +44,6 @@ DTYPES = ("fp32", "bf16", "fp16")
 SIMULATED = bool(os.environ.get("SIMCUDA"))
 
 Line = Callable[[str], None]
-
-
-# -- what a section says -----------------------------------------------------------------------------------------------
-
-
-def verdict(what: str, good: bool, found: object = "") -> None:
-    print(f"{'ok' if good else 'FAILED'}: {what}" + (f": {found}" if str(found) else ""), flush=True)
-
-
-def note(what: str) -> None:
-    print(f"    {what}", flush=True)
-
-
-@contextlib.contextmanager
-def attempt(what: str) -> Iterator[None]:
-    """An error within it is a verdict on ``what``, and the section goes on."""
-    try:
-        yield
-    except Exception as error:
-        places = traceback.extract_tb(error.__traceback__)[-6:]
-        verdict(what, False, f"{type(error).__name__}: {str(error).strip()[:600]}")
-        for place in reversed(places):
-            note(f"{place.filename}:{place.lineno} {place.line}")
 
 
 # -- sections ----------------------------------------------------------------------------------------------------------
@@ -168,29 +147,6 @@ def waits() -> None:
                     found.total() <= 2 * allowed, found.total())  # fmt: skip
             for line, times in found.items():
                 note(f"{times} at {line}")
-
-
-@contextlib.contextmanager
-def watched(found: Counter[str]) -> Iterator[None]:
-    """Count in ``found`` the lines at which the host waits, by the warnings of CUDA's sync debug mode."""
-    import torch
-
-    def count(message: Warning | str, category: Any, filename: str, lineno: int, *_: Any) -> None:
-        if "synchronizing" not in str(message):
-            note(f"warning: {message}")
-            return
-        frames = [frame for frame in traceback.extract_stack()[:-1] if "shardline" in frame.filename]
-        places = [f"{Path(frame.filename).name}:{frame.lineno} ({frame.line})" for frame in frames[:-4:-1]]
-        found[" < ".join(places) or f"{filename}:{lineno}"] += 1
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = count
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def memory() -> None:
@@ -381,7 +337,8 @@ def streams() -> None:
         with attempt("two streams without an order"):
             seen = False
             try:
-                planted()
+                with contextlib.redirect_stderr(io.StringIO()):  # torch prints the stacks of what it finds
+                    planted()
                 seen = bool(unordered())
             except Exception as error:
                 seen = type(error).__name__ == "CUDASanitizerErrors"
@@ -413,11 +370,25 @@ def tests() -> int:
     return subprocess.call([sys.executable, "-m", "pytest", *options, "-W", "default", *map(str, files)], cwd=ROOT)
 
 
+def doctor() -> int:
+    return subprocess.call([sys.executable, "-m", "shardline", "doctor"], cwd=ROOT)
+
+
+def update() -> int:
+    """``engine.step()`` alone, beside the same by hand, and its kernels."""
+    return figures("update", "copy,kernels,update")
+
+
 def benchmark() -> int:
+    return figures("benchmark", "train,checks,ranks")
+
+
+def figures(name: str, parts: str) -> int:
+    """Parts of ``gpu.py``, one round of them."""
+    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--device", "cuda", "--parts", parts, "--rounds", "1"]
     engines = "compute,shardline-0,shardline-3" if SIMULATED else "compute,fsdp2,shardline-0,shardline-3"
-    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--engines", engines, "--device", "cuda"]
-    command += ["--size", "tiny", "--rounds", "1"] if SIMULATED else []
-    return subprocess.call([*command, "--out", os.environ["GPU_FIRST_OUT"] + "/gpu"], cwd=ROOT)
+    command += ["--engines", engines, *(["--size", "tiny"] if SIMULATED else [])]
+    return subprocess.call([*command, "--out", f"{os.environ['GPU_FIRST_OUT']}/{name}"], cwd=ROOT)
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------
@@ -442,8 +413,16 @@ SECTIONS = {
     "freezing": Section(freezing, 40),
     "recomputation": Section(recomputation, 40),
     "streams": Section(streams, 80),
+    "loops": Section(gpu_use.loops, 50),
+    "features": Section(gpu_use.features, 50),
+    "compiled": Section(gpu_use.compiled, 120),
+    "clients": Section(gpu_use.clients, 90),
+    "deepspeed": Section(gpu_use.deepspeed, 60),
+    "observing": Section(gpu_use.observing, 40),
+    "doctor": Section(doctor, 60),
     "tests": Section(tests, 100),
-    "benchmark": Section(benchmark, 330),
+    "update": Section(update, 120),
+    "benchmark": Section(benchmark, 240),
 }
 
 

@@ -224,7 +224,7 @@ class Engine:
 
     Attributes:
         make: ``make(model, work)`` gives the step.
-        heats: the stages it is run beside; every ratio is taken between engines of one heat.
+        heats: the stages it is compared with; every ratio is taken between engines of one heat.
         needs: module without which it cannot run.
         low_only: makes sense below fp32 only.
     """

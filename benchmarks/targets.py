@@ -66,7 +66,7 @@ FLAT = 1.2
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured figure beside its limit."""
+    """A measured figure and its limit."""
 
     what: str
     where: str

@@ -1,4 +1,4 @@
-"""What a gather, a reduction and the row of a step cost by direct reading and over gloo, beside a plain copy.
+"""What a gather, a reduction and the row of a step cost by direct reading and over gloo, and what a plain copy costs.
 
     python benchmarks/transport.py [--ranks 2] [--megabytes 16] [--rounds 50]
 
@@ -50,13 +50,13 @@ def measure(megabytes: int, rounds: int) -> Times:
 def cases_of(comm: Comm, size: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     pool, world = BufferPool(CPU, comm.wait_for_readers), comm.data.size
     shard = size // dtype.itemsize // world
-    boundaries = [shard * rank for rank in range(world + 1)]
+    cuts = [shard * rank for rank in range(world + 1)]
     own, gradients = pool.borrow(shard, dtype).zero_(), pool.borrow(shard * world, dtype).zero_()
     out, row = torch.empty(shard), torch.zeros(8, dtype=torch.float64)
     whole = pool.borrow(shard * world, dtype)
     return {
-        "gather": lambda: comm.gathers.gather(0, whole, boundaries, own=own).wait(),
-        "reduce": lambda: comm.reductions.reduce(0, gradients, boundaries, out, add=False, scratch=pool).wait(),
+        "gather": lambda: comm.gathers.gather(0, whole, cuts, own=own).wait(),
+        "reduce": lambda: comm.reductions.reduce(0, gradients, cuts, out, add=False, scratch=pool).wait(),
         "row": lambda: comm.all_gather_vector(row),
     }
 

@@ -16,7 +16,7 @@ PRIVATE = {
     "checkpoint/foreign/pickled.py": "storages are rebuilt without torch's unpickler",
     "engine/origin.py": "the registries of a module, which go back as they were",
     "engine/window_grads.py": "what a GradScaler and a plain loop call on gradients, without torch functions",
-    "features/compiling.py": "what torch.compile has put in the place of a module",
+    "features/compiling.py": "what torch.compile calls instead of a module",
     "features/meta.py": "parameters and buffers on meta, and who writes them",
     "features/recompute.py": "the call of a module, which is replaced",
     "optim/amp.py": "the fused step of an optimizer",

@@ -128,7 +128,7 @@ def gradient_bytes(plan: Any, row: Any) -> int:
     """What the formula counts for gradients: they are given back after a step."""
     sharded = row.gradients is shardline.plan.placement.Placement.SHARDED
     buckets = [bucket for unit in plan.units for bucket in unit.buckets]
-    return sum(4 * (bucket.boundaries[1] if sharded else bucket.size) for bucket in buckets)
+    return sum(4 * (bucket.cuts[1] if sharded else bucket.size) for bucket in buckets)
 
 
 def draw(found: dict[int, tuple[Trace, float]], ranks: int, path: Path) -> None:

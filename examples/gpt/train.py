@@ -134,7 +134,7 @@ def train(engine: shardline.Engine, loader: Any, held_out: Windows, steps: int, 
 
 
 def held_out_loss(engine: shardline.Engine, journal: Journal, held_out: Windows) -> None:
-    """Write down the loss on the held-out text, and put it beside the engine's own curves."""
+    """Write down the loss on the held-out text, and put it next to the engine's own curves."""
     loss = evaluate(engine, held_out)
     journal.look(engine.global_steps, loss)
     engine.events.emit(Scalars(engine.global_steps, {"held out": loss}))

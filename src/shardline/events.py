@@ -121,7 +121,7 @@ class MemoryOverStep:
 
 @dataclass(frozen=True, slots=True)
 class Scalars:
-    """Values of the user's own, such as the loss on held-out data, to be shown beside the engine's."""
+    """Values of the user's own, such as the loss on held-out data, to be shown with the engine's."""
 
     step: int
     values: Mapping[str, float]

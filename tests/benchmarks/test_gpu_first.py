@@ -31,7 +31,8 @@ if name == "judges":
 
 
 @pytest.fixture
-def gpu_first() -> Any:
+def gpu_first(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location("gpu_first", ROOT / "benchmarks/gpu_first.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -77,6 +78,17 @@ def test_an_error_in_a_section_is_a_verdict(gpu_first, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "FAILED: the sum: ValueError: 1 is not 2"
     assert "test_gpu_first.py" in said[1]
+
+
+def test_a_wait_is_told_from_the_warning_of_the_mode(gpu_first):
+    from gpu_says import is_wait
+
+    assert is_wait(UserWarning("called a synchronizing CUDA operation (Triggered internally at ...)"))
+    assert not is_wait(
+        UserWarning(
+            "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+        )
+    )
 
 
 def test_a_missing_package_without_wheels_is_a_sentence(gpu_first, monkeypatch, tmp_path):

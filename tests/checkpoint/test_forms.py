@@ -164,7 +164,7 @@ def test_every_field_has_a_type_and_a_range(saved, capsys):
     for command in ("list", "inspect", "verify"):
         assert main(["checkpoint", command, str(saved)]) in (0, 1)
     assert "has a wrong form" in capsys.readouterr().out
-    sign(saved / "two", good | {"unknown": [1, 2], "counters": good["counters"] | {"leaving": True}})
+    sign(saved / "two", good | {"unknown": [1, 2], "counters": good["counters"] | {"exit_requested": True}})
     assert set(read_manifest(saved / "two").counters.model_dump()) == set(good["counters"])
 
 
@@ -401,7 +401,7 @@ def load_any(path, settings, seed):
             wrong.append(f"{place}: {inner[place[-1]]!r}: {type(error).__name__} {error}")
         sign(Path(path, "good"), good)
         built.load_checkpoint(path, "good")
-    sign(Path(path, "good"), good | {"counters": good["counters"] | {"leaving": True, "norm": "x"}})
+    sign(Path(path, "good"), good | {"counters": good["counters"] | {"exit_requested": True, "norm": "x"}})
     built.load_checkpoint(path, "good")
     cases.train(built, 2)
     steps = built.global_steps

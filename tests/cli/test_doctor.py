@@ -192,11 +192,11 @@ def test_a_collective_that_brings_wrong_numbers_is_noticed():
         def __init__(self, value):
             self.value, self.gathers, self.reductions = value, self, self
 
-        def gather(self, unit, buffer, boundaries):
-            buffer[boundaries[1] :] = self.value
+        def gather(self, unit, buffer, cuts):
+            buffer[cuts[1] :] = self.value
             return DONE
 
-        def reduce(self, unit, buffer, boundaries, out, *, add, scratch):
+        def reduce(self, unit, buffer, cuts, out, *, add, scratch):
             out[:] = self.value
             return DONE
 

@@ -117,20 +117,20 @@ def both_transports(numel, dtype, out_dtype, add):
     for transport in ("auto", "gloo"):
         comm = Comm(dist.group.WORLD, CPU, transport=transport)
         pool, rank, size = BufferPool(CPU, comm.wait_for_readers), comm.data.rank, comm.data.size
-        boundaries = [numel * part // size // 64 * 64 for part in range(size)] + [numel]
-        low, high = boundaries[rank], boundaries[rank + 1]
+        cuts = [numel * part // size // 64 * 64 for part in range(size)] + [numel]
+        low, high = cuts[rank], cuts[rank + 1]
         source = torch.randn(numel, generator=torch.Generator().manual_seed(rank)).to(dtype)
         out = torch.full((high - low,), 0.3, dtype=out_dtype)
-        comm.reductions.reduce(0, source, boundaries, out, add=add, scratch=pool).wait()
+        comm.reductions.reduce(0, source, cuts, out, add=add, scratch=pool).wait()
         own, whole = out.clone(), torch.empty(numel, dtype=out_dtype)
-        comm.gathers.gather(0, whole, boundaries, own=own).wait()
+        comm.gathers.gather(0, whole, cuts, own=own).wait()
         in_place = torch.empty(numel, dtype=out_dtype)
         in_place[low:high].copy_(out)
-        comm.gathers.gather(0, in_place, boundaries).wait()
+        comm.gathers.gather(0, in_place, cuts).wait()
         row = comm.all_gather_vector(out[:8].double())
         found.append([each.clone() for each in (out, whole, in_place, row)])
         if not add and dtype is out_dtype:  # the sum may take the place of this rank's term
-            comm.reductions.reduce(0, source, boundaries, source[low:high], add=False, scratch=pool).wait()
+            comm.reductions.reduce(0, source, cuts, source[low:high], add=False, scratch=pool).wait()
             found[-1].append(source[low:high].clone())
         comm.close()
     return all(torch.equal(one, other) for one, other in zip(*found, strict=True)), found[0][1]
@@ -457,9 +457,9 @@ def forgotten():
     peers = peers_here()
     rank = peers.rank
     buffer = torch.full((2 * LARGE,), float(rank))
-    boundaries = [0, LARGE, 2 * LARGE]
+    cuts = [0, LARGE, 2 * LARGE]
     if rank:
-        peers.transports[0].gather(0, buffer, boundaries)
+        peers.transports[0].gather(0, buffer, cuts)
         dist.barrier()
         del peers, buffer
         gc.collect()
@@ -469,7 +469,7 @@ def forgotten():
         return len(others), 1.0
     dist.barrier()
     dist.barrier()
-    peers.transports[0].gather(0, buffer, boundaries)
+    peers.transports[0].gather(0, buffer, cuts)
     found = len(memory_module._UNREAD), buffer[LARGE:].mean().item()
     dist.barrier()
     memory_module._UNREAD.clear()

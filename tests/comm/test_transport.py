@@ -53,14 +53,14 @@ def transport_of(kind):
         yield kind(all_to_all) if kind is HostStagedTransport else all_to_all
 
 
-def gather_all(kind, boundaries, dtype, in_place):
-    rank, numel = dist.get_rank(), boundaries[-1]
+def gather_all(kind, cuts, dtype, in_place):
+    rank, numel = dist.get_rank(), cuts[-1]
     buffer = torch.full((numel + 5,), -1.0, dtype=dtype)
-    own = values(rank, numel, dtype)[boundaries[rank] : boundaries[rank + 1]]
+    own = values(rank, numel, dtype)[cuts[rank] : cuts[rank + 1]]
     if in_place:
-        buffer[boundaries[rank] : boundaries[rank + 1]] = own
+        buffer[cuts[rank] : cuts[rank + 1]] = own
     with transport_of(kind) as transport:
-        transport.gather(0, buffer[:numel], boundaries, None if in_place else own).wait()
+        transport.gather(0, buffer[:numel], cuts, None if in_place else own).wait()
     return buffer
 
 
@@ -68,22 +68,22 @@ def gather_all(kind, boundaries, dtype, in_place):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("world", "cut"), CASES)
 def test_gather_is_the_concatenation(ranks, world, cut, dtype, in_place) -> None:
-    boundaries = CUTS[world][cut]
-    numel = boundaries[-1]
-    parts = [values(rank, numel, dtype)[low:high] for rank, (low, high) in enumerate(pairwise(boundaries))]
+    cuts = CUTS[world][cut]
+    numel = cuts[-1]
+    parts = [values(rank, numel, dtype)[low:high] for rank, (low, high) in enumerate(pairwise(cuts))]
     for kind in KINDS:
-        for buffer in ranks(gather_all, world, kind, boundaries, dtype, in_place):
+        for buffer in ranks(gather_all, world, kind, cuts, dtype, in_place):
             assert torch.equal(buffer[:numel], torch.cat(parts))
             assert bool((buffer[numel:] == -1).all()), "wrote behind the buffer"
 
 
-def reduce_one(kind, boundaries, dtype, out_dtype, add):
-    rank, numel = dist.get_rank(), boundaries[-1]
+def reduce_one(kind, cuts, dtype, out_dtype, add):
+    rank, numel = dist.get_rank(), cuts[-1]
     buffer, scratch = values(rank, numel, dtype), Scratch()
     before = buffer.clone()
-    out = torch.full((boundaries[rank + 1] - boundaries[rank],), 3.0, dtype=out_dtype)
+    out = torch.full((cuts[rank + 1] - cuts[rank],), 3.0, dtype=out_dtype)
     with transport_of(kind) as transport:
-        transport.reduce(0, buffer, boundaries, out, add=add, scratch=scratch).wait()
+        transport.reduce(0, buffer, cuts, out, add=add, scratch=scratch).wait()
     return out, torch.equal(buffer, before), len(scratch.out)
 
 
@@ -92,11 +92,11 @@ def reduce_one(kind, boundaries, dtype, out_dtype, add):
 @pytest.mark.parametrize(("world", "cut"), CASES)
 def test_reduce_is_the_sum_in_rank_order(ranks, world, cut, dtype, out_dtype, add) -> None:
     """Bit by bit, in the dtype of the result: bf16 values are never added up in bf16."""
-    boundaries = CUTS[world][cut]
+    cuts = CUTS[world][cut]
     for kind in KINDS:
-        results = ranks(reduce_one, world, kind, boundaries, dtype, out_dtype, add)
-        for (low, high), (out, kept, borrowed) in zip(pairwise(boundaries), results, strict=True):
-            terms = [values(rank, boundaries[-1], dtype)[low:high].to(out_dtype) for rank in range(world)]
+        results = ranks(reduce_one, world, kind, cuts, dtype, out_dtype, add)
+        for (low, high), (out, kept, borrowed) in zip(pairwise(cuts), results, strict=True):
+            terms = [values(rank, cuts[-1], dtype)[low:high].to(out_dtype) for rank in range(world)]
             start = torch.full((high - low,), 3.0)
             if kind is HostStagedTransport:
                 expected = sum(terms[1:], terms[0]) + (start if add else 0)
@@ -106,17 +106,17 @@ def test_reduce_is_the_sum_in_rank_order(ranks, world, cut, dtype, out_dtype, ad
             assert kept and borrowed == 0
 
 
-def in_flight_at_once(kind, boundaries):
+def in_flight_at_once(kind, cuts):
     """Three transitions are started before the first is waited for, in the same order everywhere."""
-    rank, numel = dist.get_rank(), boundaries[-1]
+    rank, numel = dist.get_rank(), cuts[-1]
     scratch, buffer = Scratch(), torch.zeros(numel)
-    buffer[boundaries[rank] : boundaries[rank + 1]] = rank + 1.0
-    out = [torch.zeros(boundaries[rank + 1] - boundaries[rank]) for _ in range(2)]
+    buffer[cuts[rank] : cuts[rank + 1]] = rank + 1.0
+    out = [torch.zeros(cuts[rank + 1] - cuts[rank]) for _ in range(2)]
     with transport_of(kind) as transport:
         works = [
-            transport.gather(0, buffer, boundaries),
-            transport.reduce(0, torch.ones(numel), boundaries, out[0], add=False, scratch=scratch),
-            transport.reduce(0, torch.full((numel,), 2.0), boundaries, out[1], add=False, scratch=scratch),
+            transport.gather(0, buffer, cuts),
+            transport.reduce(0, torch.ones(numel), cuts, out[0], add=False, scratch=scratch),
+            transport.reduce(0, torch.full((numel,), 2.0), cuts, out[1], add=False, scratch=scratch),
         ]
         for work in reversed(works):
             work.wait()
@@ -163,15 +163,15 @@ def test_cpu_tensors_are_exchanged_over_gloo(ranks) -> None:
     assert ranks(chosen, 2) == ["AllToAllTransport"] * 2
 
 
-def nccl_over_gloo(boundaries, add, dtype):
+def nccl_over_gloo(cuts, add, dtype):
     """What :class:`NcclTransport` calls exists on gloo too, so its bookkeeping can be seen without a GPU."""
-    rank, numel = dist.get_rank(), boundaries[-1]
+    rank, numel = dist.get_rank(), cuts[-1]
     transport, scratch = NcclTransport(dist.group.WORLD, TransitionLog()), Scratch()
     buffer = torch.zeros(numel, dtype=dtype)
-    buffer[boundaries[rank] : boundaries[rank + 1]] = rank + 1.0
-    transport.gather(0, buffer, boundaries).wait()
-    out = torch.full((boundaries[rank + 1] - boundaries[rank],), 3.0)
-    transport.reduce(0, torch.full((numel,), 2.0, dtype=dtype), boundaries, out, add=add, scratch=scratch).wait()
+    buffer[cuts[rank] : cuts[rank + 1]] = rank + 1.0
+    transport.gather(0, buffer, cuts).wait()
+    out = torch.full((cuts[rank + 1] - cuts[rank],), 3.0)
+    transport.reduce(0, torch.full((numel,), 2.0, dtype=dtype), cuts, out, add=add, scratch=scratch).wait()
     return buffer.float(), out, len(scratch.out)
 
 
@@ -179,8 +179,8 @@ def nccl_over_gloo(boundaries, add, dtype):
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("cut", ["equal", "unequal"])
 def test_nccl_transport_where_its_collectives_exist(ranks, cut, add, dtype) -> None:
-    boundaries = CUTS[2][cut]
-    whole = torch.cat([torch.full((high - low,), i + 1.0) for i, (low, high) in enumerate(pairwise(boundaries))])
-    for buffer, out, borrowed in ranks(nccl_over_gloo, 2, boundaries, add, dtype):
+    cuts = CUTS[2][cut]
+    whole = torch.cat([torch.full((high - low,), i + 1.0) for i, (low, high) in enumerate(pairwise(cuts))])
+    for buffer, out, borrowed in ranks(nccl_over_gloo, 2, cuts, add, dtype):
         assert torch.equal(buffer, whole)
         assert bool((out == (7.0 if add else 4.0)).all()) and borrowed == 0

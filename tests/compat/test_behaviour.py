@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import shardline.compat.deepspeed as deepspeed
 from shardline.errors import DisagreementError
+from tests.compat.rows import differs, unchanged
 from tests.compat.test_engine import SHARDED, batches, make_net
 
 WORLD, STEPS = 2, 3
@@ -195,6 +196,11 @@ def train(stage: int, names: list[str]) -> dict[str, tuple[dict[str, Tensor], li
     return found
 
 
+@unchanged(
+    "how gradients come about",
+    "plain `backward`, gradients given for outputs, several backwards, `no_sync`, boundaries by hand, "
+    "`scale_wrt_gas`, `safe_get/set_full_grad`, their norm at every stage",
+)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_gradients_of_a_window_and_their_norm(ranks, stage):
     for name, (weights, norms, also) in ranks(train, WORLD, stage, list(WAYS))[0].items():
@@ -279,6 +285,7 @@ def scaled_alike(stage: int) -> list[dict[str, Tensor]]:
     return found
 
 
+@unchanged("how gradients come about", "empty ones in fp16, `engine.scale`")
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_fp16_with_empty_gradients_and_losses_scaled_by_hand(ranks, stage):
     ranks(in_fp16, WORLD, stage)
@@ -318,6 +325,7 @@ def frozen(stage: int, folder: str) -> dict[str, Tensor]:
     return weights
 
 
+@unchanged("how gradients come about", "freezing, and checkpoints without what is frozen")
 @pytest.mark.parametrize("stage", [1, 3])
 def test_freezing(ranks, tmp_path, stage):
     found = ranks(frozen, WORLD, stage, str(tmp_path))[0]
@@ -385,6 +393,10 @@ def loaded(folder: str, stage: int) -> dict[str, Any]:
     return found
 
 
+@unchanged(
+    "parts of a checkpoint, schedules, loaders",
+    "`load_module_only`, `load_optimizer_states`, `load_lr_scheduler_states`, another number of ranks",
+)
 def test_parts_of_a_checkpoint_and_another_number_of_ranks(ranks, tmp_path):
     after = ranks(saved, 2, str(tmp_path))[0]
     for world, stage in ((1, 3), (3, 3), (2, 0)):
@@ -422,6 +434,8 @@ def differing_tags(folder: str) -> None:
         engine.destroy()
 
 
+@unchanged("parts of a checkpoint, schedules, loaders", "the optimizer alone")
+@differs("a tag that differs between ranks", "a warning, or what `tag_validation` says", "`DisagreementError`")
 def test_optimizer_alone_and_tags(ranks, tmp_path):
     ranks(optimizer_alone, WORLD, 3)
     ranks(differing_tags, WORLD, str(tmp_path))
@@ -461,6 +475,7 @@ def loaders() -> None:
     engine.destroy()
 
 
+@unchanged("parts of a checkpoint, schedules, loaders", "attributes of schedules, `training_data`, `deepspeed_io`")
 def test_schedules_and_loaders(ranks):
     ranks(schedules, WORLD)
     ranks(loaders, WORLD)

@@ -10,6 +10,7 @@ import pytest
 from shardline.compat.deepspeed.config import OFFLOAD_PARAM, read, translate
 from shardline.config import load_config
 from shardline.errors import ConfigError
+from tests.compat.rows import differs, unchanged
 from tests.config.configs import HF_ZERO3, WORKING
 
 BATCH = {"train_micro_batch_size_per_gpu": 2}
@@ -28,6 +29,7 @@ def test_defaults_are_deepspeeds():
     assert resolved({"bfloat16": {"enabled": True}})[0].bf16.enabled
 
 
+@differs("unknown keys of the configuration", "ignored at the top level", "the same, and named once; below it refused")
 def test_unknown_keys_at_the_top_are_named_once_and_those_below_are_refused():
     config, notices = resolved({"zero_optimization.reduce_bucket_size": 5, "junk": {}, "_comment": "x"})
     assert config.train_micro_batch_size_per_gpu == 2
@@ -45,6 +47,11 @@ def test_old_spellings():
     assert config.wall_clock_breakdown is False
 
 
+@differs(
+    "`offload_param` on an accelerator",
+    "weights rest in host memory",
+    "accepted with a notice of the bytes that stay on the device",
+)
 def test_offload_param_is_accepted_with_a_notice_on_an_accelerator():
     raw = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}}
     assert resolved(raw)[1] == []
@@ -63,6 +70,10 @@ def test_sources(tmp_path):
             read(source)
 
 
+@unchanged(
+    "configurations as people have them",
+    'with "auto", comments and unknown keys at the top; those that cannot be get a verdict in `shardline config check`',
+)
 @pytest.mark.parametrize("name", WORKING)
 def test_configurations_as_people_have_them(name):
     settings, notices = translate(WORKING[name], on_accelerator=False)

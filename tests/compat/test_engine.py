@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 from argparse import Namespace
 
 import pytest
@@ -13,8 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import shardline.compat.deepspeed as deepspeed
+from shardline.compat.deepspeed.engine import NOT_OFFERED
 from shardline.errors import UsageError
 from shardline.events import Scalars
+from tests.compat.rows import unchanged
 
 SHARDED = {"unit_min_numel": 0, "stage3_param_persistence_threshold": 0}
 
@@ -76,6 +79,7 @@ def as_accelerate(stage: int, windows: list[int], accumulation: int) -> tuple[di
     return weights, counts
 
 
+@unchanged("a loop of one's own", "`initialize`, `backward`, `step`, boundaries set by hand")
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_windows_are_sums(ranks, stage):
     windows = [3, 3, 2, 1]
@@ -150,13 +154,19 @@ def surface() -> None:
     state = engine._zero3_consolidated_16bit_state_dict()
     assert (state is None) == (rank != 0)
     assert state is None or {each.dtype for each in state.values()} == {torch.bfloat16}
-    with pytest.raises(UsageError, match="set_train_batch_size is not offered"):
-        engine.set_train_batch_size(3)
-    with pytest.raises(UsageError, match="safe_get_local_grad is not offered"):
-        deepspeed.utils.safe_get_local_grad(weight)
+    for name, reason in NOT_OFFERED.items():
+        with pytest.raises(
+            UsageError, match=re.escape(f"engine.{name} is not offered by Shardline's stand-in: {reason}")
+        ):
+            getattr(engine, name)(3)
     engine.destroy()
 
 
+@unchanged(
+    "a loop of one's own",
+    "`zero.Init`, `GatheredParameters`, `safe_get/set_full_fp32_param`, `safe_get/set_full_optimizer_state`, "
+    "`set_z3_leaf_modules`",
+)
 def test_the_rest_of_the_surface(ranks):
     ranks(surface, 2)
 
@@ -194,6 +204,7 @@ def saved(folder: str) -> None:
         convert.convert_zero_checkpoint_to_fp32_state_dict(folder, f"{folder}/out", safe_serialization=True)
 
 
+@unchanged("a loop of one's own", "`save_checkpoint(client_state=)`, `load_checkpoint`, `zero_to_fp32`")
 def test_checkpoints(ranks, tmp_path):
     ranks(saved, 2, str(tmp_path))
     assert (tmp_path / "out" / "model.safetensors").is_file()
@@ -217,11 +228,13 @@ def test_a_backend_that_accelerate_has_not_found(monkeypatch):
         deepspeed.comm.init_distributed(dist_backend=None, auto_mpi_discovery=False)
 
 
+@unchanged("a loop of one's own", "`RepeatingLoader`")
 def test_repeating_loader():
     loader = deepspeed.utils.RepeatingLoader([1, 2])
     assert [next(loader) for _ in range(5)] == [1, 2, 1, 2, 1]
 
 
+@unchanged("a loop of one's own", "`checkpointing`")
 def test_activation_checkpointing():
     x = torch.randn(3, 8, requires_grad=True)
     net = make_net()

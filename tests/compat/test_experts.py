@@ -9,6 +9,7 @@ from torch import nn
 
 import shardline.compat.deepspeed as deepspeed
 from shardline.errors import ModelError, UsageError
+from tests.compat.rows import differs, unchanged
 from tests.compat.test_engine import SHARDED
 
 
@@ -35,6 +36,7 @@ def test_marks_and_groups():
     assert deepspeed.moe.utils.is_moe_param_group(groups[1])
 
 
+@differs("`MoE` with `ep_size` above 1", "experts in groups of ranks", "refused: stage 3 divides them over all ranks")
 def test_refusals():
     with pytest.raises(ModelError, match="ep_size=2"):
         make(ep_size=2)
@@ -45,6 +47,7 @@ def test_refusals():
     deepspeed.utils.groups.initialize(ep_size=1)
 
 
+@unchanged("`deepspeed.moe`", "top-1 and top-2 gating")
 def test_gates_as_functions():
     logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
     loss, combine, dispatch, counts = deepspeed.moe.sharded_moe.top1gating(logits, 1.0, 0, use_rts=False)
@@ -82,6 +85,7 @@ def train(stage: int) -> list[float]:
     return losses
 
 
+@unchanged("`deepspeed.moe`", "param groups of experts")
 def test_param_groups_of_experts_train(ranks):
     every = [ranks(train, 2, stage)[0] for stage in (0, 3)]
     assert every[0][-1] < every[0][0]

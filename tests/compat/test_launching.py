@@ -11,6 +11,7 @@ import pytest
 from shardline.cli import main
 from shardline.compat.deepspeed import launching
 from shardline.compat.deepspeed.finder import PATH
+from tests.compat.rows import differs, unchanged
 
 
 @pytest.fixture
@@ -27,6 +28,8 @@ def started(monkeypatch):
     return start
 
 
+@unchanged("the launcher", "`--num_gpus`, `--master_port`, `--module`, `--no_local_rank`, `--local_rank`")
+@differs("`--bind_cores_to_rank`", "binds", "accepted with a notice: each rank gets its share of threads")
 def test_scripts_find_the_stand_in_and_get_their_local_rank(started, capsys):
     job = started("--as-deepspeed", "--num_gpus", 2, "--master_port", 29501, "train.py", "--deepspeed")
     assert (job.script, job.arguments, job.nproc) == ("train.py", ("--local_rank=${local_rank}", "--deepspeed"), 2)
@@ -38,6 +41,7 @@ def test_scripts_find_the_stand_in_and_get_their_local_rank(started, capsys):
     assert "PYTHONPATH" not in started("train.py").environment
 
 
+@unchanged("the launcher", "`--num_nodes`, `--include`, `--exclude`, `--hostfile`, `--node_rank`, `--master_addr`")
 def test_hosts_and_slots(started, tmp_path, monkeypatch):
     hosts = tmp_path / "hosts"
     hosts.write_text("# two\nworker-0 slots=4\nworker-1 slots=4\n")
@@ -49,12 +53,19 @@ def test_hosts_and_slots(started, tmp_path, monkeypatch):
     assert (job.nproc, job.nnodes) == (4, 1)
     job = started("--as-deepspeed", "-H", hosts, "--no_ssh", "--node_rank", 1, "--master_addr", "h", "x.py")
     assert (job.nproc, job.nnodes, job.node_rank, job.master) == (4, 2, 1, "h")
+    job = started("--as-deepspeed", "--num_nodes", 2, "--num_gpus", 4, "--node_rank", 1, "--master_addr", "h", "x.py")
+    assert (job.nproc, job.nnodes, job.node_rank, job.master) == (4, 2, 1, "h")
     monkeypatch.setattr(launching.get_accelerator().__class__, "is_available", lambda self: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     job = started("--as-deepspeed", "-H", hosts, "-i", "worker-0:1,3", "x.py")
     assert job.environment["CUDA_VISIBLE_DEVICES"] == "5,7"
 
 
+@differs(
+    "`--hostfile` of several hosts",
+    "starts all of them by ssh",
+    "start the command on each, with `--no_ssh --node_rank R --master_addr HOST`",
+)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -14,6 +14,7 @@ import shardline.compat.deepspeed as deepspeed
 from shardline.compat.deepspeed import refusals, table
 from shardline.compat.deepspeed.finder import PATH
 from shardline.errors import UsageError
+from tests.compat.rows import differs
 
 
 @pytest.mark.parametrize("module", sorted({*table.NAMES, *table.FILES, *table.ALIASES} - {""}))
@@ -69,6 +70,9 @@ def python(code: str, **environment: str) -> list[object]:
     return json.loads(done.stdout)
 
 
+@differs(
+    "`import deepspeed` where a real DeepSpeed is installed", "", "the real one, unless `--as-deepspeed` was given"
+)
 def test_it_stands_in_where_it_was_asked_to_and_nowhere_else(tmp_path):
     (tmp_path / "deepspeed").mkdir()
     (tmp_path / "deepspeed" / "__init__.py").write_text("real = True\n")

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.compat.rows import unchanged
+
 ROOT = Path(__file__).parents[2]
 SMALL = {"unit_min_numel": 0, "stage3_param_persistence_threshold": 0}
 
@@ -34,6 +36,7 @@ def run(script: str, tmp_path: Path, *arguments: Any, world: int = 2, config: di
     return json.loads(out.read_text())
 
 
+@unchanged("scripts like DeepSpeed's examples", "CIFAR-10")
 def test_cifar(tmp_path):
     whole = run("cifar.py", tmp_path, "--stage", 0, world=1)
     assert whole["losses"][-1] < whole["losses"][0]
@@ -42,6 +45,7 @@ def test_cifar(tmp_path):
         assert found == {key: pytest.approx(value, rel=1e-4) for key, value in whole.items()}
 
 
+@unchanged("scripts like DeepSpeed's examples", "in bf16 and fp16")
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_cifar_in_half_precision(tmp_path, dtype):
@@ -53,6 +57,7 @@ def test_cifar_in_half_precision(tmp_path, dtype):
         }
 
 
+@unchanged("scripts like DeepSpeed's examples", "with `--moe`")
 @pytest.mark.slow
 def test_cifar_with_experts(tmp_path):
     options = ("--moe", "--num-experts", 2, 3, "--top-k", 1, "--mlp-type", "residual", "--noisy-gate-policy", "RSample",
@@ -81,6 +86,7 @@ def bert(stage: int, **more: Any) -> dict[str, Any]:
     }
 
 
+@unchanged("scripts like DeepSpeed's examples", "BERT with LAMB and fp16, saved and resumed")
 @pytest.mark.slow
 def test_bert(tmp_path):
     fp16 = {"enabled": True, "loss_scale": 0, "initial_scale_power": 8}
@@ -94,6 +100,7 @@ def test_bert(tmp_path):
     assert (half["skipped"], half["scale"]) == (0, 256)
 
 
+@unchanged("scripts like DeepSpeed's examples", "a GAN of two engines in fp16")
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_gan(tmp_path, stage):
@@ -106,6 +113,7 @@ def test_gan(tmp_path, stage):
         assert half[name] == pytest.approx(full[name], rel=2e-2)
 
 
+@unchanged("a loop of one's own", "`ds_to_universal`, `load_universal`, `offload_states`")
 @pytest.mark.slow
 def test_calls_around_the_loop(tmp_path):
     config = {
@@ -118,6 +126,7 @@ def test_calls_around_the_loop(tmp_path):
     assert len(run("surface.py", tmp_path, "--save_dir", tmp_path / "saved", config=config)["losses"]) == 3
 
 
+@unchanged("scripts like DeepSpeed's examples", "a residual network with `StepLR`, saved and resumed at another stage")
 @pytest.mark.slow
 def test_imagenet(tmp_path):
     config = {"train_batch_size": 8, "zero_optimization": {"stage": 0}}

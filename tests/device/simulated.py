@@ -3,6 +3,7 @@
     import tests.device.simulated as simulated      # before anything asks torch for its accelerator
 
     simulated.races()          # unordered accesses of two streams to one range since the last call
+    simulated.kernels()        # operations of the device since the last call
     simulated.waits()          # what made the host wait for the device since the last call
     with simulated.no_wait():  # in it such a wait raises
 
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["COMPILER", "memory", "no_wait", "page_locked", "races", "reset_peak", "waits"]
+__all__ = ["COMPILER", "kernels", "memory", "no_wait", "page_locked", "races", "reset_peak", "waits"]
 
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -105,6 +106,7 @@ def _install() -> ModuleType:
         cudaHostRegister=lambda address, size, flags: found.host_register(address, size) or 0,
         cudaHostUnregister=lambda address: found.host_unregister(address) or 0,
     )
+    cuda.empty_cache = lambda: None
     cuda.mem_get_info = lambda device=None: (1 << 33, 1 << 34)
     cuda.max_memory_allocated = torch.accelerator.memory.max_memory_allocated
     cuda.memory_allocated = torch.accelerator.memory.memory_allocated
@@ -126,6 +128,11 @@ _device = _install()
 def races() -> list[str]:
     """Accesses of one range of memory on two streams, one of them a write, without an order since the last call."""
     return list(_device.races())
+
+
+def kernels() -> dict[str, int]:
+    """How often each operation ran on the device since the last call: about a kernel each, on a GPU."""
+    return dict(_device.ops())
 
 
 def waits() -> list[str]:

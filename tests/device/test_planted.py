@@ -55,7 +55,7 @@ def sum_before_arrival(patch: pytest.MonkeyPatch) -> None:
     """The sum is read before the reduce-scatter is over."""
 
     def reduce(
-        self: transport.NcclTransport, unit: int, buffer: Any, boundaries: Any, out: Any, *, add: bool, scratch: Any
+        self: transport.NcclTransport, unit: int, buffer: Any, cuts: Any, out: Any, *, add: bool, scratch: Any
     ) -> transport.Work:
         target = scratch.borrow(out.numel(), buffer.dtype)
         handle = transport._reduce_scatter(target, buffer, group=self.group, async_op=True)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,39 +17,76 @@ STEPS, KILLED, SAVED = 8, 5, 3
 EVERY = list(range(1, STEPS + 1))
 
 
+def trackers() -> dict[str, dict[str, object]]:
+    """Sections of the trackers whose packages are there. All of them write to the current folder."""
+    sections: dict[str, dict[str, object]] = {
+        "tensorboard": {"enabled": True},
+        "wandb": {"enabled": True},
+        "mlflow": {"enabled": True, "tracking_uri": "mlflow"},
+        "comet": {"enabled": True, "online": False, "samples_log_interval": 24, "experiment_name": "first"},
+    }
+    return {name: section for name, section in sections.items() if find_spec(PACKAGES.get(name, name))}
+
+
+PACKAGES = {"comet": "comet_ml"}
+ENVIRONMENT = {
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+    "WANDB_MODE": "offline",
+    "MLFLOW_ALLOW_FILE_STORE": "true",
+    "COMET_OFFLINE_DIRECTORY": "comet",
+}
+JOB = str(Path(__file__).with_name("job.py"))
+
+
+def launch(folder: Path, *ranks: str, **job: object) -> subprocess.Popen[str]:
+    """Start a job in ``folder``, by the launcher where ``ranks`` has its arguments."""
+    module = ["-m", "shardline", "run", *ranks] if ranks else []
+    return subprocess.Popen(
+        [sys.executable, *module, JOB, json.dumps(job)], cwd=folder, env={**os.environ, **ENVIRONMENT},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def losses_of(printed: str) -> dict[int, float]:
+    return dict(json.loads(line) for line in printed.splitlines() if line.startswith("["))
+
+
+CONFIG = {
+    "train_batch_size": 8,
+    "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
+    "run_log": {"dir": "run"},
+    "csv_monitor": {"enabled": True},
+}
+
+
 class Job:
-    """The folder of a job and what it has printed."""
+    """The folder of a job that was killed and has gone on, and what it has printed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        here = {section: {"enabled": True} for section in ("tensorboard", "wandb") if find_spec(section)}
-        if find_spec("mlflow"):
-            here["mlflow"] = {"enabled": True, "tracking_uri": "mlflow"}
         self.config = {
-            "train_batch_size": 8,
-            "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
+            **CONFIG,
             "checkpoint": {"dir": "checkpoints", "every_steps": SAVED, "resume": "auto"},
-            "run_log": {"dir": "run"},
-            "csv_monitor": {"enabled": True},
             "progress_bar": {"enabled": True},
-            **here,
+            **trackers(),
         }
         self.losses: dict[int, float] = {}
-        self._run(KILLED, expect=-signal.SIGKILL)
-        self.error = self._run(0, expect=0)
+        self._run(expect=-signal.SIGKILL, end="kill", at=KILLED)
+        self.error = self._run(expect=0)
 
-    def _run(self, kill_after: int, *, expect: int) -> str:
-        job = [sys.executable, str(Path(__file__).with_name("job.py")), json.dumps(self.config)]
-        environment = {**os.environ, "WANDB_MODE": "offline", "MLFLOW_ALLOW_FILE_STORE": "true"}
-        done = subprocess.run(
-            [*job, str(STEPS), str(kill_after)], cwd=self.folder, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == expect, done.stderr
-        self.losses |= dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
-        return done.stderr
+    def _run(self, *, expect: int, **job: object) -> str:
+        process = launch(self.folder, config=self.config, steps=STEPS, **job)
+        printed, error = process.communicate(timeout=110)
+        assert process.returncode == expect, error
+        self.losses |= losses_of(printed)
+        return error
 
     def lines(self) -> list[dict[str, object]]:
-        return [json.loads(line) for line in (self.folder / "run" / "events.jsonl").read_text().splitlines()]
+        return lines_of(self.folder)
+
+
+def lines_of(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "run" / "events.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -127,23 +165,27 @@ def records(data: bytes) -> list[bytes]:
     return found
 
 
-@needs("wandb")
-def test_wandb_has_one_run_with_every_step_once(job) -> None:
+def wandb_records(folder):
+    """All records of W&B's files in ``folder``, in order."""
     from wandb.proto import wandb_internal_pb2
 
-    steps, ids = {}, set()
-    for file in sorted(job.folder.glob("wandb/offline-run-*/*.wandb")):
+    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         for data in records(file.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
-            if record.HasField("run"):
-                ids.add(record.run.run_id)
-            if record.HasField("history"):
-                row = {
-                    item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
-                }
-                assert row["_step"] not in steps, "logged twice"
-                steps[row["_step"]] = row
+            yield record
+
+
+@needs("wandb")
+def test_wandb_has_one_run_with_every_step_once(job) -> None:
+    steps, ids = {}, set()
+    for record in wandb_records(job.folder):
+        if record.HasField("run"):
+            ids.add(record.run.run_id)
+        if record.HasField("history"):
+            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            assert row["_step"] not in steps, "logged twice"
+            steps[row["_step"]] = row
     # W&B's own process ends with the job that is killed, and may lose what it had not written by then.
     assert len(ids) == 1 and EVERY[SAVED:] == [step for step in sorted(steps) if step > SAVED]
     assert {step: row["train/loss"] for step, row in steps.items()} == {
@@ -163,3 +205,22 @@ def test_mlflow_has_one_run_with_every_step_once(job, monkeypatch) -> None:
     history = client.get_metric_history(run.info.run_id, "train/loss")
     assert sorted(row.step for row in history) == EVERY
     assert {row.step: row.value for row in history} == pytest.approx(job.losses)
+
+
+@needs("comet_ml")
+def test_comet_has_an_archive_of_the_process_that_was_not_killed(job) -> None:
+    """Offline, an archive is complete at the end of a process; it is what `comet upload` sends."""
+    by_size = sorted((job.folder / "comet").glob("*.zip"), key=lambda each: each.stat().st_size)
+    assert {each.name.partition("-")[0] for each in by_size} == {by_size[-1].name.partition("-")[0]}, "one experiment"
+    with zipfile.ZipFile(by_size[-1]) as file:
+        messages = [json.loads(line) for line in file.read("messages.json").splitlines()]
+    metrics = [message["payload"]["metric"] for message in messages if message["type"] == "metric_msg"]
+    found: dict[str, dict[int, float]] = {}
+    for row in metrics:
+        assert row["step"] not in found.setdefault(row["metricName"], {}), "logged twice"
+        found[row["metricName"]][row["step"]] = row["metricValue"]
+    # A record each 24 samples: at steps 3 and 6, of which the killed process has logged the first.
+    assert found["train/loss"] == {6: pytest.approx(job.losses[6])} and set(found["time/forward"]) == {6}
+    assert found["held out"] == {step: pytest.approx(job.losses[step] / 2) for step in (4, 6, 8)}
+    others = [message["payload"] for message in messages if message["type"] == "log_other"]
+    assert {"first"} == {other["value"] for other in others if other["key"] == "Name"}

@@ -99,10 +99,8 @@ def test_buckets_are_covered_once_and_cut_at_multiples_of_64(model, world, low, 
             assert start < stop
             owners[start:stop] += 1
         assert bool((owners == 1).all())
-        assert bucket.boundaries[0] == 0 and len(bucket.boundaries) == world + 1
-        assert all(cut % ALIGNMENT == 0 for cut in bucket.boundaries) and list(bucket.boundaries) == sorted(
-            bucket.boundaries
-        )
+        assert bucket.cuts[0] == 0 and len(bucket.cuts) == world + 1
+        assert all(cut % ALIGNMENT == 0 for cut in bucket.cuts) and list(bucket.cuts) == sorted(bucket.cuts)
         padding = bucket.size - bucket.numel
         assert padding <= ALIGNMENT * (len(bucket.entries) + world)
         pieces = [piece for rank in range(world) for piece in bucket.fragments(*bucket.shard(rank))]
@@ -121,9 +119,9 @@ def test_shards_are_of_one_size_or_on_whole_parameters(model, world, low, high, 
         assert bucket.param_aligned == (whole and bucket.trainable)
         if bucket.param_aligned:
             for entry in bucket.entries:
-                assert not any(entry.offset < cut < entry.stop for cut in bucket.boundaries)
+                assert not any(entry.offset < cut < entry.stop for cut in bucket.cuts)
         else:
-            assert len({stop - start for start, stop in pairwise(bucket.boundaries)}) == 1
+            assert len({stop - start for start, stop in pairwise(bucket.cuts)}) == 1
 
 
 @tried
@@ -229,7 +227,7 @@ def test_on_a_single_process_large_parameters_have_buckets_of_their_own(model, l
         large = [param for bucket in unit.buckets for param in [e.param for e in bucket.entries]]
         large = [param for param in large if param.trainable and param.numel >= least]
         alone = [bucket for bucket in unit.buckets if bucket.trainable and bucket.entries[0].param in large]
-        assert [bucket.boundaries for bucket in alone] == [(0, bucket.entries[0].param.numel) for bucket in alone]
+        assert [bucket.cuts for bucket in alone] == [(0, bucket.entries[0].param.numel) for bucket in alone]
         assert len(alone) == len(large) and all(len(bucket.entries) == 1 and not bucket.gaps for bucket in alone)
         assert [run.stop for bucket in alone for run in bucket.runs(0, bucket.size)] == [
             bucket.numel for bucket in alone

@@ -59,6 +59,14 @@ def test_half_an_environment_is_an_error(environment, name):
         read_launcher()
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_process_group_completes_half_an_environment(environment, name):
+    """Lightning's own launcher sets WORLD_SIZE and LOCAL_RANK, and makes the group itself."""
+    environment({name: "1", "LOCAL_RANK": "1"})
+    found = read_launcher(in_group=True)
+    assert (found.launcher, found.local_rank) == (None, 1)
+
+
 @pytest.mark.parametrize(("rank", "message"), [("2", "RANK=2 and WORLD_SIZE=2"), ("two", "RANK is 'two'")])
 def test_impossible_ranks_are_errors(environment, rank, message):
     environment({"RANK": rank, "WORLD_SIZE": "2"})

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from shardline.errors import ModelError
-from shardline.sharding.admission import Contents, check_model
+from shardline.sharding.admission import HeldParameters, check_model
 from shardline.sharding.parameter import ParamRecord, show
 
 
@@ -200,32 +200,32 @@ NAMED = {
 def test_a_changed_model_is_named(change) -> None:
     net = Pair()
     net.none, net.blocks = nn.Linear(4, 4, bias=False), nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
-    contents = Contents(net)
-    contents.check()
+    held = HeldParameters(net)
+    held.check()
     change(net)
     with pytest.raises(ModelError) as caught:
-        contents.check()
+        held.check()
     assert NAMED[change] in str(caught.value)
 
 
 def test_what_holds_no_parameter_may_come_and_go() -> None:
     net = Pair()
-    contents = Contents(net)
+    held = HeldParameters(net)
     net.metric, net.extra = nn.Identity(), None
-    contents.check()
+    held.check()
     net.metric.weight = nn.Parameter(torch.ones(1))  # now it does
     with pytest.raises(ModelError, match=r"'metric\.weight' is new"):
-        contents.check()
+        held.check()
     del net.metric
-    contents.check()
+    held.check()
 
 
 def test_tensors_lent_for_one_call_are_none_of_our_business() -> None:
     net = Pair()
-    contents, seen = Contents(net), []
-    net.register_forward_pre_hook(lambda module, args: seen.append(contents.check()))
+    held, seen = HeldParameters(net), []
+    net.register_forward_pre_hook(lambda module, args: seen.append(held.check()))
     lent = {"a.weight": torch.zeros(4, 4), "b.bias": torch.ones(4)}
     out = functional_call(net, lent, torch.ones(1, 4))
     torch.testing.assert_close(out, net.b(net.a.bias[None]) - net.b.bias + 1)
     assert seen == [None]
-    contents.check()
+    held.check()

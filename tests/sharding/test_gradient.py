@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from shardline.errors import UsageError
-from shardline.sharding.gradient import SealedGrad, collect_grads, drop_grads, gradient_error, has_grads
+from shardline.sharding.gradient import GuardedGrad, collect_grads, drop_grads, gradient_error, has_grads
 
 
 def test_gradients_are_taken_from_parameters() -> None:
@@ -24,7 +24,7 @@ def test_gradients_are_taken_from_parameters() -> None:
 
 def holding(read, unscaled=False):
     param = torch.zeros(4)
-    param.grad = SealedGrad.stand_for(param, read, lambda: unscaled)
+    param.grad = GuardedGrad.stand_for(param, read, lambda: unscaled)
     return param
 
 

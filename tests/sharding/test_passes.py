@@ -88,10 +88,10 @@ class FakeUnit:
         self.works: list[int] = []
         self.reductions: list[int] = []
 
-    def acquire(self) -> None:
+    def hold(self) -> None:
         self.holds += 1
 
-    def release(self) -> None:
+    def unhold(self) -> None:
         self.holds -= 1
 
     def unshard(self) -> None:
@@ -216,11 +216,11 @@ class Rank:
         """As the boundary does, with a verdict that is read at once."""
         left = self.schedule.end_step()
         late = [unit.index for unit in self.units if unit.partial]
-        rows = self.share("row", (left, late, sorted(self.schedule.untrusted)))
+        rows = self.share("row", (left, late, sorted(self.schedule.wrong_hints)))
         everywhere = sorted({index for _, indices, _ in rows for index in indices})
         self.schedule.reduce_now(self.units[index] for index in everywhere)  # type: ignore[misc]
         if everywhere or any(left for left, _, _ in rows):
-            self.schedule.distrust({index for _, _, indices in rows for index in indices})
+            self.schedule.negotiate_next({index for _, _, indices in rows for index in indices})
 
     def run(self, paths: Paths) -> None:
         for step in paths:

@@ -50,9 +50,9 @@ def test_a_call_without_inputs_is_complete_at_the_end_only() -> None:
     assert readiness.is_ready(0) and not readiness.was_complete(unit)
 
 
-def test_hints_of_an_untrusted_unit_tell_nothing() -> None:
+def test_hints_of_a_unit_that_were_wrong_tell_nothing() -> None:
     readiness, (unit, unused) = ready_for([[1], []])
-    readiness.untrusted.update({0, 1})
+    readiness.wrong_hints.update({0, 1})
     assert complete(readiness, unit) == [] and not readiness.is_ready(0)
     assert not readiness.is_ready(unused.index), "not even that it was not used"
 

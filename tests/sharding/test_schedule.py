@@ -25,10 +25,10 @@ class FakeUnit:
         root = f"b{index}"
         self.plan = SimpleNamespace(roots=(root,), users=(root, *users), numel=100)
 
-    def acquire(self) -> None:
+    def hold(self) -> None:
         self.holds += 1
 
-    def release(self) -> None:
+    def unhold(self) -> None:
         self.holds -= 1
 
     def unshard(self) -> None:
@@ -287,7 +287,7 @@ def test_as_many_steps_are_negotiated_as_ranks_have_differed() -> None:
     drive.train(0, 1)
     for differed in (1, 2, 3):
         drive.alike = False
-        drive.schedule.distrust() if differed == 1 else drive.train(0, 1)
+        drive.schedule.negotiate_next() if differed == 1 else drive.train(0, 1)
         drive.alike = True
         for _ in range(differed):
             asked = drive.asked
@@ -296,7 +296,7 @@ def test_as_many_steps_are_negotiated_as_ranks_have_differed() -> None:
         asked = drive.asked
         drive.train(0, 1)
         assert drive.asked == asked
-        drive.schedule.distrust()
+        drive.schedule.negotiate_next()
         drive.schedule._agreement._disagreements -= 1
 
 
@@ -312,7 +312,7 @@ def test_a_window_of_several_forwards_has_an_order_for_each() -> None:
         left = drive.schedule.end_step()
         assert left == (turn == 0)
         if left:
-            drive.schedule.distrust()
+            drive.schedule.negotiate_next()
         assert (drive.asked > asked) == (turn < 2)
 
 
@@ -458,7 +458,7 @@ def test_a_rank_that_jumps_ahead_reduces_what_it_does_not_have_yet() -> None:
         "reduce 2", "gather 1", "reduce 1", "gather 0", "reduce 0"
     ]  # fmt: skip
     drive.schedule.end_backward()
-    assert drive.take("fold") == ["fold 1"] and not drive.schedule.untrusted
+    assert drive.take("fold") == ["fold 1"] and not drive.schedule.wrong_hints
     assert drive.schedule.end_step()
 
 
@@ -546,9 +546,9 @@ def test_late_gradients_are_kept_and_their_unit_is_not_trusted_again() -> None:
     drive.log.clear()
     drive.schedule.end_backward()
     assert drive.take("fold", "reduce") == ["fold 1"]
-    assert drive.schedule.untrusted == {1}
+    assert drive.schedule.wrong_hints == {1}
     drive.step()
-    drive.schedule.distrust({0})  # another rank's
+    drive.schedule.negotiate_next({0})  # another rank's
     for _ in range(2):
         drive.forward(0, 1)
         drive.log.clear()

@@ -23,26 +23,26 @@ CPU = torch.device("cpu")
 
 
 def rows(*values: tuple[float, ...]) -> torch.Tensor:
-    """Per rank: squares, weight, left, late, samples, backwards (1), leaving, alike, on_device (0)."""
+    """Per rank: squares, weight, left_order, late, samples, backwards (1), exit_requested, alike, on_device (0)."""
     order = (0, 1, 3, 4, 5, 6, 7, 2, 8, 9)  # of the columns
     full = [[*row, *[1.0, 0.0, 0.0, 0.0][len(row) - 6 :]] for row in values]
     told = [0.0, 0.0, 0.0, 0.0]  # loss, counted, tokens, waited
     return torch.tensor([[*(row[place] for place in order), *told] for row in full], dtype=torch.float64)
 
 
-def verdict(*values, unit_weight=1.0, loss_scale=1.0, clip=0.0, check=False) -> Verdict:
-    return Verdict.of(rows(*values), unit_weight=unit_weight, loss_scale=loss_scale, clip=clip, check=check)
+def verdict(*values, accumulation=1.0, loss_scale=1.0, clip=0.0, check=False) -> Verdict:
+    return Verdict.of(rows(*values), accumulation=accumulation, loss_scale=loss_scale, clip=clip, check=check)
 
 
 def test_a_report_is_what_it_says() -> None:
     report = StepReport(
         squares=torch.tensor(2.5, dtype=torch.float64),
         weight=3.0,
-        left=True,
+        left_order=True,
         late=1,
         samples=40,
         backwards=2,
-        leaving=True,
+        exit_requested=True,
         transitions=2**32 - 1,
         alike=2**32 - 2,
         on_device=None,
@@ -61,7 +61,7 @@ def test_what_is_told_of_a_step() -> None:
     row = rows((9, 2, 5, 0, 0, 8), (16, 4, 5, 0, 0, 16))
     row[:, 10:] = torch.tensor(list(told.values()), dtype=torch.float64).T
     groups = torch.tensor([[5.0, 4.0], [15.0, 1.0]], dtype=torch.float64)
-    found = Verdict.of(torch.cat([row, groups], dim=1), unit_weight=2, loss_scale=8, clip=0.0, check=True)
+    found = Verdict.of(torch.cat([row, groups], dim=1), accumulation=2, loss_scale=8, clip=0.0, check=True)
     host = found.read()
     assert (host.loss, host.tokens, host.waited) == (7 / 4, 15, (0.25, 0.0))
     assert host.group_norms == pytest.approx([math.sqrt(20) / 24, math.sqrt(5) / 24])
@@ -71,11 +71,11 @@ def test_what_is_told_of_a_step() -> None:
 
 def test_norm_and_average() -> None:
     """Sums of gradients whose squares are 9 and 16, from 2 + 4 micro-steps of 1/2 each, under a scale of 8."""
-    found = verdict((9, 2, 5, 0, 0, 8), (16, 4, 5, 0, 0, 16), unit_weight=2, loss_scale=8)
+    found = verdict((9, 2, 5, 0, 0, 8), (16, 4, 5, 0, 0, 16), accumulation=2, loss_scale=8)
     assert float(found.average) == 6 / 2 * 8
     assert float(found.norm) == pytest.approx(5 / 24) and float(found.scale) == pytest.approx(24)
     host = found.read()
-    assert (host.skipped, host.diverged, host.left, host.late, host.samples) == (False, False, False, False, 24)
+    assert (host.skipped, host.diverged, host.left_order, host.late, host.samples) == (False, False, False, False, 24)
     assert host.norm == pytest.approx(5 / 24)
 
 
@@ -97,7 +97,7 @@ def test_ranks_that_did_different_things_do_not_step() -> None:
     host = verdict((1, 1, 5, 6, 0, 1), (1, 1, 4, 6, 0, 1)).read()
     assert host.diverged and host.skipped
     host = verdict((1, 1, 5, 0, 0, 1), (1, 1, 5, 1, 0, 1)).read()
-    assert not host.diverged and not host.skipped and host.left
+    assert not host.diverged and not host.skipped and host.left_order
     host = verdict((1, 1, 5, 6, 0, 1), (1, 1, 5, 6, 2, 1)).read()
     assert host.late and host.skipped and not host.diverged
 
@@ -116,8 +116,8 @@ def test_ranks_that_are_not_alike_do_not_step(column) -> None:
 
 
 def test_one_rank_that_leaves_takes_all_along() -> None:
-    assert verdict((1, 1, 0, 0, 0, 1, 1, 0), (1, 1, 0, 0, 0, 1, 1, 1)).read().leaving
-    assert not verdict((1, 1, 0, 0, 0, 1, 1, 0), (1, 1, 0, 0, 0, 1, 1, 0)).read().leaving
+    assert verdict((1, 1, 0, 0, 0, 1, 1, 0), (1, 1, 0, 0, 0, 1, 1, 1)).read().exit_requested
+    assert not verdict((1, 1, 0, 0, 0, 1, 1, 0), (1, 1, 0, 0, 0, 1, 1, 0)).read().exit_requested
 
 
 def test_a_step_without_any_backward_is_no_step() -> None:
@@ -294,7 +294,7 @@ def test_low_precision_weights_follow_their_masters() -> None:
     update, unit, model, _ = make(lambda params: torch.optim.SGD(params, lr=2.0**-12, fused=True), torch.bfloat16)
     with torch.no_grad():
         model.weight.fill_(1.0)
-    unit.adopt()
+    unit.adopt(keep=True)
     for _ in range(16):  # each step is lost in bf16 next to 1; sixteen of them are not
         model.weight.grad = torch.ones_like(model.weight)
         unit.reduce_scatter(1.0)

@@ -13,7 +13,7 @@ from shardline.plan import make_plan
 from shardline.plan.describe import describe_modules, describe_params
 from shardline.plan.placement import STAGES
 from shardline.sharding.buffer import BufferPool, view
-from shardline.sharding.parameter import is_sealed, left_grad, set_grad
+from shardline.sharding.parameter import autograd_grad, is_sealed, set_grad
 from shardline.sharding.precision import Precision
 from shardline.sharding.unit import Residence, Unit
 
@@ -106,7 +106,7 @@ def test_gradients_are_collected_added_and_dropped() -> None:
         set_grad(model.matrix, torch.full((9, 11), turn))
         set_grad(model.columns, torch.arange(35.0).reshape(5, 7))  # in another order than the weight
         unit.reduce_scatter(0.5)
-        assert left_grad(model.matrix) is None
+        assert autograd_grad(model.matrix) is None
     places = {entry.param.name: bucket.grads.reduced[entry.offset : entry.stop] for entry in bucket.plan.entries}
     assert bool((places["matrix"] == 1.5).all()) and bool((places["scalar"] == 0).all())
     assert torch.equal(places["columns"].as_strided((5, 7), (1, 5)), torch.arange(35.0).reshape(5, 7))
@@ -154,7 +154,7 @@ def test_edits_at_rest_are_adopted() -> None:
     with torch.no_grad():
         model.scalar.fill_(8.0)
     assert unit.edited() == ["scalar"]
-    unit.adopt()
+    unit.adopt(keep=True)
     entry = bucket.plan.entries[1]
     assert float(bucket.weights.master[entry.offset]) == 8.0 and unit.edited() == []
     rest = torch.cat([bucket.weights.master[: entry.offset], bucket.weights.master[entry.stop :]])
@@ -174,7 +174,7 @@ def test_a_replaced_tensor_is_named_before_anything_changes(replace) -> None:
     unit, model, before = make(1)
     with pytest.raises(ModelError, match=r"'matrix' was replaced"):
         model.matrix.data = replace(model.matrix)
-    unit.adopt()
+    unit.adopt(keep=True)
     assert same(values(model), before)
 
 
@@ -183,7 +183,7 @@ def test_a_swapped_tensor_is_named() -> None:
     unit, model, _ = make(1)
     torch.utils.swap_tensors(model.matrix, nn.Parameter(torch.ones(9, 11)))
     with pytest.raises(ModelError, match=r"'matrix' was replaced"):
-        unit.adopt()
+        unit.adopt(keep=True)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -193,16 +193,16 @@ def test_data_edits_are_adopted_as_long_as_somebody_holds_it(stage) -> None:
     low, high = bucket.plan.entries[2].offset, bucket.plan.entries[2].stop
     kept, version = bucket.weights.master.clone(), model.columns._version
     held = model.columns.data[1:]  # a view of what .data gave: it is enough to write
-    unit.adopt()
+    unit.adopt(keep=True)
     assert torch.equal(bucket.weights.master, kept), "nothing was written"
     for value in (2.0, 3.0):
         held.fill_(value)
-        unit.adopt()
+        unit.adopt(keep=True)
         shown = bucket.weights.master[low:high].as_strided((5, 7), (1, 5))
         assert bool((shown[1:] == value).all()) and torch.equal(shown[0], kept[low:high].as_strided((5, 7), (1, 5))[0])
     assert torch.equal(bucket.weights.master[:low], kept[:low]) and model.columns._version == version
     del held
-    unit.adopt()
+    unit.adopt(keep=True)
     assert not bucket.edits.changed(), "it cannot be written to any more: it is not looked at again"
 
 
@@ -212,7 +212,7 @@ def test_a_shape_changed_in_place_is_named(change) -> None:
     with torch.no_grad():
         change(model.matrix)
     with pytest.raises(ModelError, match=r"'matrix' was replaced"):
-        unit.adopt()
+        unit.adopt(keep=True)
 
 
 def test_assigned_data_is_copied_in() -> None:
@@ -221,7 +221,7 @@ def test_assigned_data_is_copied_in() -> None:
     memory = model.columns.data_ptr()
     model.columns.data = torch.arange(35.0, dtype=BF16).reshape(7, 5).t()
     model.matrix.data = model.matrix.data
-    unit.adopt()
+    unit.adopt(keep=True)
     assert model.columns.data_ptr() == memory and model.columns.stride() == (1, 5)
     entry = bucket.plan.entries[2]
     assert bucket.weights.master[entry.offset : entry.stop].tolist() == list(range(35))
@@ -236,7 +236,7 @@ def test_masters_come_back_with_the_weights() -> None:
     def put(weights):
         for name, p in model.named_parameters():
             p.data.copy_(weights[name])
-        unit.adopt()
+        unit.adopt(keep=True)
 
     zeros = {name: torch.zeros_like(value) for name, value in stored.items()}
     put(zeros)
@@ -263,7 +263,7 @@ def test_letting_go_gives_ordinary_parameters() -> None:
 
 def test_a_unit_in_use_is_not_updated() -> None:
     unit, _, _ = make(2)
-    unit.acquire()
+    unit.hold()
     with pytest.raises(UsageError, match="in use"):
         unit.refresh()
 
@@ -400,11 +400,11 @@ def edits():
     except SealedError as error:
         said.append(str(error))
     unit.wait_for_unshard()
-    unit.acquire()
+    unit.hold()
     with torch.no_grad():
         model.scalar.fill_(2.0 + rank)
     unit.write_back()
-    unit.release()
+    unit.unhold()
     unit.reshard()
     unit.wait_for_unshard()
     scalar = float(model.scalar)
@@ -467,7 +467,7 @@ def early_release():
     states = [unit.residence.value]
     unit.reshard()
     states.append(unit.residence.value)
-    unit.acquire()
+    unit.hold()
     unit.wait_for_unshard()
     unit.reshard()  # in use: stays
     states.append(unit.residence.value)

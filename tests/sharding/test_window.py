@@ -91,7 +91,7 @@ def test_the_user_decides_over_counting() -> None:
 
 
 @pytest.mark.parametrize(
-    ("unit", "shares", "weights", "steps", "weight"),
+    ("accumulation", "shares", "weights", "steps", "weight"),
     [
         (4, [1.0, 1.0], None, 2, 4.0),  # divided by 4 in each backward, by 4 / 4 at the end: a sum
         (4, [1.0, 0.5], None, 2, 3.0),  # a batch of half the size
@@ -99,8 +99,8 @@ def test_the_user_decides_over_counting() -> None:
         (1, [1.0], None, 1, 1.0),
     ],
 )
-def test_the_divisor_of_a_sum(unit, shares, weights, steps, weight) -> None:
-    window = Window(unit)
+def test_the_divisor_of_a_sum(accumulation, shares, weights, steps, weight) -> None:
+    window = Window(accumulation)
     for index, share in enumerate(shares):
         micro_step(window, share, None if weights is None else weights[index])
     assert window.end_as_sum() == 0

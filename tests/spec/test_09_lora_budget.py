@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shardline.sharding.parameter import left_grad
+from shardline.sharding.parameter import autograd_grad
 from tests.harness import STAGES, Setup, check_against_twin, is_whole, live_bytes, peak_bytes, start, transitions
 from tests.models import Checkpointed, Lora, Mlp, mse, regression
 
@@ -205,7 +205,7 @@ def watch_gradients(build, config):
     blocks, most = list(engine.module.blocks), [0]
 
     def look(_):
-        alive = sum(any(left_grad(p) is not None for p in block.parameters()) for block in blocks)
+        alive = sum(any(autograd_grad(p) is not None for p in block.parameters()) for block in blocks)
         most[0] = max(most[0], alive)
 
     for p in engine.module.parameters():

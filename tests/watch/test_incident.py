@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from shardline.watch.incident import Seen, find, those
@@ -79,6 +81,37 @@ def test_a_rank_that_waits_for_one_that_computes_is_not_out_of_step() -> None:
     ]
     found = find(ranks, NAMES)
     assert found is not None and found.absent == (2,) and not found.certain
+
+
+def test_ranks_that_exchanged_different_things_are_named_by_the_first_of_them() -> None:
+    """Over hosts nobody refuses a transfer of the same size that is another one."""
+    before, training, saving, later = (
+        label_of(Operation.GATHER, unit, CALL_CODES[call])
+        for unit, call in ((0, ""), (1, ""), (1, "full_state_dict"), (2, ""))
+    )
+
+    def waiting(rank, count, *labels):
+        made = seen(rank, waits=(0, count, Operation.GATHER, 2), started=(count, 5, 5))
+        return replace(made, labels=(labels, (), ()))
+
+    found = find([waiting(0, 7, before, training, later), waiting(1, 6, before, saving)], NAMES)
+    assert found is not None and found.certain
+    assert found.text == (
+        "ranks are out of step: after step 3 rank 0 starts the gather of unit 'blocks.0' in its training, rank 1 "
+        "starts the gather of unit 'blocks.0' in full_state_dict(). full_state_dict() must be called on all ranks."
+    )
+    found = find([waiting(0, 7, before, training, later), waiting(1, 6, before, training)], NAMES)
+    assert found is not None and "starts" not in found.text
+
+
+def test_a_silent_host_is_named_once_with_its_ranks() -> None:
+    waiting = seen(0, phase=Phase.FORWARD, waits=GATHER, started=AHEAD)
+    found = find([waiting, seen(1, process="silent", call="initialize"), seen(2, process="silent")], NAMES)
+    assert found is not None and found.absent == (1, 2) and not found.certain
+    assert found.why == (
+        "Nothing has come from node7 (ranks 1 and 2) for 12 s: its processes are gone or stopped, it is down, or the "
+        "network to it is."
+    )
 
 
 def test_a_transfer_that_all_have_started_may_still_come() -> None:

@@ -8,13 +8,14 @@ from shardline.watch import Operation, Watch, WatchSettings
 class LateByAMoment:
     """A transfer that is over when its slice has just ended."""
 
+    waits = 0
+
     def wait(self, limit):
-        raise RuntimeError("Operation timed out!")
+        self.waits += 1
+        if self.waits == 1:
+            raise RuntimeError("Operation timed out!")
 
     def is_completed(self):
-        return True
-
-    def is_success(self):
         return True
 
 

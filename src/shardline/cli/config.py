@@ -34,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         command.add_argument(
             "--filled-by",
             choices=sorted(TRAINERS),
-            help='put stand-ins in the place of each "auto" that this trainer fills in from its own arguments',
+            help='put stand-ins for each "auto" that this trainer fills in from its own arguments',
         )
         command.set_defaults(func=_guarded(func))
     text = "print the JSON Schema of configuration files, for editors"

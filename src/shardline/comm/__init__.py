@@ -1,4 +1,4 @@
-"""The only room that calls collectives: transitions of flat buffers, one small vector a step, and set-up messages."""
+"""The only package that calls collectives: transitions of flat buffers, one vector a step, and set-up messages."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """The ranks of one engine: transitions of flat buffers, one small vector a step, and the messages at set-up.
 
-Gathers and reductions have process groups of their own, so that the order among gathers and the order among reductions
-each need to be the same on all ranks, but not how the two mix. What is started is counted and logged, so that a step
-notices ranks that did not start the same.
+Gathers and reductions have process groups of their own (or shared memory), so that the order among gathers and
+the order among reductions each must be the same on all ranks, but not how the two mix. The vector of a step goes with
+the reductions; messages of the host go with the gathers where one group can send both. What is started is counted and
+logged, so that a step notices ranks that did not start the same.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from shardline.comm.peer_memory import Peers, attach
 from shardline.comm.transport import CLOSED, SINGLE_PROCESS, Transport, choose, closed_error, is_staged
 from shardline.errors import DisagreementError, ShardlineError
 from shardline.runtime.device import RankDevice, choose_backend
+from shardline.runtime.process_group import rendezvous_store
 from shardline.watch import CHANNELS, Channel, Operation, Watch, Watchdog, WatchSettings
 
 __all__ = ["Comm"]
@@ -84,7 +86,8 @@ class Comm:
         backend = self._backend_between(groups, host, inherited)
         limit = groups.timeout or default_pg_timeout
         exchange = partial(all_gather_json, group=host)
-        self.watch = Watch.join(self.data.rank, replace(settings, timeout=limit.total_seconds()), exchange)
+        settings = replace(settings, timeout=limit.total_seconds())
+        self.watch = Watch.join(self.data.rank, settings, exchange, rendezvous_store)
         self._watchdog = Watchdog(self.watch, self)
         gathers, reductions, messages = map(self.watch.channel, range(CHANNELS))
         if on_cpu:
@@ -189,8 +192,8 @@ class Comm:
         local = vector.cpu() if self._staged else vector.to(self.device)
         stacked = local.new_empty(self.data.size, vector.numel())
         if self._peers is not None:
-            boundaries = range(0, stacked.numel() + 1, vector.numel())
-            self.reductions.gather(None, stacked.view(-1), boundaries, local, Operation.COMPARE).wait()
+            cuts = range(0, stacked.numel() + 1, vector.numel())
+            self.reductions.gather(None, stacked.view(-1), cuts, local, Operation.COMPARE).wait()
             self._peers.wait_for_readers()  # all ranks are here, so what they gathered before is read by now
         else:
             self._all_gather(stacked, local, self._vector_group, self._comparing, Operation.COMPARE)
@@ -208,8 +211,8 @@ class Comm:
         mine = torch.tensor(values, dtype=torch.int64, device="cpu")
         stacked = torch.empty(self.data.size, len(values), dtype=torch.int64, device="cpu")
         if self._peers is not None:
-            boundaries = range(0, stacked.numel() + 1, len(values))
-            self.gathers.gather(None, stacked.view(-1), boundaries, mine, Operation.NEGOTIATE).wait()
+            cuts = range(0, stacked.numel() + 1, len(values))
+            self.gathers.gather(None, stacked.view(-1), cuts, mine, Operation.NEGOTIATE).wait()
         else:
             self._all_gather(stacked, mine, self._host, self._asking, Operation.NEGOTIATE)
         return stacked.tolist()
@@ -219,7 +222,7 @@ class Comm:
     ) -> None:
         """Fill ``stacked`` with every rank's ``mine``, over c10d."""
         if channel is None:
-            raise AssertionError("ranks that are not connected have nothing to say to each other")
+            raise AssertionError("ranks without a process group cannot exchange anything")
         ticket = channel.start(what)
         handle = dist.all_gather(list(stacked.unbind()), mine, group=group, async_op=True)
         with self.log.waiting(mine.device):

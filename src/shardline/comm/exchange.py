@@ -31,7 +31,7 @@ class Exchange:
         host: their process group for tensors on the CPU; None in a single process.
         device: of tensors that are sent.
         transport: by which they are sent.
-        channel: of ``host``; None for a thread beside the main one, which is not watched.
+        channel: of ``host``; None for a thread other than the main one, which is not watched.
         before: called with what says whether a collective on ``host`` is over, before it is waited for.
     """
 

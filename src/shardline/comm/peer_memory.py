@@ -242,29 +242,29 @@ class PeerMemoryTransport:
         self,
         unit: int | None,
         buffer: Tensor,
-        boundaries: Sequence[int],
+        cuts: Sequence[int],
         own: Tensor | None = None,
         operation: Operation = Operation.GATHER,
     ) -> Work:
-        self.log.record("gather", unit, boundaries[-1], buffer.element_size())
+        self.log.record("gather", unit, cuts[-1], buffer.element_size())
         rank = self.peers.rank
-        part = buffer[boundaries[rank] : boundaries[rank + 1]] if own is None else own
+        part = buffer[cuts[rank] : cuts[rank + 1]] if own is None else own
 
         def read_peers() -> None:
-            put(part, buffer, boundaries, rank)
+            put(part, buffer, cuts, rank)
             for peer in self.peers.peers:
-                theirs = buffer[boundaries[peer.rank] : boundaries[peer.rank + 1]]
+                theirs = buffer[cuts[peer.rank] : cuts[peer.rank + 1]]
                 peer.read(self._address(peer, theirs), theirs)
 
         ticket = self._channel.announce(operation, unit)
         return self._start(ticket, part, read_peers, hold=buffer, until_read=own is None)
 
     def reduce(
-        self, unit: int, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
+        self, unit: int, buffer: Tensor, cuts: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
     ) -> Work:
-        self.log.record("reduce", unit, boundaries[-1], buffer.element_size())
-        rank, full = self.peers.rank, buffer[: boundaries[-1]]
-        low, high, width = boundaries[rank], boundaries[rank + 1], full.element_size()
+        self.log.record("reduce", unit, cuts[-1], buffer.element_size())
+        rank, full = self.peers.rank, buffer[: cuts[-1]]
+        low, high, width = cuts[rank], cuts[rank + 1], full.element_size()
         step = min(high - low, BLOCK)
 
         def add_up() -> None:
@@ -400,7 +400,7 @@ def attach(
         exchange: gives every rank's value (of JSON), in rank order.
         timeout: how long this rank waits for a peer, where ``watch`` does not say it.
         log: of transitions.
-        watch: what this rank sees of the others beside that.
+        watch: what this rank sees of the others in any case.
     """
     page, mine = None, None
     if wanted and sys.platform == "linux" and platform.machine() == "x86_64":

@@ -103,7 +103,7 @@ class Transport(Protocol):
         self,
         unit: int | None,
         buffer: Tensor,
-        boundaries: Sequence[int],
+        cuts: Sequence[int],
         own: Tensor | None = None,
         operation: Operation = Operation.GATHER,
     ) -> Work:
@@ -111,7 +111,7 @@ class Transport(Protocol):
 
         Args:
             unit: index, for the log; None where it belongs to none.
-            boundaries: of the ranges, one more than ranks.
+            cuts: of the ranges, one more than ranks.
             own: this rank's range, where it rests. Not to be written before
                 :meth:`shardline.comm.Comm.wait_for_readers`. Without it the range is in ``buffer``, all of which may
                 be written when the work is done.
@@ -124,7 +124,7 @@ class Transport(Protocol):
         ...
 
     def reduce(
-        self, unit: int, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
+        self, unit: int, buffer: Tensor, cuts: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
     ) -> Work:
         """Write (or ``add``) the sum over ranks of this rank's range of ``buffer`` (1-D) to ``out`` (1-D).
 
@@ -166,9 +166,9 @@ def _apart(term: Tensor, block: Tensor) -> Tensor:
     return term.clone() if term.data_ptr() == block.data_ptr() else term
 
 
-def put(own: Tensor, buffer: Tensor, boundaries: Sequence[int], rank: int) -> None:
+def put(own: Tensor, buffer: Tensor, cuts: Sequence[int], rank: int) -> None:
     """Copy ``own`` to its place in ``buffer``, unless it is there."""
-    mine = buffer[boundaries[rank] : boundaries[rank + 1]]
+    mine = buffer[cuts[rank] : cuts[rank + 1]]
     if own.data_ptr() != mine.data_ptr():
         mine.copy_(own)
 
@@ -180,14 +180,14 @@ class _SingleProcess:
         self,
         unit: int | None,
         buffer: Tensor,
-        boundaries: Sequence[int],
+        cuts: Sequence[int],
         own: Tensor | None = None,
         operation: Operation = Operation.GATHER,
     ) -> Work:
         return DONE
 
     def reduce(
-        self, unit: int, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
+        self, unit: int, buffer: Tensor, cuts: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
     ) -> Work:
         raise AssertionError("a single process has nothing to reduce: its buffers are aliases")
 
@@ -199,14 +199,14 @@ class _Closed:
         self,
         unit: int | None,
         buffer: Tensor,
-        boundaries: Sequence[int],
+        cuts: Sequence[int],
         own: Tensor | None = None,
         operation: Operation = Operation.GATHER,
     ) -> Work:
         raise closed_error()
 
     def reduce(
-        self, unit: int, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
+        self, unit: int, buffer: Tensor, cuts: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
     ) -> Work:
         raise closed_error()
 
@@ -230,19 +230,19 @@ class AllToAllTransport:
         self,
         unit: int | None,
         buffer: Tensor,
-        boundaries: Sequence[int],
+        cuts: Sequence[int],
         own: Tensor | None = None,
         operation: Operation = Operation.GATHER,
     ) -> Work:
-        self.log.record("gather", unit, boundaries[-1], buffer.element_size())
+        self.log.record("gather", unit, cuts[-1], buffer.element_size())
         ticket = self.channel.start(operation, unit)
         if own is not None:
-            put(own, buffer, boundaries, self.rank)
+            put(own, buffer, cuts, self.rank)
         # One broadcast for each shard straight into its place: gloo's all-gather takes 1.6 times as long, and shards
         # need not be of one size.
         handles = []
         for rank in range(self.size):
-            part = buffer[boundaries[rank] : boundaries[rank + 1]]
+            part = buffer[cuts[rank] : cuts[rank + 1]]
             if part.numel():
                 handles.append(dist.broadcast(part, group_src=rank, group=self.group, async_op=True))
         return Work(handles, hold=buffer, log=self.log, finish=self._finish(buffer, ticket))
@@ -252,16 +252,16 @@ class AllToAllTransport:
         return partial(self.channel.finish, ticket=ticket) if buffer.device.type == "cpu" else dist.Work.wait
 
     def reduce(
-        self, unit: int, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
+        self, unit: int, buffer: Tensor, cuts: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
     ) -> Work:
-        self.log.record("reduce", unit, boundaries[-1], buffer.element_size())
+        self.log.record("reduce", unit, cuts[-1], buffer.element_size())
         ticket = self.channel.start(Operation.REDUCE, unit)
         # gloo's reduce-scatter is an all-reduce and a slice (2 to 3 times the time); adding here also rounds once.
-        mine = boundaries[self.rank + 1] - boundaries[self.rank]
+        mine = cuts[self.rank + 1] - cuts[self.rank]
         received = scratch.borrow(mine * self.size, buffer.dtype)
-        sizes = [boundaries[rank + 1] - boundaries[rank] for rank in range(self.size)]
+        sizes = [cuts[rank + 1] - cuts[rank] for rank in range(self.size)]
         handle = dist.all_to_all_single(
-            received, buffer[: boundaries[-1]], [mine] * self.size, sizes, group=self.group, async_op=True
+            received, buffer[: cuts[-1]], [mine] * self.size, sizes, group=self.group, async_op=True
         )
 
         def add_up() -> None:
@@ -282,25 +282,25 @@ class NcclTransport(AllToAllTransport):
         self,
         unit: int | None,
         buffer: Tensor,
-        boundaries: Sequence[int],
+        cuts: Sequence[int],
         own: Tensor | None = None,
         operation: Operation = Operation.GATHER,
     ) -> Work:
-        if not _equal(boundaries):
-            return super().gather(unit, buffer, boundaries, own, operation)
-        self.log.record("gather", unit, boundaries[-1], buffer.element_size())
+        if not _equal(cuts):
+            return super().gather(unit, buffer, cuts, own, operation)
+        self.log.record("gather", unit, cuts[-1], buffer.element_size())
         self.channel.start(operation, unit)
         if own is None:
-            own = buffer[boundaries[self.rank] : boundaries[self.rank + 1]]
+            own = buffer[cuts[self.rank] : cuts[self.rank + 1]]
         handle = _all_gather(buffer, own, group=self.group, async_op=True)
         return Work([handle], hold=(own, buffer), arrived=_the_stream_waits)
 
     def reduce(
-        self, unit: int, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
+        self, unit: int, buffer: Tensor, cuts: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
     ) -> Work:
-        if not _equal(boundaries):
-            return super().reduce(unit, buffer, boundaries, out, add=add, scratch=scratch)
-        self.log.record("reduce", unit, boundaries[-1], buffer.element_size())
+        if not _equal(cuts):
+            return super().reduce(unit, buffer, cuts, out, add=add, scratch=scratch)
+        self.log.record("reduce", unit, cuts[-1], buffer.element_size())
         self.channel.start(Operation.REDUCE, unit)
         direct = out.dtype == buffer.dtype and not add
         target = out if direct else scratch.borrow(out.numel(), buffer.dtype)
@@ -324,21 +324,21 @@ class HostStagedTransport:
         self,
         unit: int | None,
         buffer: Tensor,
-        boundaries: Sequence[int],
+        cuts: Sequence[int],
         own: Tensor | None = None,
         operation: Operation = Operation.GATHER,
     ) -> Work:
         if own is None:
-            own = buffer[boundaries[self.inner.rank] : boundaries[self.inner.rank + 1]]
-        host = torch.empty(boundaries[-1], dtype=buffer.dtype)
-        work = self.inner.gather(unit, host, boundaries, own.cpu(), operation)
-        return work.then(lambda: buffer[: boundaries[-1]].copy_(host))
+            own = buffer[cuts[self.inner.rank] : cuts[self.inner.rank + 1]]
+        host = torch.empty(cuts[-1], dtype=buffer.dtype)
+        work = self.inner.gather(unit, host, cuts, own.cpu(), operation)
+        return work.then(lambda: buffer[: cuts[-1]].copy_(host))
 
     def reduce(
-        self, unit: int, buffer: Tensor, boundaries: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
+        self, unit: int, buffer: Tensor, cuts: Sequence[int], out: Tensor, *, add: bool, scratch: Scratch
     ) -> Work:
         host, host_out = buffer.cpu(), torch.empty(out.shape, dtype=out.dtype)
-        work = self.inner.reduce(unit, host, boundaries, host_out, add=False, scratch=_HostScratch())
+        work = self.inner.reduce(unit, host, cuts, host_out, add=False, scratch=_HostScratch())
         return work.then(lambda: out.add_(host_out.to(out.device)) if add else out.copy_(host_out))
 
 
@@ -350,9 +350,9 @@ class _HostScratch:
         pass
 
 
-def _equal(boundaries: Sequence[int]) -> bool:
-    first = boundaries[1]
-    return all(stop - start == first for start, stop in pairwise(boundaries))
+def _equal(cuts: Sequence[int]) -> bool:
+    first = cuts[1]
+    return all(stop - start == first for start, stop in pairwise(cuts))
 
 
 def is_staged(group: dist.ProcessGroup, device: torch.device) -> bool:

@@ -15,7 +15,7 @@ from shardline.names import join
 __all__ = ["OPEN", "Key", "catalogue", "fields", "split", "takes_auto", "typed"]
 
 OPEN: dict[str, dict[str, type[Section]]] = {"optimizer.params": OPTIMIZERS, "scheduler.params": SCHEDULERS}
-"""Objects whose keys depend on the ``type`` beside them."""
+"""Objects whose keys depend on the ``type`` in the same section."""
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ AUTO_NEEDS: dict[str, str] = {
 # Null means the default, except here.
 NOT_NULL = frozenset({"zero_optimization.stage"})
 
-# What a trainer writes in the place of "auto": stand-ins for its arguments.
+# What a trainer writes instead of "auto": stand-ins for its arguments.
 TRAINERS: dict[str, dict[str, Any]] = {
     "transformers": {
         "train_micro_batch_size_per_gpu": 2,

@@ -16,7 +16,7 @@ JSON = dict[str, Any]
 
 
 def json_schema() -> JSON:
-    """Sections are closed, other names are listed beside the canonical ones, ``"auto"`` stands where it is taken."""
+    """Sections are closed, other names are listed with the canonical ones, ``"auto"`` stands where it is taken."""
     schema = _object("", list(catalogue(Config).values()))
     schema["properties"]["$schema"] = {"type": "string", "description": "Where this schema lies."}
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Shardline training configuration"}

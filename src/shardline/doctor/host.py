@@ -110,7 +110,7 @@ def shared_memory() -> Finding:
 
 
 def ports() -> Finding:
-    """A socket on the loopback interface can be connected, and the interface that gloo shall use is here."""
+    """A socket on the loopback interface can be connected, and the interface that gloo is told to use is here."""
     try:
         with socket.create_server((LOOPBACK, 0)) as server:
             port = server.getsockname()[1]

@@ -143,23 +143,23 @@ def _synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _gather(comm: Comm, boundaries: Sequence[int]) -> Trial:
+def _gather(comm: Comm, cuts: Sequence[int]) -> Trial:
     rank = comm.data.rank
-    whole = torch.zeros(boundaries[-1], device=comm.device)
-    parts = [whole[start:stop] for start, stop in pairwise(boundaries)]
+    whole = torch.zeros(cuts[-1], device=comm.device)
+    parts = [whole[start:stop] for start, stop in pairwise(cuts)]
     parts[rank].fill_(rank + 1)
     return (
-        lambda: comm.gathers.gather(None, whole, boundaries).wait(),
+        lambda: comm.gathers.gather(None, whole, cuts).wait(),
         lambda: all(bool((part == source + 1).all()) for source, part in enumerate(parts)),
     )
 
 
-def _reduce(comm: Comm, boundaries: Sequence[int]) -> Trial:
+def _reduce(comm: Comm, cuts: Sequence[int]) -> Trial:
     rank, size = comm.data.rank, comm.data.size
-    whole = torch.full((boundaries[-1],), float(rank + 1), device=comm.device)
-    out = torch.zeros(boundaries[rank + 1] - boundaries[rank], device=comm.device)
+    whole = torch.full((cuts[-1],), float(rank + 1), device=comm.device)
+    out = torch.zeros(cuts[rank + 1] - cuts[rank], device=comm.device)
     return (
-        lambda: comm.reductions.reduce(0, whole, boundaries, out, add=False, scratch=_Pool(comm.device)).wait(),
+        lambda: comm.reductions.reduce(0, whole, cuts, out, add=False, scratch=_Pool(comm.device)).wait(),
         lambda: bool((out == size * (size + 1) / 2).all()),
     )
 

@@ -102,19 +102,19 @@ class Backwards:
     def _begin(self, *, factor: float) -> None:
         reducing = self._reduces_now()
         self._window.begin_backward(self._intake.share(), reducing=reducing)
-        self._trainables.schedule.begin_backward(reducing=reducing, factor=factor / self._window.divided)
+        self._trainables.schedule.begin_backward(reducing=reducing, factor=factor / self._window.divided_by)
 
     def _reduces_now(self) -> bool:
         return not self.no_sync and (self._every_time or self._window.at_boundary)
 
     def end(self) -> None:
-        """A backward is over: reduce what is left, and seal the gradients until the step."""
+        """A backward is over: reduce what is left, and guard the gradients until the step."""
         with leave_modes():
             with self._reporter.phase("reduce"):
                 self._trainables.schedule.end_backward()
             if (boundary := self._trainables.boundary) is not None:
                 self._trainables.bring_states()  # here, where activations are gone
-                boundary.update.seal(scale_is_out=self._leftovers.grad_scale is not None)
+                boundary.update.guard_grads(scale_is_out=self._leftovers.grad_scale is not None)
 
     @outside_modes
     def enter_foreign(self) -> bool:
@@ -135,7 +135,7 @@ class Backwards:
         applied, by_accumulation = multiplied_by()
         if (applied, by_accumulation) == PLAIN:
             self._leftovers.see_plain_backward(self._scaler.scale)
-        own = self._intake.share() / (self._window.unit if by_accumulation else 1) * self._scaler.scale
+        own = self._intake.share() / (self._window.accumulation if by_accumulation else 1) * self._scaler.scale
         return own / applied if applied else 0.0
 
     @outside_modes

@@ -52,7 +52,7 @@ class Calls:
         return replace_tensors(output, lambda tensor: tensor.float() if tensor.dtype is dtype else tensor)
 
     def method(self, method: MethodType) -> Callable[..., Any]:
-        """A method of the model beside ``forward``: under autocast like that, but its arguments come as they are."""
+        """A method of the model other than ``forward``: under autocast like it, but its arguments are not cast."""
 
         @wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ from shardline.data import Loader
 from shardline.data.place import LoaderPlace
 from shardline.engine.backwards import Backwards
 from shardline.engine.calls import Calls
+from shardline.engine.collective import collective
 from shardline.engine.getters import Getters
 from shardline.engine.intake import Intake
 from shardline.engine.leftovers import Leftovers
@@ -31,7 +32,6 @@ from shardline.engine.report import Reporter
 from shardline.engine.saving import Saving
 from shardline.engine.serving import Serving
 from shardline.engine.state import EngineState
-from shardline.engine.together import together
 from shardline.engine.trainables import Trainables
 from shardline.engine.weights import full_state_dict, gathered, units_of
 from shardline.engine.window_grads import WindowGrads
@@ -72,7 +72,7 @@ class Handle:
 
 
 class Engine(Wrapper, Getters, Saving, Observing, Serving):
-    """A model that trains itself over many ranks. Made by :func:`shardline.initialize`.
+    """Runs forward, backward and step of one model over all ranks. Made by :func:`shardline.initialize`.
 
     It is an ``nn.Module`` whose child ``module`` is the user's model; attributes that it does not have are the model's.
 
@@ -145,7 +145,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         self.checkpoints = Checkpointer(
             EngineState(self, self.trainables, self._window, self._intake, self._backwards, self._outcome)
         )
-        self._on_destroy: list[Callable[[], None]] = []  # what was done to model and optimizer beside the hooks
+        self._on_destroy: list[Callable[[], None]] = []  # what was done to model and optimizer besides the hooks
         guarded = self.trainables.guard_optimizer(
             zero_grad=self.zero_grad,
             state_dict=self._optimizer_state_dict,
@@ -209,7 +209,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         if not self._window.backwards:
             trainables.check_held(forget_edits=with_grad)
             if with_grad and trainables.have_changed():  # what is frozen for an evaluation needs no other layout
-                self._outcome.act()
+                self._outcome.act_on_verdict()
                 trainables.regroup()
         return trainables.hooks
 
@@ -232,7 +232,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         """
         self.trainables.check_trains("backward()")
         _check_loss(loss)
-        divisor = self._window.unit if scale_wrt_gas else 1
+        divisor = self._window.accumulation if scale_wrt_gas else 1
         factor = self._intake.share() / divisor * self.scaler.scale
         foreign = self._leftovers.scale_of(loss, divisor)
         with self._backwards.running(factor, by_accumulation=scale_wrt_gas):
@@ -305,7 +305,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         self._end_window(end_of_window, lr_kwargs or {})
         self.comm.watch.status.count(self.progress.global_steps, 0)
         self.window_start.begin(self._intake.position)
-        self.checkpoints.after_step(leave=self.progress.leaving)
+        self.checkpoints.after_step(leave=self.progress.exit_requested)
 
     def _count_micro_step(self, weight: float | None) -> None:
         intake = self._intake
@@ -326,21 +326,21 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         scheduler = self.lr_scheduler
         with self._reporter.phase("step"):
             try:
-                self._outcome.act(ending=True)
+                self._outcome.act_on_verdict(ending=True)
                 self.trainables.bring_states()
                 self.checkpoints.before_step()
-                before = self._outcome.look()
+                before = self._outcome.before_step()
                 self.trainables.hooks.unpin()  # its graphs are of weights that now change
                 host = boundary.end(
                     self._window,
-                    leaving=self.checkpoints.exit_requested,
+                    exit_requested=self.checkpoints.exit_requested,
                     at_once=scheduler is not None and not lr.can_undo(scheduler),
                     before=partial(self._call, self._before_step) if self._before_step else None,
                     after=partial(self._call, self._after_step) if self._after_step else None,
                 )
             finally:
                 self._backwards.discard()
-        self._outcome.follow(before, host, self.lr_scheduler, lr_kwargs)
+        self._outcome.after_step(before, host, self.lr_scheduler, lr_kwargs)
 
     def _call(self, hooks: list[StepHook]) -> None:
         if self.optimizer is not None:
@@ -380,7 +380,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
     # -- weights ----------------------------------------------------------------------------------------------------
 
     @outside_modes
-    @together
+    @collective
     def full_state_dict(self, dtype: torch.dtype | None = None, rank0_only: bool = False) -> dict[str, Any]:
         """The whole model's ``state_dict()``, on CPU: weights, persistent buffers, extra state. Collective, any stage.
 
@@ -394,7 +394,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         return full_state_dict(self.module, self.trainables.layout, self.comm, dtype, wanted=wanted)
 
     @outside_modes
-    @together
+    @collective
     def full_optimizer_state_dict(self, rank0_only: bool = False) -> dict[str, Any]:
         """The optimizer's ``state_dict()`` in torch's own form, on CPU, at any stage. Collective.
 
@@ -408,7 +408,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
             OptimizerError: on every rank, for state whose shape is not its parameter's (Adafactor's), where divided.
         """
         self.trainables.check_trains("full_optimizer_state_dict()")
-        self._outcome.act()
+        self._outcome.act_on_verdict()
         return self._optimizer_state().full(wanted=not rank0_only or self.comm.data.rank == 0)
 
     def _optimizer_state(self) -> OptimizerState:
@@ -437,7 +437,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
                 "the optimizer's state was loaded between a backward and its step. Load it after the step."
             )
         self.comm.messages.agree({f"the loaded state of {name!r}": state.steps for name, state in states.items()})
-        self._outcome.act()
+        self._outcome.act_on_verdict()
         self.trainables.bring_states()
         if self.optimizer is not None and options is not None:
             for group, loaded in zip(self.optimizer.param_groups, options, strict=True):
@@ -455,7 +455,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
 
         Args:
             params: parameters, their names, or a module, instead of all. What shares a unit with them comes along.
-            write: whether changes shall be kept. Changes without it raise.
+            write: whether changes are kept. Changes without it raise.
 
         Raises:
             UsageError: for an unknown parameter, or a change without ``write``.
@@ -487,7 +487,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         Modules without blocks are compiled unit by unit. What a backend fuses or decomposes may round differently.
 
         Args:
-            *args: those of ``torch.compile`` beside the function.
+            *args: those of ``torch.compile`` except the function.
             **kwargs: the same: ``backend``, ``mode``, ``dynamic``...
 
         Raises:
@@ -503,7 +503,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         trainables.renew_hooks()
 
     @outside_modes
-    @together
+    @collective
     def destroy(self) -> None:
         """Take the engine off the model: hooks are gone and parameters are ordinary again, whole on every rank.
 

@@ -110,7 +110,7 @@ def initialize(
             or of a part of it, as a mapping that need not hold them, such as :func:`shardline.checkpoint.read` gives:
             rank 0 reads them, one at a time, and every rank gets its part. The other ranks give a mapping of the same
             names. What it does not name is initialised.
-        engine_class: a subclass of :class:`shardline.Engine` of which the engine shall be.
+        engine_class: the class of the engine: :class:`shardline.Engine` or a subclass.
 
     Returns:
         ``(engine, optimizer, loader, lr_scheduler)``; what was not asked for is ``None``.

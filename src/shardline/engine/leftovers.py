@@ -44,12 +44,12 @@ class Leftovers:
         if self.grad_scale is not None:
             self._notices.once(
                 "engine.backward was given scaler.scale(loss) of a torch.amp.GradScaler; the scale was taken out "
-                "again. Leave the scaler away: loss.backward(), scaler.step and scaler.update have no meaning here."
+                "again. Remove the scaler: loss.backward(), scaler.step and scaler.update have no meaning here."
             )
         if divisor > 1 and is_divided_by(loss, divisor):
             self._notices.once(
                 f"the loss given to engine.backward was divided by {divisor} already, and is divided by the "
-                f"{divisor} accumulation steps once more. Leave the division away, or pass scale_wrt_gas=False."
+                f"{divisor} accumulation steps once more. Remove the division, or pass scale_wrt_gas=False."
             )
         return self.grad_scale
 
@@ -60,7 +60,7 @@ class Leftovers:
             if is_some_loss_scaled():
                 self._notices.once(
                     "gradients came by a plain loss.backward(), and a torch.amp.GradScaler is in use: if it scaled "
-                    "this loss, they are too large by its scale. Leave it away, and call engine.backward(loss)."
+                    "this loss, they are too large by its scale. Remove it, and call engine.backward(loss)."
                 )
         if loss_scale != 1.0:
             self._notices.once(

@@ -118,8 +118,8 @@ class Outcome:
         self.read()
         self._reporter.finish()
 
-    def act(self, *, ending: bool = False) -> None:
-        """The same, and what ranks do about it together. Every rank calls this at the same place."""
+    def act_on_verdict(self, *, ending: bool = False) -> None:
+        """Read the verdict, and do what follows from it on all ranks. Every rank calls this at the same place."""
         self.read()
         if self._trainables.boundary is not None:
             self._trainables.boundary.act_on_verdict(ending=ending)
@@ -134,15 +134,15 @@ class Outcome:
 
     # -- a step -----------------------------------------------------------------------------------------------------
 
-    def look(self) -> _Before:
-        """The figures of a step that comes now."""
+    def before_step(self) -> _Before:
+        """What the event of the step that begins now will need."""
         return _Before(self._rates(), self._loss_scale())
 
-    def follow(self, before: _Before, host: HostVerdict | None, scheduler: Any, lr_kwargs: dict[str, Any]) -> None:
+    def after_step(self, before: _Before, host: HostVerdict | None, scheduler: Any, lr_kwargs: dict[str, Any]) -> None:
         """A step has ended: count it, step the scheduler unless it was skipped, and act on its verdict if it is known.
 
         Args:
-            before: what :meth:`look` returned before it.
+            before: what :meth:`before_step` returned before it.
             host: its verdict, or ``None`` where the host does not know it yet.
             scheduler, lr_kwargs: the user's, and the arguments of its ``step``.
         """
@@ -154,7 +154,7 @@ class Outcome:
             if scheduler is not None:
                 self._step_scheduler(scheduler, lr_kwargs, certain=host is not None)
         if host is not None:
-            self.act()
+            self.act_on_verdict()
 
     def _step_scheduler(self, scheduler: Any, lr_kwargs: dict[str, Any], *, certain: bool) -> None:
         """``certain``: the update is known to be applied. Else it is assumed, and the step can be taken back."""

@@ -12,7 +12,7 @@ from shardline.checkpoint.engine.checkpointer import Checkpointer, Scope
 from shardline.checkpoint.foreign.huggingface import export_model
 from shardline.comm import Comm
 from shardline.config import Config
-from shardline.engine.together import together
+from shardline.engine.collective import collective
 from shardline.engine.trainables import Trainables
 from shardline.errors import UsageError
 from shardline.runtime.modes import outside_modes
@@ -61,7 +61,7 @@ class Saving:
         return loader
 
     @outside_modes
-    @together
+    @collective
     def save_checkpoint(
         self,
         save_dir: str | os.PathLike[str],
@@ -106,7 +106,7 @@ class Saving:
         return True
 
     @outside_modes
-    @together
+    @collective
     def load_checkpoint(
         self,
         load_dir: str | os.PathLike[str],
@@ -158,7 +158,7 @@ class Saving:
         return path, state
 
     @outside_modes
-    @together
+    @collective
     def export(
         self,
         save_dir: str | os.PathLike[str],
@@ -186,7 +186,7 @@ class Saving:
         return [str(file) for file in export_model(parts, save_dir, dtype, frozen=frozen, shard_bytes=max_shard_bytes)]
 
     @outside_modes
-    @together
+    @collective
     def save_16bit_model(
         self,
         save_dir: str | os.PathLike[str],

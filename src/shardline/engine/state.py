@@ -69,7 +69,7 @@ class EngineState:
         """This rank's tensors, with edits adopted and the last step's verdict acted on. Collective."""
         trainables = self._trainables
         trainables.check_contents()
-        self._outcome.act()
+        self._outcome.act_on_verdict()
         trainables.adopt_edits()
         layout = trainables.layout
         return Parts(
@@ -95,7 +95,7 @@ class EngineState:
 
     def lay_out_by_state_steps(self, steps: Mapping[str, int]) -> None:
         """Lay the model out so that only parameters whose state has seen as many steps share a run. Collective."""
-        self._outcome.act()
+        self._outcome.act_on_verdict()
         self._trainables.lay_out_by_state_steps(steps)
 
     def go_on_from(self, counters: Mapping[str, int]) -> None:

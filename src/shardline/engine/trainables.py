@@ -15,7 +15,7 @@ from shardline.engine.notices import Notices
 from shardline.errors import UsageError
 from shardline.features.compiling import compiled_in
 from shardline.optim.guard import guard
-from shardline.sharding.admission import Contents
+from shardline.sharding.admission import HeldParameters
 from shardline.sharding.averages import Averages
 from shardline.sharding.boundary import Boundary
 from shardline.sharding.bucket import Bucket
@@ -29,7 +29,7 @@ from shardline.sharding.unit import Unit
 
 __all__ = ["Trainables"]
 
-DividedGradOf = Callable[[Bucket, int], Tensor | None]
+ShardedGradOf = Callable[[Bucket, int], Tensor | None]
 
 
 class Trainables:
@@ -68,7 +68,7 @@ class Trainables:
         make_boundary: Callable[[Update, Schedule], Boundary],
     ) -> None:
         self._on_output: Callable[[Any], None] | None = None
-        self._divided_grad: DividedGradOf | None = None
+        self._sharded_grad: ShardedGradOf | None = None
         self.layout, self.groups = layout, groups
         self.frozen_states: dict[str, ParamState] = {}
         self.averages = Averages()
@@ -76,7 +76,7 @@ class Trainables:
         self._model, self._optimizer = model, optimizer
         self._config, self._precision, self._comm = config, precision, comm
         self._on_forward, self._on_call, self._make_boundary = on_forward, on_call, make_boundary
-        self._contents = Contents(model)
+        self._held_parameters = HeldParameters(model)
         self.states_are_away = self.is_closed = False
         self._arrange()
 
@@ -109,16 +109,16 @@ class Trainables:
     def _show_divided_grads(self) -> None:
         for unit in self.layout.units:
             for bucket in unit.trainable:
-                bucket.divided_grad = self._divided_grad
+                bucket.sharded_grad = self._sharded_grad
 
-    def serve_loop(self, on_output: Callable[[Any], None], divided_grad: DividedGradOf) -> None:
+    def serve_loop(self, on_output: Callable[[Any], None], sharded_grad: ShardedGradOf) -> None:
         """The loop calls the model, and uses gradients, itself.
 
         Args:
             on_output: see :class:`shardline.sharding.hooks.Hooks`.
-            divided_grad: see :class:`shardline.sharding.bucket.Bucket`.
+            sharded_grad: see :class:`shardline.sharding.bucket.Bucket`.
         """
-        self._on_call, self._on_output, self._divided_grad = None, on_output, divided_grad
+        self._on_call, self._on_output, self._sharded_grad = None, on_output, sharded_grad
         self.renew_hooks()
         self._show_divided_grads()
 
@@ -151,7 +151,7 @@ class Trainables:
         Args:
             forget_edits: whether earlier values of edited parameters are needed no longer.
         """
-        self._contents.check()
+        self._held_parameters.check()
         for unit in self.layout.units:
             unit.check_in_place()
         if forget_edits:
@@ -167,7 +167,7 @@ class Trainables:
 
     def _add_group(self, add: Callable[[dict[str, Any]], None], group: dict[str, Any]) -> None:
         """``optimizer.add_param_group`` with parameters of the model: they join at the next forward."""
-        self._contents.check()
+        self._held_parameters.check()
         params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         joining = group_parameters(self._model, [{"params": params}])
         known = sorted(set(joining) & set(self.groups))
@@ -208,12 +208,12 @@ class Trainables:
 
     def check_contents(self) -> None:
         """See that the model holds the parameters and modules that it held."""
-        self._contents.check()
+        self._held_parameters.check()
 
     def adopt_edits(self) -> None:
         """Take what the user wrote into weights over into the masters."""
         for unit in self.layout.units:
-            unit.adopt()
+            unit.adopt(keep=True)
 
     def on_sealed_access(self, unit: Unit) -> bool:
         """A sealed parameter of ``unit`` is used outside of its module. Says whether it was gathered."""
@@ -293,7 +293,7 @@ class Trainables:
         for unit in self.layout.units:
             unit.drop_grads()
         if self.boundary is not None:
-            self.boundary.update.unseal()
+            self.boundary.update.unguard_grads()
 
     def close(self) -> None:
         """Give the model ordinary parameters again. Collective at stage 3."""
@@ -305,4 +305,4 @@ class Trainables:
         # These refer back to the engine. Without them memory of the device is free with the last reference to the
         # engine, not when the garbage collector finds the cycle.
         del self.layout, self.schedule, self.hooks, self.params
-        del self._on_forward, self._on_call, self._on_output, self._divided_grad, self._make_boundary
+        del self._on_forward, self._on_call, self._on_output, self._sharded_grad, self._make_boundary

@@ -40,7 +40,7 @@ def full_state_dict(
     """
     weights: dict[str, Tensor] = {}
     for unit in layout.units:
-        unit.adopt()
+        unit.adopt(keep=True)
         for entry, tensor in full_weights(unit):
             if wanted:
                 kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
@@ -89,9 +89,9 @@ def gathered(units: Sequence[Unit], hooks: Hooks, status: Status, *, write: bool
 @outside_modes
 def _unshard(units: Sequence[Unit]) -> None:
     for unit in units:
-        unit.adopt()
+        unit.adopt(keep=True)
         unit.wait_for_unshard()
-        unit.acquire()
+        unit.hold()
 
 
 @outside_modes
@@ -112,7 +112,7 @@ def _write_back(units: Sequence[Unit], *, write: bool) -> None:
 @outside_modes
 def _reshard(units: Sequence[Unit]) -> None:
     for unit in units:
-        unit.release()
+        unit.unhold()
         unit.reshard()
 
 

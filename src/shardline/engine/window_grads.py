@@ -1,6 +1,6 @@
 """The gradients of a window between its backwards and its step, where no rank holds them whole.
 
-``.grad`` of a parameter is then a :class:`DividedGrad`: it has the parameter's shape and no elements. Operations of a
+``.grad`` of a parameter is then a :class:`ShardedGrad`: it has the parameter's shape and no elements. Operations of a
 loop between backward and step work on it as on a plain one: norms, which are global; and in-place operations by
 elements or numbers, which each rank applies to its own elements. So clipping, by torch or by hand, and
 ``GradScaler.unscale_`` mean what they mean without an engine. What needs the elements raises and says what to call.
@@ -27,7 +27,7 @@ from shardline.sharding.precision import LossScaler
 from shardline.sharding.step import Update
 from shardline.sharding.window import Window
 
-__all__ = ["DividedGrad", "WindowGrads"]
+__all__ = ["ShardedGrad", "WindowGrads"]
 
 _LINEAR = {"mul_", "div_", "neg_", "__imul__", "__itruediv__", "multiply_", "divide_", "true_divide_"}
 """In-place operations that mean the same of sums over ranks as of averages."""
@@ -40,16 +40,16 @@ _NORMS = {"vector_norm", "linalg_vector_norm", "norm"}
 _UNSCALE = torch._amp_foreach_non_finite_check_and_unscale_
 
 
-class DividedGrad(Tensor):
+class ShardedGrad(Tensor):
     """Stands in ``.grad`` of a parameter of the model. See the module."""
 
     _grads: WindowGrads
     _name: str
 
     @staticmethod
-    def of(name: str, param: Tensor, dtype: torch.dtype, grads: WindowGrads) -> DividedGrad:
+    def of(name: str, param: Tensor, dtype: torch.dtype, grads: WindowGrads) -> ShardedGrad:
         nothing = torch.full((), float("nan"), dtype=dtype, device=param.device).expand(param.shape)
-        made: DividedGrad = nothing.as_subclass(DividedGrad)
+        made: ShardedGrad = nothing.as_subclass(ShardedGrad)
         made._name, made._grads = name, grads
         return made
 
@@ -62,11 +62,11 @@ class DividedGrad(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         name = str(getattr(func, "__name__", func))
-        divided = [tensor for tensor in tensors_in((tuple(args), kwargs)) if isinstance(tensor, DividedGrad)]
-        first = divided[0]
-        if func is _UNSCALE and len(divided) == len(args[0]):
-            return first._grads.unscale([each._name for each in divided], *args[1:])
-        if args and args[0] is first and len(divided) == 1:
+        sharded = [tensor for tensor in tensors_in((tuple(args), kwargs)) if isinstance(tensor, ShardedGrad)]
+        first = sharded[0]
+        if func is _UNSCALE and len(sharded) == len(args[0]):
+            return first._grads.unscale([each._name for each in sharded], *args[1:])
+        if args and args[0] is first and len(sharded) == 1:
             numbers = not any(tensor.dim() for tensor in tensors_in((tuple(args[1:]), kwargs)))
             if name in _NORMS and (order := _order(args[1:], kwargs)) is not None:
                 return first._grads.norm_of(first._name, order)
@@ -80,13 +80,13 @@ class DividedGrad(Tensor):
                 first._grads.change(first._name, func, args[1:], kwargs, averages=name in _BY_ELEMENT)
                 return first
         raise UsageError(
-            f"{name}: the gradient of parameter {first._name!r} is divided over the ranks since backward. Norms, "
+            f"{name}: the gradient of parameter {first._name!r} is sharded over the ranks since backward. Norms, "
             f"clipping (engine.clip_grad_norm_(max_norm), torch.nn.utils.clip_grad_norm_) and in-place operations "
             f"with numbers (mul_, clamp_, nan_to_num_) work on it; read and change elements in engine.before_step(fn)."
         )
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"the gradient of {self._name!r}, divided over the ranks (shape={tuple(self.shape)})"
+        return f"the gradient of {self._name!r}, sharded over the ranks (shape={tuple(self.shape)})"
 
 
 def _order(args: Sequence[Any], kwargs: dict[str, Any]) -> float | None:
@@ -116,7 +116,7 @@ class WindowGrads:
     ) -> None:
         self._trainables, self._window, self._comm, self._scaler = trainables, window, comm, scaler
         self._complete_window = complete
-        self._stand_ins: dict[str, DividedGrad] = {}
+        self._stand_ins: dict[str, ShardedGrad] = {}
         self._norms: dict[float, dict[str, Tensor]] = {}
 
     def stand_in(self, bucket: Bucket, index: int) -> Tensor | None:
@@ -125,7 +125,7 @@ class WindowGrads:
             return None
         name = bucket.plan.entries[index].param.name
         if name not in self._stand_ins:
-            self._stand_ins[name] = DividedGrad.of(name, bucket.params[index], bucket.grads.dtype, proxy(self))
+            self._stand_ins[name] = ShardedGrad.of(name, bucket.params[index], bucket.grads.dtype, proxy(self))
         return self._stand_ins[name]
 
     # -- what can be done with them -----------------------------------------------------------------------------------
@@ -244,14 +244,14 @@ class WindowGrads:
 
     def _average(self) -> float:
         """What the gradients are still to be divided by to be averages without a loss scale."""
-        return self._comm.data.size * self._scaler.scale / self._window.divided
+        return self._comm.data.size * self._scaler.scale / self._window.divided_by
 
     def _make_averages(self) -> None:
         if (average := self._average()) != 1.0:
             pieces = [piece for _, piece in self._pieces()]
             if pieces:
                 torch._foreach_div_(pieces, average)
-            self._window.divided *= average
+            self._window.divided_by *= average
 
     def _pieces(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's own elements of every parameter's gradient."""

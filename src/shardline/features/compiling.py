@@ -70,7 +70,7 @@ def compile_blocks(
 
     Args:
         units: the units of the model.
-        args, kwargs: those of ``torch.compile`` beside the function.
+        args, kwargs: those of ``torch.compile`` except the function.
 
     Raises:
         UsageError: if no module is found.

@@ -381,7 +381,7 @@ class _Filling:
         self._place_params(lambda state: True)
 
     def _place_params(self, is_adopted: Callable[[_Param], bool]) -> None:
-        """Where an initialiser put another parameter in the place of one, take its values, and let the object stay."""
+        """Where an initialiser replaced a parameter by another, take its values, and let the object stay."""
         for module, name, param in self._places:
             found, state = module._parameters.get(name), self._params[param]
             if found is param:
@@ -392,7 +392,7 @@ class _Filling:
             if found is None or found.is_meta or found.shape != state.like.shape:
                 made = "nothing" if found is None else f"a tensor of {tuple(found.shape)} on {found.device}"
                 raise ModelError(
-                    f"an initialiser put {made} in the place of parameter {state.name!r} of "
+                    f"an initialiser put {made} where it found parameter {state.name!r} of "
                     f"{tuple(state.like.shape)}. Let it write the values in place."
                 )
             self._run(partial(param.copy_, found), lambda param, state: True, final=True)
@@ -420,7 +420,7 @@ class _Filling:
         changed = [state.name for state in states if state.constructed > state.repeated and not state.final]
         if changed:
             raise ModelError(
-                f"the constructor of the model on meta wrote these tensors in a way that cannot be repeated, beside "
+                f"the constructor of the model on meta wrote these tensors in a way that cannot be repeated, outside "
                 f"reset_parameters() and _init_weights(): {_listed(changed)}. Write them in init_fn= of initialize, "
                 f"which runs last, or build the model inside `with shardline.empty_weights(min_numel=...):`, which "
                 f"makes smaller ones for real."

@@ -44,7 +44,7 @@ class Offload:
 
     @classmethod
     def from_config(cls, config: Config, source: torch.device) -> Offload | None:
-        """``None`` where states stay beside the weights, which on a CPU are in host memory already."""
+        """``None`` where states stay with the weights, which on a CPU are in host memory already."""
         wanted = config.zero_optimization.offload_optimizer
         return cls(source, pin=wanted.pin_memory) if wanted.device == "cpu" and source.type != "cpu" else None
 

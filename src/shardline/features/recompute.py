@@ -66,7 +66,7 @@ def recompute_blocks(modules: Sequence[nn.Module], *, offload: bool) -> Callable
 
 
 def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
-    """What ``module.compile()`` has put in the place of the module's call, if it was called."""
+    """What ``module.compile()`` calls instead of the module, if it was called."""
     call: Any = module._compiled_call_impl
     return call.compiled if isinstance(call, _Again) else call
 

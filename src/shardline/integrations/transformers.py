@@ -26,7 +26,7 @@ class ShardlineMixin:
 
     Batch sizes, accumulation, clipping, precision (``bf16=True`` is autocast), schedule and compilation are those of
     the ``TrainingArguments``. A checkpoint holds the whole model as the trainer saves it, and the engine's own
-    checkpoint in the place of ``optimizer.pt``: it resumes at any stage and number of ranks.
+    checkpoint instead of ``optimizer.pt``: it resumes at any stage and number of ranks.
 
     Args:
         *args: those of the trainer.

@@ -72,7 +72,7 @@ class Launch:
     grace: float = 600.0
     """Seconds from a SIGTERM to the launcher until ranks that have not ended are killed: a step and a save."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables that the ranks get beside those of this process."""
+    """Variables that the ranks get in addition to those of this process."""
 
 
 def launch(job: Launch) -> int:

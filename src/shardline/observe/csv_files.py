@@ -14,7 +14,7 @@ from shardline.observe.values import values_of
 
 __all__ = ["CsvFiles"]
 
-_FLUSH_SECONDS = 10
+_FLUSH_SECONDS = 1  # what a kill may take
 
 
 class CsvFiles(Sink):

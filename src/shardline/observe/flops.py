@@ -44,7 +44,7 @@ class FlopsProfiler:
         self._section, self._speaks = config.flops_profiler, speaks
         self._ranks = ranks
         self._peak = peak_tflops(config, device)
-        self._left = self._section.profile_step  # steps until that one is over
+        self._remaining = self._section.profile_step  # steps until that one is over
         self._counts: Counter[str] = Counter()
         self._modules: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._samples = 0  # that were counted, on all ranks
@@ -52,7 +52,7 @@ class FlopsProfiler:
     @contextmanager
     def counting(self, phase: str) -> Iterator[None]:
         """Count what runs within as a part of ``phase``, if it is the step's turn."""
-        if self._left != 1 or phase not in ("forward", "backward"):
+        if self._remaining != 1 or phase not in ("forward", "backward"):
             yield
             return
         from torch.utils.flop_counter import FlopCounterMode
@@ -66,8 +66,8 @@ class FlopsProfiler:
 
     def end_step(self) -> bool:
         """A step is over; whether it was counted."""
-        self._left -= 1
-        return self._left == 0
+        self._remaining -= 1
+        return self._remaining == 0
 
     def tell(self, samples: int) -> None:
         """The step that was counted had ``samples`` on all ranks."""

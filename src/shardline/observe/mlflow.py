@@ -11,6 +11,7 @@ from shardline.config.monitoring import MLflow as Section
 from shardline.events import Event
 from shardline.observe.sink import Run, Sink
 from shardline.observe.values import values_of
+from shardline.runtime.ending import has_failed
 
 __all__ = ["MLflow"]
 
@@ -67,5 +68,5 @@ class MLflow(Sink):
     def close(self) -> None:
         if self._client is not None:
             self._send()
-            self._client.set_terminated(self._id)
+            self._client.set_terminated(self._id, status="FAILED" if has_failed() else "FINISHED")
             self._client = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile, record_function, supported_activities
 
 from shardline.sharding.unit import Unit
 
@@ -33,17 +33,18 @@ class Profile:
 
     Args:
         units: those whose transitions get ranges. They run their own methods again afterwards.
-        device: whose kernels are in the trace, beside the host's operations.
+        device: whose kernels are in the trace, in addition to the host's operations.
     """
 
     def __init__(self, units: Sequence[Unit], device: torch.device, steps: int, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self._units, self._left = path, list(units), steps
+        self.path, self._units, self._remaining = path, list(units), steps
         for unit in self._units:
             for method, words in _MOMENTS.items():
                 setattr(unit, method, _in_range(getattr(unit, method), f"{words} {_name(unit)}"))
-        on_device = [ProfilerActivity.CUDA] if device.type == "cuda" else []
-        self._profile = profile(activities=[ProfilerActivity.CPU, *on_device])
+        on_device = {ProfilerActivity.CUDA} if device.type == "cuda" else set()
+        # a torch that records no CUDA would print a stack for every range
+        self._profile = profile(activities={ProfilerActivity.CPU, *on_device} & supported_activities())
         self._profile.__enter__()
 
     @contextmanager
@@ -54,10 +55,10 @@ class Profile:
 
     def end_step(self) -> bool:
         """A step is over. Returns whether it was the last, and writes the trace then."""
-        self._left -= 1
-        if not self._left:
+        self._remaining -= 1
+        if not self._remaining:
             self.end()
-        return not self._left
+        return not self._remaining
 
     def end(self) -> None:
         """Write the trace of what has run."""

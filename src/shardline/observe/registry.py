@@ -24,7 +24,7 @@ _PACKAGES = {
     "tensorboard": ("tensorboard", "pip install 'shardline[tensorboard]'"),
     "wandb": ("wandb", "pip install 'shardline[wandb]'"),
     "mlflow": ("mlflow", "pip install 'shardline[mlflow]'"),
-    "comet": ("comet_ml", "pip install comet_ml"),
+    "comet": ("comet_ml", "pip install 'shardline[comet]'"),
 }
 """By section: the package that it needs, and how to get it."""
 

@@ -11,6 +11,7 @@ from shardline.events import Event
 from shardline.observe.mark import Mark
 from shardline.observe.pending import Pending, Row
 from shardline.observe.sink import Run, Sink
+from shardline.runtime.ending import has_failed
 
 __all__ = ["WeightsAndBiases"]
 
@@ -22,6 +23,7 @@ class WeightsAndBiases(Sink):
         self._section = section
         self._run: Any = None
         self._mark: Mark | None = None
+        self._known = 0  # steps up to this one were logged by an earlier process
         self._pending = Pending()
 
     def open(self, run: Run) -> None:
@@ -39,16 +41,16 @@ class WeightsAndBiases(Sink):
             reinit="create_new",
         )
         self._mark = Mark(Path(self._run.dir).parents[1] / f"shardline-{self._run.id}.step")
-        self._mark.step = max(self._mark.step, self._run.step - 1)
+        self._known = max(self._mark.step, self._run.step - 1)
 
     def receive(self, event: Event) -> None:
         self._log(self._pending.add(event))
 
     def _log(self, rows: list[Row]) -> None:
         for step, values in rows:
-            if self._mark is not None and step > self._mark.step:
+            if self._mark is not None and step > self._known:
                 self._run.log(values, step=step)
-                self._mark.step = step
+                self._mark.step = max(self._mark.step, step)
 
     def save(self) -> Mapping[str, str]:
         self._log(self._pending.pop())
@@ -57,6 +59,6 @@ class WeightsAndBiases(Sink):
     def close(self) -> None:
         self._log(self._pending.pop())
         if self._run is not None and self._mark is not None:
-            self._run.finish()
+            self._run.finish(exit_code=int(has_failed()))
             self._mark.close()
             self._mark = None

@@ -29,7 +29,7 @@ def square_sum(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
             norms.append(torch.linalg.vector_norm(gradient[cut:], dtype=wide).view(1))
     if not norms:
         return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.cat([norm.double() for norm in norms]).square().sum()
+    return torch.cat(norms).double().square().sum()
 
 
 def divisor(norm: Tensor, limit: float) -> Tensor:

@@ -53,7 +53,7 @@ REFUSED = {
 }
 
 RUN = 64
-"""Elements in a run of the probe: shard boundaries are multiples of it."""
+"""Elements in a run of the probe: cuts are multiples of it."""
 SHAPE = (128, 128)
 """Of one parameter of the probe: above the 4,096 elements from which 8-bit optimizers quantise their state."""
 STEPS = 5

@@ -173,7 +173,7 @@ def split_groups(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[dic
     if not meant:
         raise ConfigError(
             f'optimizer.type is "Muon", and nothing that is trained is a matrix in a repeated block of '
-            f"{type(model).__name__}. Set param.use_muon = True on the matrices that Muon shall step before "
+            f"{type(model).__name__}. Set param.use_muon = True on the matrices that Muon is to step before "
             f'initialize, or use "AdamW".'
         )
     return found

@@ -9,7 +9,7 @@ all read the same value.
             moves    layout   place in it
             together
 
-Offsets and shard boundaries are multiples of :data:`ALIGNMENT` elements. Fused CPU kernels treat the vector body and
+Offsets and cuts are multiples of :data:`ALIGNMENT` elements. Fused CPU kernels treat the vector body and
 the scalar tail of an array differently, so only aligned cuts leave every bit as it would be without the cut.
 """
 
@@ -144,20 +144,20 @@ class BucketPlan:
         dtype: of the weights.
         trainable: whether it has gradients, masters and optimizer state.
         entries: its parameters in order of offset; those of one param group lie together.
-        boundaries: ``world_size + 1`` offsets; rank r's shard is ``boundaries[r]`` to ``boundaries[r + 1]``.
-        param_aligned: whether boundaries fall between parameters only, for optimizers that need them whole.
+        cuts: ``world_size + 1`` offsets; rank r's shard is ``cuts[r]`` to ``cuts[r + 1]``.
+        param_aligned: whether cuts fall between parameters only, for optimizers that need them whole.
     """
 
     dtype: torch.dtype
     trainable: bool
     entries: tuple[Entry, ...]
-    boundaries: tuple[int, ...]
+    cuts: tuple[int, ...]
     param_aligned: bool = False
 
     @property
     def size(self) -> int:
         """Elements of the whole bucket, padding included."""
-        return self.boundaries[-1]
+        return self.cuts[-1]
 
     @cached_property
     def numel(self) -> int:
@@ -166,7 +166,7 @@ class BucketPlan:
 
     def shard(self, rank: int) -> tuple[int, int]:
         """Offsets at which ``rank``'s shard starts and stops."""
-        return self.boundaries[rank], self.boundaries[rank + 1]
+        return self.cuts[rank], self.cuts[rank + 1]
 
     @cached_property
     def gaps(self) -> tuple[tuple[int, int], ...]:
@@ -287,7 +287,7 @@ class Plan:
         """A digest of everything in the plan: equal on two ranks exactly when their layouts are."""
         rows = [
             [unit.name, *(
-                [str(bucket.dtype), bucket.boundaries, bucket.param_aligned,
+                [str(bucket.dtype), bucket.cuts, bucket.param_aligned,
                  [[e.param.name, e.offset, e.param.shape, e.param.stride, *_run_key(e.param)] for e in bucket.entries]]
                 for bucket in unit.buckets
             )]
@@ -330,7 +330,7 @@ def make_plan(
         world_size: ranks over which buckets are cut.
         min_numel: elements below which a candidate is merged with its neighbours.
         max_numel: elements above which a block is taken apart, and up to which candidates are merged.
-        chosen: paths of modules that shall be units whatever their size.
+        chosen: paths of modules that become units whatever their size.
         param_aligned: cut shards between parameters only, for optimizers that must see each parameter whole.
     """
     by_name = {param.name: param for param in params}
@@ -428,9 +428,9 @@ def _buckets(params: Sequence[ParamSpec], world_size: int, param_aligned: bool) 
         for param in sorted(members, key=_run_key):  # stable: definition order within a run
             entries.append(Entry(param, offset))
             offset = _align(offset + param.numel)
-        cut = _param_boundaries if param_aligned and trainable else _equal_boundaries
+        make_cuts = _param_cuts if param_aligned and trainable else _equal_cuts
         yield BucketPlan(
-            dtype, trainable, tuple(entries), cut(entries, offset, world_size), param_aligned and trainable
+            dtype, trainable, tuple(entries), make_cuts(entries, offset, world_size), param_aligned and trainable
         )
 
 
@@ -455,17 +455,17 @@ def _align(offset: int, unit: int = ALIGNMENT) -> int:
     return -(-offset // unit) * unit
 
 
-def _equal_boundaries(entries: Sequence[Entry], end: int, world_size: int) -> tuple[int, ...]:
+def _equal_cuts(entries: Sequence[Entry], end: int, world_size: int) -> tuple[int, ...]:
     """Shards of one size: the padding at the end is at most ``world_size * ALIGNMENT`` elements."""
     shard = _align(-(-end // world_size))
     return tuple(rank * shard for rank in range(world_size + 1))
 
 
-def _param_boundaries(entries: Sequence[Entry], end: int, world_size: int) -> tuple[int, ...]:
-    """Cuts between parameters, each as near as possible to where equal shards would be cut."""
-    cuts = [*(entry.offset for entry in entries), end]
-    boundaries = [0]
+def _param_cuts(entries: Sequence[Entry], end: int, world_size: int) -> tuple[int, ...]:
+    """Between parameters, each as near as possible to where equal shards would be cut."""
+    allowed = [*(entry.offset for entry in entries), end]
+    cuts = [0]
     for rank in range(1, world_size):
         target = end * rank / world_size
-        boundaries.append(max(boundaries[-1], min(cuts, key=lambda cut: abs(cut - target))))
-    return (*boundaries, end)
+        cuts.append(max(cuts[-1], min(allowed, key=lambda offset: abs(offset - target))))
+    return (*cuts, end)

@@ -1,6 +1,6 @@
 """The device calls that training scripts make, with one meaning on every accelerator and on CPU.
 
-They speak of the CPU where the engine computes on it: also beside an accelerator, by SHARDLINE_DEVICE=cpu.
+They speak of the CPU where the engine computes on it: also on a machine with an accelerator, by SHARDLINE_DEVICE=cpu.
 """
 
 from __future__ import annotations

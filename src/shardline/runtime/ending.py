@@ -1,7 +1,7 @@
 """The end of a process that failed while it had a process group.
 
 A thread of gloo that drops a tensor needs the interpreter. One that asks for it while the interpreter is torn down is
-ended by CPython, and C++ then aborts the process: SIGABRT in the place of the exit code. After an error the groups
+ended by CPython, and C++ then aborts the process: SIGABRT instead of the exit code. After an error the groups
 cannot be ended first, since that waits for collectives which other ranks may never join. So such a process runs
 everything that runs at exit, flushes its files, and ends without a teardown.
 """

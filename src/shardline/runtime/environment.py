@@ -68,8 +68,13 @@ class Launched:
     node_rank: int | None = None
 
 
-def read_launcher(env: Mapping[str, str] = os.environ) -> Launched:
+def read_launcher(env: Mapping[str, str] = os.environ, *, in_group: bool = False) -> Launched:
     """Read the variables of torchrun (``shardline run`` sets the same), of Slurm's ``srun`` or of Open MPI.
+
+    Args:
+        env: the variables.
+        in_group: whether there is a process group, which tells rank and world size better. Who has made it may have
+            set one of the two variables alone, as Lightning does.
 
     Raises:
         LaunchError: the variables are incomplete or contradict themselves.
@@ -79,7 +84,7 @@ def read_launcher(env: Mapping[str, str] = os.environ) -> Launched:
         if not present:
             continue
         if len(present) == 1:
-            if names.launcher != "torchrun":  # those variables also leak into shells that start nothing
+            if in_group or names.launcher != "torchrun":  # the others also leak into shells that start nothing
                 continue
             missing = names.world_size if present[0] == names.rank else names.rank
             raise LaunchError(

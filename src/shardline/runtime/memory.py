@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,7 +64,12 @@ _mallinfo = _find_mallinfo()
 
 def _field(name: str) -> int:
     # not getrusage: its peak is inherited through fork and exec, so a launcher's would count as the rank's own
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(f"/proc/self/status has no {name}")
+    file = os.open("/proc/self/status", os.O_RDONLY)
+    try:
+        text = os.read(file, 1 << 16)
+    finally:
+        os.close(file)
+    _, found, rest = text.partition(f"{name}:".encode())
+    if not found:
+        raise LookupError(f"/proc/self/status has no {name}")
+    return int(rest.split(maxsplit=1)[0]) * 1024

@@ -33,7 +33,7 @@ from shardline.runtime.environment import (
 from shardline.runtime.network import LOOPBACK, Store, is_loopback_by_name, join_store, open_store
 from shardline.runtime.topology import group_backend, locate
 
-__all__ = ["DEFAULT_PORT", "DEFAULT_TIMEOUT", "init_distributed", "make_current"]
+__all__ = ["DEFAULT_PORT", "DEFAULT_TIMEOUT", "init_distributed", "make_current", "rendezvous_store"]
 
 logger = logging.getLogger("shardline")
 
@@ -127,6 +127,17 @@ def init_distributed(
     if verbose and rank == 0:
         how = launched.launcher or "no launcher"
         logger.debug("process group of %d (%s, %s)", world_size, backend, how)
+
+
+def rendezvous_store() -> Store:
+    """The store of the default process group, over a connection of its own: no call on it waits for another thread's.
+
+    Raises:
+        RuntimeError: it does not answer.
+    """
+    default: Any = c10d._get_default_store()
+    store: Store = default.clone()
+    return store
 
 
 def _store(host: str, port: int, is_server: bool, one_host: bool, timeout: timedelta) -> Store:

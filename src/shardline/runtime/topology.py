@@ -58,7 +58,7 @@ def discover(local_rank: int | None = None, model: nn.Module | None = None) -> T
     Raises:
         LaunchError: the environment contradicts itself, or asks for a device that is not here.
     """
-    launched = read_launcher()
+    launched = read_launcher(in_group=dist.is_initialized())
     if dist.is_initialized():
         return locate(launched, dist.get_rank(), dist.get_world_size(), local_rank, model)
     return locate(launched, launched.rank, launched.world_size, local_rank, model)
@@ -94,7 +94,7 @@ def locate(
 
 
 def default_backend() -> str:
-    """``gloo`` on CPU; with an accelerator gloo for CPU tensors beside the accelerator's own backend."""
+    """``gloo`` on CPU; with an accelerator gloo for CPU tensors and the accelerator's own backend."""
     return own_backend(accelerators().kind)
 
 

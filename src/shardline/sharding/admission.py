@@ -18,7 +18,7 @@ from shardline.plan.describe import first_names
 from shardline.sharding.parameter import is_sealed, record_of
 from shardline.sharding.piece import piece_of
 
-__all__ = ["Contents", "check_model"]
+__all__ = ["HeldParameters", "check_model"]
 
 _WRAPPERS = {
     ("torch", "DistributedDataParallel"): "averages gradients as well. Pass what it wraps: .module",
@@ -146,7 +146,7 @@ def _tensors(model: nn.Module) -> Iterator[_Held]:
 _CONTAINERS: Callable[[dict[str, Any]], tuple[dict[str, Any], ...]] = itemgetter("_modules", "_parameters")
 
 
-class Contents:
+class HeldParameters:
     """Which parameters a model holds, and where, as ``initialize`` found it."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -168,7 +168,7 @@ class Contents:
     def check(self) -> None:
         """See that the model still holds what it held, under the same names.
 
-        Modules without parameters may come and go. Plain tensors in the place of parameters, as
+        Modules without parameters may come and go. Plain tensors instead of parameters, as
         ``torch.func.functional_call`` puts them there for a call, are left to the caller.
 
         Raises:

@@ -21,7 +21,7 @@ __all__ = ["Agreement", "Kind", "PassRecord", "Signature"]
 
 _END_OF_FORWARD, _BEGIN_OF_BACKWARD, _END_OF_BACKWARD = range(3)
 
-_MOST_DOUBT = 8
+_MOST_NEGOTIATED = 8
 """Steps that are negotiated before an order is followed again, where ranks keep differing: as many as they differed."""
 
 
@@ -61,67 +61,68 @@ class PassRecord:
     """What this rank did in a negotiated pass.
 
     Attributes:
-        signature, place: of the pass: its number among those of its signature in the step.
+        signature: of the pass.
+        nth: its number, from 0, among the passes of its signature in the step.
         events: as :class:`Order` has them.
         kept: units that were not released before the end of the pass.
         uses: units that the forwards since the last backward used, in order.
-        needless: those of them that no backward needs: it ends in them, since nothing they were given has a gradient.
+        no_input_grads: those of them none of whose inputs required a gradient: backward ends in them.
         last: the unit that the last forward used last.
         reductions: how many were started.
     """
 
     signature: Signature
-    place: int
+    nth: int
     events: tuple[int, ...]
     kept: frozenset[int]
     uses: tuple[int, ...]
-    needless: frozenset[int]
+    no_input_grads: frozenset[int]
     last: int | None
     reductions: int
 
     @cached_property
     def digest(self) -> int:
         """What ranks compare."""
-        return digest(self.events, self.uses, sorted(self.needless), [-1 if self.last is None else self.last])
+        return digest(self.events, self.uses, sorted(self.no_input_grads), [-1 if self.last is None else self.last])
 
 
 class Agreement:
-    """See the module.
+    """The orders that all ranks of one engine share.
 
     Attributes:
         last: the sharded unit that forwards use last, as a set of one or none.
         reduce_order: of the next negotiated backward.
-        left: whether this rank left an order in this step.
+        left_order: whether this rank left an order in this step.
     """
 
     def __init__(self, units: Sequence[Unit], negotiation: Negotiation, *, prefetch: bool) -> None:
         self._units, self._negotiation, self._prefetch = units, negotiation, prefetch
         self._sharded = [unit.index for unit in units if unit.sharded]
-        self._orders: dict[Signature, list[Order | None]] = {}  # by the pass's place among its like in the step
+        self._orders: dict[Signature, list[Order | None]] = {}  # by the pass's number among its like in the step
         self._passes: Counter[Signature] = Counter()  # of this step
-        self._doubt = 0  # steps in which every pass is negotiated
+        self._negotiated_steps = 0  # how many are to come
         self._disagreements = 0
         self._differed = False  # ranks did, in this step
         self.last = frozenset(self._sharded[-1:])
         self.reduce_order = [unit.index for unit in reversed(units) if unit.trainable]
-        self.left = False
+        self.left_order = False
 
     # -- a pass -----------------------------------------------------------------------------------------------------
 
     def order(self, signature: Signature) -> Order | None:
-        """The order for the next such pass: that of its place in the step; for a forward else the last before.
+        """The order for the next such pass: that of its number in the step; for a forward else the last before.
 
         The order of a backward leaves out what it did not need, which another one may: as the second of one graph.
         """
-        known, place = self._orders.get(signature), self._passes[signature]
-        if self._doubt or self._differed or not known:
+        known, nth = self._orders.get(signature), self._passes[signature]
+        if self._negotiated_steps or self._differed or not known:
             return None
-        if place >= len(known) and not signature.kind.is_forward:
+        if nth >= len(known) and not signature.kind.is_forward:
             return None
-        return known[min(place, len(known) - 1)]
+        return known[min(nth, len(known) - 1)]
 
     def begin(self, signature: Signature) -> int:
-        """Such a pass begins. Returns its place in the step."""
+        """Such a pass begins. Returns its number among its like in the step."""
         self._passes[signature] += 1
         return self._passes[signature] - 1
 
@@ -134,16 +135,16 @@ class Agreement:
 
     def conclude(self, record: PassRecord) -> None:
         """Compare what ranks did in a negotiated pass, and remember it where they did the same. Collective."""
-        kind, place = record.signature.kind, record.place
+        kind, nth = record.signature.kind, record.nth
         point = _END_OF_FORWARD if kind.is_forward else _END_OF_BACKWARD
         alike = self._negotiation.wait_at(point, record.reductions, record.digest)
         known = self._orders.setdefault(record.signature, [])
-        known += [None] * (place + 1 - len(known))
+        known += [None] * (nth + 1 - len(known))
         if not alike and not self._sharded:  # ranks can differ only in when their units are ready
-            known[place] = Order(tuple(~index for index in self.reduce_order))
+            known[nth] = Order(tuple(~index for index in self.reduce_order))
             return
         self._differed = self._differed or not alike
-        known[place] = self._order_of(record) if alike else None
+        known[nth] = self._order_of(record) if alike else None
         if alike and kind is Kind.FORWARD and record.last is not None:
             self.last = frozenset([record.last]) & set(self._sharded)
         if alike and kind is Kind.BACKWARD:
@@ -154,7 +155,7 @@ class Agreement:
         to gather the others as well would cost more than to negotiate."""
         kind, events = record.signature.kind, record.events
         # Only what a backward could have needed, with another loss: it leaves out what none does, as an embedding.
-        left_out = () if kind.is_forward else record.needless
+        left_out = () if kind.is_forward else record.no_input_grads
         idle = [index for index in self._sharded if index not in events and index not in left_out]
         if kind is Kind.EVALUATION and idle:
             return None
@@ -164,7 +165,7 @@ class Agreement:
             idle,
             self._negotiation.repeated | record.kept if kind.is_forward else (),
             plan=self._sharded if kind.is_forward else self._sharded[::-1],
-            ahead=self._prefetch,
+            prefetch=self._prefetch,
         )
 
     def differ(self) -> None:
@@ -178,20 +179,20 @@ class Agreement:
         if self._differed:
             self._disagree()
         else:
-            self._doubt = max(0, self._doubt - 1)
-        left, self.left, self._differed = self.left, False, False
+            self._negotiated_steps = max(0, self._negotiated_steps - 1)
+        left_order, self.left_order, self._differed = self.left_order, False, False
         self._passes.clear()
-        return left
+        return left_order
 
-    def distrust(self, *, ending: bool = False) -> None:
+    def negotiate_next(self, *, ending: bool = False) -> None:
         """Some rank left an agreed order, or had late gradients, and all know it. The next step is negotiated.
 
         Args:
             ending: whether :meth:`end_step` follows at once, so that the next step is the one after it.
         """
         self._disagree()
-        self._doubt += ending
+        self._negotiated_steps += ending
 
     def _disagree(self) -> None:
         self._disagreements += 1
-        self._doubt = min(self._disagreements, _MOST_DOUBT)
+        self._negotiated_steps = min(self._disagreements, _MOST_NEGOTIATED)

@@ -1,4 +1,4 @@
-"""Moving averages of the trained weights: beside the masters of each bucket, in their dtype, divided as they are.
+"""Moving averages of the trained weights: a buffer for each of masters, in their dtype and sharded as they are.
 
 The average of a parameter that is frozen stands still. It is kept in full on every rank, as its optimizer state is.
 """
@@ -24,7 +24,7 @@ class Averages:
 
     Attributes:
         followed: whether something updates them. Those that only a checkpoint brought end with the next step.
-        shown: whether they stand in the place of the weights.
+        shown: whether they are shown instead of the weights.
         of_frozen: of frozen parameters, by first name (1-D, in storage order).
     """
 
@@ -96,7 +96,7 @@ class Averages:
                             bucket.weights.store_average(entry, found.pop(entry.param.name))
         self.of_frozen = found
 
-    # -- in the place of the weights ----------------------------------------------------------------------------------
+    # -- instead of the weights ---------------------------------------------------------------------------------------
 
     def swap(self, units: Iterable[Unit]) -> None:
         """Exchange them and the masters; a second call undoes the first. The weights of other ranks follow later.

@@ -84,7 +84,7 @@ class Boundary:
         self,
         window: Window,
         *,
-        leaving: bool,
+        exit_requested: bool,
         at_once: bool = False,
         before: Callable[[], None] | None = None,
         after: Callable[[], None] | None = None,
@@ -95,7 +95,7 @@ class Boundary:
 
         Args:
             window: what this rank has seen.
-            leaving: whether this rank was asked to save and end.
+            exit_requested: whether this rank was asked to save and end.
             at_once: whether the host must know the verdict when this returns.
             before, after: called around the optimizer's step; see :meth:`Update.apply`.
 
@@ -111,14 +111,14 @@ class Boundary:
         for unit in self.update.units:
             unit.adopt(keep=False)
         self._reduce_rest(window)
-        left, statement = self.schedule.end_step(), self.alike.state()
+        left_order, statement = self.schedule.end_step(), self.alike.state()
         hooked = before is not None or after is not None
         reads = at_once or self._first or self.reads_at_once or self.update.needs_host(hooked)
-        judged = self._judge(window, left, statement, leaving, reads=reads, late=self._was_late)
+        judged = self._judge(window, left_order, statement, exit_requested, reads=reads, late=self._was_late)
         self._was_late = False
         if judged.host is not None and judged.host.late:
             self._reduce_late()
-            judged = self._judge(window, left, statement, leaving, reads=reads, late=True)
+            judged = self._judge(window, left_order, statement, exit_requested, reads=reads, late=True)
         verdict, host = judged.verdict, judged.host
         if host is not None:
             self._refuse(judged, host, "this step")
@@ -156,7 +156,14 @@ class Boundary:
                 self._was_late = True
 
     def _judge(
-        self, window: Window, left: bool, statement: Statement, leaving: bool, *, reads: bool, late: bool = False
+        self,
+        window: Window,
+        left_order: bool,
+        statement: Statement,
+        exit_requested: bool,
+        *,
+        reads: bool,
+        late: bool = False,
     ) -> JudgedStep:
         """One small collective: the ranks compare their reports."""
         self.schedule.finish_reductions()
@@ -166,15 +173,15 @@ class Boundary:
         report = StepReport(
             squares=self.update.squares(),
             weight=window.weight,
-            left=left,
+            left_order=left_order,
             late=sum(unit.has_partial() for unit in self.update.units),
             samples=window.samples,
             backwards=window.backwards,
-            leaving=leaving,
+            exit_requested=exit_requested,
             transitions=digest(*log.values()),
             alike=statement.digest,
             on_device=statement.on_device,
-            loss=None if window.loss is None else window.loss.double() * window.unit,
+            loss=None if window.loss is None else window.loss.double() * window.accumulation,
             counted=0.0 if window.loss is None else window.counted,
             tokens=window.tokens,
             waited=self.update.comm.log.take_waited(),
@@ -182,7 +189,7 @@ class Boundary:
         )
         verdict = Verdict.of(
             self.update.comm.all_gather_vector(report.stack(self.update.device)),
-            unit_weight=window.unit,
+            accumulation=window.accumulation,
             loss_scale=self.scaler.scale,
             clip=self._clip,
             check=self._check,
@@ -226,7 +233,7 @@ class Boundary:
         judged, self._last = self._last, None
         if judged is not None and judged.host is not None:
             self._refuse(judged, judged.host, "the step before")
-            self._adopt(judged.host, late=judged.late or judged.host.late, ending=ending)
+            self._act_on(judged.host, late=judged.late or judged.host.late, ending=ending)
 
     def forget(self) -> None:
         """The last step does not count any more: other states were loaded."""
@@ -242,12 +249,12 @@ class Boundary:
         if not host.backwards:
             raise no_backward(before=what == "the step before")
 
-    def _adopt(self, host: HostVerdict, *, late: bool, ending: bool) -> None:
+    def _act_on(self, host: HostVerdict, *, late: bool, ending: bool) -> None:
         """What all ranks do alike. ``late``: some rank had late gradients."""
-        self.progress.leaving = self.progress.leaving or host.leaving
-        if host.left or late:  # some rank left an order or has late gradients: all ranks take note
-            untrusted = self.update.comm.messages.exchange(sorted(self.schedule.untrusted))
-            self.schedule.distrust({index for indices in untrusted for index in indices}, ending=ending)
+        self.progress.exit_requested = self.progress.exit_requested or host.exit_requested
+        if host.left_order or late:  # some rank left an order or has late gradients: all ranks take note
+            wrong = self.update.comm.messages.exchange(sorted(self.schedule.wrong_hints))
+            self.schedule.negotiate_next({index for indices in wrong for index in indices}, ending=ending)
 
     def _reduce_late(self) -> None:
         """A second round for gradients that came after their unit was reduced, on every rank alike."""

@@ -54,7 +54,7 @@ class Bucket:
         shard: which part of the bucket is this rank's.
         weights, grads: the buffers.
         edits: what users do to the parameters.
-        divided_grad: what ``.grad`` of a parameter is once its gradient was collected and is not whole; else it raises.
+        sharded_grad: what ``.grad`` of a parameter is once its gradient was collected and is not whole; else it raises.
     """
 
     detaches: ClassVar[bool] = False
@@ -82,7 +82,7 @@ class Bucket:
         self.weights = FlatWeights(self.shard, comm, pool, precision, host)
         self.grads = FlatGrads(self.shard, self.params, comm, pool, precision, host)
         self.edits = Edits(self.params, self.weights, may_convert)
-        self.divided_grad: Callable[[Bucket, int], Tensor | None] | None = None
+        self.sharded_grad: Callable[[Bucket, int], Tensor | None] | None = None
         self._records = {
             entry.param.name: ParamRecord(entry.param.name, i, self) for i, entry in enumerate(plan.entries)
         }
@@ -132,8 +132,8 @@ class Bucket:
         return self.plan.entries[index].param.stride
 
     def grad_of(self, index: int) -> Tensor | None:
-        if self.divided_grad is not None and not self.grads.is_full:
-            return self.divided_grad(self, index)
+        if self.sharded_grad is not None and not self.grads.is_full:
+            return self.sharded_grad(self, index)
         return self.grads.of_param(index)
 
     # -- what the optimizer sees ------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ class BufferPool:
     def borrow(self, numel: int, dtype: torch.dtype, *, lasting: bool = False) -> Tensor:
         """A buffer of ``numel`` elements with arbitrary contents.
 
-        With ``lasting`` it gets a piece of its own size: others of its kind will live beside it, so that what it left
+        With ``lasting`` it gets a piece of its own size: others like it will live as long, so what it leaves
         unused would be wasted.
         """
         size = numel * dtype.itemsize

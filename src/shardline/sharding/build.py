@@ -219,7 +219,7 @@ def load_model(
         _, bucket, entry = layout.where(name)
         value = layout.params[name].detach()
         comm.messages.broadcast([value])
-        comm.wait_for_readers()  # all have read what was sent, so it is not kept beside the next
+        comm.wait_for_readers()  # all have read what was sent, so it is freed before the next
         bucket.weights.store(entry, value)
         if held and held[0][0] is bucket:
             view(held[0][1], entry).copy_(value)
@@ -315,7 +315,7 @@ def needs_full_params(optimizer: Optimizer, stage: Stage, world_size: int) -> bo
 
 
 def take_over(optimizer: Optimizer, layout: Layout) -> None:
-    """Put this rank's runs in the place of the model's parameters in ``optimizer``."""
+    """Give ``optimizer`` this rank's runs instead of the model's parameters."""
     runs = layout.runs
     replace_params(
         optimizer,

@@ -32,7 +32,8 @@ class Edits:
     """Notices writes to ``params`` while they are shown, and brings them into ``weights``.
 
     Args:
-        may_convert: whether a parameter may be converted now, and who then calls :meth:`restore_views`.
+        may_convert: asked before a parameter is converted; see ``Unit.on_convert``. Where it returns True,
+            :meth:`restore_views` is called at the end of the forward or backward.
 
     Attributes:
         standing: the name of a frozen parameter that is edited again and again and does not change.
@@ -103,11 +104,11 @@ class Edits:
 
     # -- bringing in ------------------------------------------------------------------------------------------------
 
-    def adopt(self, *, keep: bool = False) -> None:
+    def adopt(self, *, keep: bool) -> None:
         """Bring edits of resting weights (``clamp_``, ``load_state_dict``, ``.data``) into the masters.
 
         Args:
-            keep: whether the masters of now come back if, until the next update, the weights do.
+            keep: whether the masters from before the edit come back if, before the next update, the weights do.
 
         Raises:
             ModelError: if a parameter's tensor was replaced instead of edited.

@@ -20,7 +20,7 @@ from shardline.plan.placement import Placement
 from shardline.sharding.buffer import BufferPool, flat, owns_its_memory, view
 from shardline.sharding.gradient import collect_grads, drop_grads, gradient_error, has_grads
 from shardline.sharding.host import HostMemory
-from shardline.sharding.parameter import left_grad
+from shardline.sharding.parameter import autograd_grad
 from shardline.sharding.precision import Precision
 from shardline.sharding.shard import Shard
 
@@ -28,7 +28,7 @@ __all__ = ["FlatGrads", "cut"]
 
 
 class FlatGrads:
-    """See the module.
+    """The gradients of one bucket on this rank, from ``.grad`` to the step.
 
     Attributes:
         params: the model's own parameters, in order of the entries.
@@ -86,7 +86,7 @@ class FlatGrads:
         """
         param, entry = self.params[0], self.plan.entries[0]
         with torch._C.DisableTorchFunctionSubclass():
-            found = left_grad(param)
+            found = autograd_grad(param)
         if found is None or found.layout is not torch.strided or found.dtype != self.dtype:
             return False
         if found.numel() != self.plan.size or found.stride() != entry.param.stride or not owns_its_memory(found):
@@ -148,7 +148,7 @@ class FlatGrads:
         reduced = self._empty() if self.reduced is None else self.reduced
         source, borrowed = self._source(factor, None if add else reduced)
         self.reduced, out = reduced, self.shard.own(reduced)
-        work = self.comm.reductions.reduce(unit, source, self.plan.boundaries, out, add=add, scratch=self.pool)
+        work = self.comm.reductions.reduce(unit, source, self.plan.cuts, out, add=add, scratch=self.pool)
         return work.then(lambda: self._give_back(borrowed)) if borrowed else work
 
     def _reduce_to_host(self, host: HostMemory, unit: int, source: Tensor, borrowed: list[Tensor]) -> Work:
@@ -157,7 +157,7 @@ class FlatGrads:
             total, work, borrowed = source, DONE, [each for each in borrowed if each is not source]
         else:
             total = self.pool.borrow(self.shard.stop - self.shard.start, self.dtype)
-            work = self.comm.reductions.reduce(unit, source, self.plan.boundaries, total, add=False, scratch=self.pool)
+            work = self.comm.reductions.reduce(unit, source, self.plan.cuts, total, add=False, scratch=self.pool)
 
         def add(arrived: Tensor) -> None:
             self.pool.give_back(total)
@@ -200,7 +200,7 @@ class FlatGrads:
         """Where states rest in full, bring the reduced gradients of all shards here."""
         if self.reduced is None or self.shard.stage.states is not Placement.REPLICATED:
             return DONE
-        return self.comm.gathers.gather(unit, self.reduced, self.plan.boundaries)
+        return self.comm.gathers.gather(unit, self.reduced, self.plan.cuts)
 
     # -- what users and the optimizer see ---------------------------------------------------------------------------
 

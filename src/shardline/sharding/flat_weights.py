@@ -28,7 +28,7 @@ __all__ = ["FlatWeights"]
 
 
 class FlatWeights:
-    """See the module.
+    """The weights of one bucket on this rank: at rest, gathered, and the masters that the optimizer updates.
 
     Attributes:
         generation: raised whenever the weights change other than by an edit, which a parameter's version tells; what
@@ -101,7 +101,7 @@ class FlatWeights:
             return lambda: part
         full = torch.empty(self.shard.plan.size, dtype=part.dtype, device=self.comm.device)
         self.shard.own(full).copy_(part)
-        work = self.comm.gathers.gather(unit, full, self.shard.plan.boundaries)
+        work = self.comm.gathers.gather(unit, full, self.shard.plan.cuts)
 
         def wait() -> Tensor:
             work.wait()
@@ -192,7 +192,7 @@ class FlatWeights:
         """Bring masters up to weights that were edited; where a weight is still its rounded master, that stays.
 
         Args:
-            keep: whether the masters of now come back if, until the next update, the weights do.
+            keep: whether the masters from before the edit come back if, before the next update, the weights do.
         """
         if self.master is None or self.masters_are_weights:
             return
@@ -229,13 +229,13 @@ class FlatWeights:
         """Start to bring all weights into a new ``full``."""
         plan = self.shard.plan
         self.full = self.pool.borrow(plan.size, self.dtype)
-        return self.comm.gathers.gather(unit, self.full, plan.boundaries, own=self.resting)
+        return self.comm.gathers.gather(unit, self.full, plan.cuts, own=self.resting)
 
     def join_gather(self, unit: int) -> None:
         """Take part in a gather for other ranks, and drop what comes."""
         plan = self.shard.plan
         full = self.pool.borrow(plan.size, self.dtype)
-        self.comm.gathers.gather(unit, full, plan.boundaries, own=self.resting).wait()
+        self.comm.gathers.gather(unit, full, plan.cuts, own=self.resting).wait()
         self.pool.give_back(full)
 
     def drop_full(self) -> None:

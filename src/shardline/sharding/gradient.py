@@ -1,9 +1,9 @@
 """Gradients as users see them: in ``.grad`` until the engine collects them, and what is there from then to the step.
 
 Autograd fills ``.grad``. The engine moves it into a flat buffer and sums it over ranks. A collected gradient that
-is whole on this rank and has no loss scale is returned as a view: changes of it count. Any other is *sealed*:
+is whole on this rank and has no loss scale is returned as a view: changes of it count. Any other is *guarded*:
 reading it raises a :class:`UsageError` that names what to call. For a parameter of the model the class does so
-(:mod:`shardline.sharding.parameter`); a run of the optimizer holds a :class:`SealedGrad`.
+(:mod:`shardline.sharding.parameter`); a run of the optimizer holds a :class:`GuardedGrad`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from shardline.errors import UsageError
 from shardline.sharding.containers import replace_tensors, tensors_in
-from shardline.sharding.parameter import HARMLESS, left_grad, set_grad
+from shardline.sharding.parameter import HARMLESS, autograd_grad, set_grad
 
-__all__ = ["SealedGrad", "collect_grads", "drop_grads", "gradient_error", "has_grads"]
+__all__ = ["GuardedGrad", "collect_grads", "drop_grads", "gradient_error", "has_grads"]
 
 
 def collect_grads(params: Sequence[Tensor]) -> list[Tensor | None]:
     """What autograd has left in ``.grad`` of each of ``params``, which have none afterwards."""
     with torch._C.DisableTorchFunctionSubclass():
-        grads = [left_grad(param) for param in params]
+        grads = [autograd_grad(param) for param in params]
         for param, grad in zip(params, grads, strict=True):
             if grad is not None:
                 set_grad(param, None)
@@ -39,7 +39,7 @@ def drop_grads(params: Sequence[Tensor]) -> None:
 def has_grads(params: Sequence[Tensor]) -> bool:
     """Whether autograd has left anything in ``.grad`` of ``params``."""
     with torch._C.DisableTorchFunctionSubclass():
-        return any(left_grad(param) is not None for param in params)
+        return any(autograd_grad(param) is not None for param in params)
 
 
 def gradient_error(name: str, operation: str) -> UsageError:
@@ -53,7 +53,7 @@ def gradient_error(name: str, operation: str) -> UsageError:
 _UNSCALE = torch._amp_foreach_non_finite_check_and_unscale_
 
 
-class SealedGrad(Tensor):
+class GuardedGrad(Tensor):
     """Stands in ``.grad`` of an optimizer's parameter. Every use asks for the gradient, or raises.
 
     Args:
@@ -66,11 +66,11 @@ class SealedGrad(Tensor):
     _is_unscaled: Callable[[], bool]
 
     @staticmethod
-    def stand_for(like: Tensor, read: Callable[[str], Tensor], is_unscaled: Callable[[], bool]) -> SealedGrad:
+    def stand_for(like: Tensor, read: Callable[[str], Tensor], is_unscaled: Callable[[], bool]) -> GuardedGrad:
         nothing = torch.full((), float("nan"), dtype=like.dtype, device=like.device).expand(like.shape)
-        sealed: SealedGrad = nothing.as_subclass(SealedGrad)
-        sealed._read, sealed._is_unscaled = read, is_unscaled
-        return sealed
+        guarded: GuardedGrad = nothing.as_subclass(GuardedGrad)
+        guarded._read, guarded._is_unscaled = read, is_unscaled
+        return guarded
 
     @classmethod
     def __torch_function__(
@@ -78,11 +78,11 @@ class SealedGrad(Tensor):
     ) -> Any:
         given = tuple(args), kwargs or {}
         if func not in HARMLESS:
-            sealed = [tensor for tensor in tensors_in(given) if isinstance(tensor, SealedGrad)]
-            if func is _UNSCALE and all(tensor._is_unscaled() for tensor in sealed):
+            guarded = [tensor for tensor in tensors_in(given) if isinstance(tensor, GuardedGrad)]
+            if func is _UNSCALE and all(tensor._is_unscaled() for tensor in guarded):
                 return None
             name = str(getattr(func, "__name__", func))
-            given = replace_tensors(given, lambda t: t._read(name) if isinstance(t, SealedGrad) else t)
+            given = replace_tensors(given, lambda t: t._read(name) if isinstance(t, GuardedGrad) else t)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*given[0], **given[1])
 

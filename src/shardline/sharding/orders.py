@@ -33,22 +33,22 @@ class Order:
         stays: Collection[int] = (),
         *,
         plan: Sequence[int],
-        ahead: bool,
+        prefetch: bool,
     ) -> Order:
         """The order made from ``events``, as every rank recorded them.
 
         Args:
             idle: units that no rank used, to be put where ``plan``, an order of all units, has it.
             stays: what is gathered once although it was gathered again.
-            ahead: whether gathers begin one use ahead.
+            prefetch: whether gathers begin one use ahead.
         """
         order: list[int] = []
         for event in events:
             if event not in stays or event not in order:
                 order.append(event)
         order = fill_in(order, idle, plan)
-        if ahead:
-            order = _ahead(order, frozenset(idle))
+        if prefetch:
+            order = _move_gathers_up(order, frozenset(idle))
         return cls(tuple(order), frozenset(idle), frozenset(stays))
 
 
@@ -67,7 +67,7 @@ def fill_in(order: Sequence[int], missing: Collection[int], plan: Sequence[int])
     return filled
 
 
-def _ahead(events: Sequence[int], idle: Collection[int]) -> list[int]:
+def _move_gathers_up(events: Sequence[int], idle: Collection[int]) -> list[int]:
     """Each first gather moved to right behind the one before it, so that it travels while that one is used."""
     seen: set[int] = set(idle)
     slots = []

@@ -1,10 +1,10 @@
-"""The class of a parameter while an engine manages it: a parameter that notices what is done to it.
+"""The class of a parameter while an engine manages it: it records what is done to it.
 
 A managed parameter is *shown*, its data a view of a flat buffer, or *sealed*, its data away. In either state its class
 is one made for the purpose from the class that it had, so a subclass of ``nn.Parameter`` stays what it is.
 
-* :func:`show` gives it its data. The class notes what raises no version: that ``.data`` was read, whose writes autograd
-  does not count, and that ``.data`` was assigned. All else is done by torch as before, at its own speed.
+* :func:`show` gives it its data. The class records what raises no version: that ``.data`` was read, whose writes
+  autograd does not count, and that ``.data`` was assigned. All else is done by torch as before, at its own speed.
 * In both states ``.grad`` is what autograd has left there and, once the engine has collected that, what its owner says.
 * :func:`seal` takes its data away. Shape, dtype and device stay true; reading or writing it either gathers its unit
   (during a forward) or raises :class:`SealedError` with its name. It can never crash the process, as reading a view of
@@ -30,9 +30,9 @@ __all__ = [
     "Owner",
     "ParamRecord",
     "assign",
+    "autograd_grad",
     "has_own_attributes",
     "is_sealed",
-    "left_grad",
     "make_ordinary",
     "record_of",
     "seal",
@@ -75,7 +75,7 @@ class Owner(Protocol):
 
 @dataclass(frozen=True)
 class ParamRecord:
-    """What a managed parameter knows: its name, its owner, and its index there."""
+    """Where a managed parameter belongs: its name, its owner, and its index there."""
 
     name: str
     index: int
@@ -117,7 +117,7 @@ def assign(param: nn.Parameter, data: Tensor) -> None:
 
 
 def record_of(tensor: Tensor) -> ParamRecord | None:
-    """What ``tensor`` knows, if an engine manages it."""
+    """The record of ``tensor``, if an engine manages it."""
     return tensor.__dict__.get("_shardline") if hasattr(type(tensor), "_unmanaged") else None
 
 
@@ -135,7 +135,7 @@ def has_own_attributes(param: nn.Parameter) -> bool:
 _DATA: Any = torch._C.TensorBase.data
 _GRAD: Any = torch._C.TensorBase.grad
 
-left_grad: Callable[[Tensor], Tensor | None] = _GRAD.__get__
+autograd_grad: Callable[[Tensor], Tensor | None] = _GRAD.__get__
 """What autograd has left in ``.grad`` and was not collected yet. To be called without torch functions."""
 
 set_grad: Callable[[Tensor, Tensor | None], None] = _GRAD.__set__
@@ -172,7 +172,7 @@ def _make_classes(original: type[nn.Parameter]) -> tuple[type[nn.Parameter], typ
 
     def read_grad(self: Any) -> Tensor | None:
         with torch._C.DisableTorchFunctionSubclass():
-            grad = left_grad(self)
+            grad = autograd_grad(self)
         if grad is not None or torch._guards.TracingContext.try_get() is not None:  # compilers must not trace the seal
             return grad
         record: ParamRecord = self._shardline
@@ -181,10 +181,10 @@ def _make_classes(original: type[nn.Parameter]) -> tuple[type[nn.Parameter], typ
     def write_grad(self: Any, value: Tensor | None) -> None:
         collected = read_grad(self)
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-            if collected is None or left_grad(self) is not None:
+            if collected is None or autograd_grad(self) is not None:
                 set_grad(self, value)
                 return
-        with torch.no_grad():  # what stands for a divided gradient has functions of its own
+        with torch.no_grad():  # what stands for a sharded gradient has functions of its own
             if value is None:
                 collected.zero_()
             elif value is not collected:
@@ -225,7 +225,7 @@ def _plain(param: Any) -> Iterator[None]:
 
 
 def _apart(reduced: Any, own: dict[str, Any]) -> Any:
-    """``reduced`` with a copy in the place of ``own``, which gets its record back before it is pickled."""
+    """``reduced`` with a copy instead of ``own``, which gets its record back before it is pickled."""
     if isinstance(reduced, tuple):
         return tuple(_apart(each, own) for each in reduced)
     return dict(own) if reduced is own else reduced

@@ -19,7 +19,7 @@ from shardline.sharding.orders import Order
 from shardline.sharding.reduce_queue import ReduceQueue
 from shardline.sharding.unit import Residence, Unit
 
-__all__ = ["Issue", "Negotiated", "Pass", "Replayed"]
+__all__ = ["Followed", "Issue", "Negotiated", "Pass"]
 
 Issue = Callable[[], None]
 """Starts one collective."""
@@ -34,10 +34,10 @@ class Pass:
         kept: units that are not released before the pass is over.
 
     Attributes:
-        left: whether this rank needed something else than an agreed order says.
+        left_order: whether this rank needed something else than an agreed order says.
     """
 
-    left = False
+    left_order = False
 
     def __init__(self, kept: Collection[int] = ()) -> None:
         self.kept = kept
@@ -133,7 +133,7 @@ class Negotiated(Pass):
             self._negotiation.reduced(number, self.issued)
 
 
-class Replayed(Pass):
+class Followed(Pass):
     """A pass by an agreed order.
 
     A rank that uses units in another way still issues what the others issue, in the same order: gathers that it passes
@@ -141,7 +141,7 @@ class Replayed(Pass):
     that it does not have yet.
 
     Args:
-        resident: units that are here on every rank from before this pass: their first gather is none.
+        carried_over: units that are here on every rank from before this pass: their first gather is none.
         prefetch: whether gathers begin one use ahead.
         room: elements of weights to keep that were gathered for other ranks.
         queue: of reductions, in a backward that reduces.
@@ -154,7 +154,7 @@ class Replayed(Pass):
         units: Sequence[Unit],
         kept: Collection[int],
         *,
-        resident: Collection[int],
+        carried_over: Collection[int],
         prefetch: bool,
         room: int,
         queue: ReduceQueue | None = None,
@@ -163,27 +163,27 @@ class Replayed(Pass):
     ) -> None:
         super().__init__(kept)
         self.order, self._units = order, units
-        self._resident = set(resident)
+        self._carried_over = set(carried_over)
         self._prefetch, self._room = prefetch, room
         self._queue, self._ready, self._factor = queue, ready, factor
         self._position = 0
         self._gathered: set[int] = set()
-        self._ahead: Unit | None = None  # prefetched, for the next use
+        self._prefetched: Unit | None = None  # gathered for the next use
         self._spare: dict[Unit, None] = {}  # gathered and not in use, oldest first
 
     def unshard(self, unit: Unit, *, again: bool = False) -> Iterator[Issue]:
-        if unit.residence is Residence.GATHERED and unit is not self._ahead:
+        if unit.residence is Residence.GATHERED and unit is not self._prefetched:
             return
-        if unit is self._ahead:
-            self._ahead = None
+        if unit is self._prefetched:
+            self._prefetched = None
         elif unit.residence is Residence.SHARDED:
             yield from self._gather_in_order(unit)
-        self.left = self.left or unit.index in self.order.idle
+        self.left_order = self.left_order or unit.index in self.order.idle
         unit.wait_for_unshard()
         yield from self._run()
 
     def reshard(self, unit: Unit) -> None:
-        if self.left:
+        if self.left_order:
             self._keep(unit)
         else:
             super().reshard(unit)
@@ -192,17 +192,17 @@ class Replayed(Pass):
         return self._run()
 
     def finish(self) -> Iterator[Issue]:
-        self._drop_ahead()
+        self._drop_prefetched()
         events = self.order.events
         while self._position < len(events):
             event = events[self._position]
             self._position += 1
             if event < 0:
                 yield from self._reduce(~event)
-            elif event in self._resident:
-                self._resident.discard(event)
+            elif event in self._carried_over:
+                self._carried_over.discard(event)
             else:
-                self.left = self.left or event not in self.order.idle
+                self.left_order = self.left_order or event not in self.order.idle
                 unit = self._units[event]
                 keeps = event in self.kept and unit.residence is Residence.SHARDED
                 yield unit.unshard if keeps else unit.join_unshard
@@ -218,16 +218,16 @@ class Replayed(Pass):
                 self._position += 1
                 yield from self._reduce(~event)
                 continue
-            if event in self._resident or event in self.order.idle:
+            if event in self._carried_over or event in self.order.idle:
                 self._position += 1
                 yield from self._join_skipped(event)
                 continue
-            if not self._prefetch or self._ahead is not None or event in self._gathered:
+            if not self._prefetch or self._prefetched is not None or event in self._gathered:
                 return
             self._position += 1
             self._gathered.add(event)
-            self._ahead = self._units[event]
-            yield self._ahead.unshard
+            self._prefetched = self._units[event]
+            yield self._prefetched.unshard
 
     def _gather_in_order(self, unit: Unit) -> Iterator[Issue]:
         """Issue all that comes before the gather of ``unit``, and that."""
@@ -240,24 +240,24 @@ class Replayed(Pass):
             event = events[self._position]
             self._position += 1
             if event < 0:
-                self.left = self.left or not self._ready(~event)
+                self.left_order = self.left_order or not self._ready(~event)
                 yield from self._reduce(~event)
             elif event != unit.index:
-                self.left = self.left or not (event in self.order.idle or event in self._resident)
+                self.left_order = self.left_order or not (event in self.order.idle or event in self._carried_over)
                 yield from self._join_skipped(event)
             else:
                 if event not in self._gathered:
-                    self._drop_ahead()
+                    self._drop_prefetched()
                 self._gathered.add(event)
-                if event in self._resident:  # it was gathered, and this rank has resharded it
+                if event in self._carried_over:  # it was gathered, and this rank has resharded it
                     raise self._refusal(unit)
                 yield unit.unshard
 
     def _join_skipped(self, index: int) -> Iterator[Issue]:
         """Take part in a gather that this rank does not need now."""
         unit = self._units[index]
-        if index in self._resident:
-            self._resident.discard(index)
+        if index in self._carried_over:
+            self._carried_over.discard(index)
             return
         self._gathered.add(index)
         if unit.residence is not Residence.SHARDED:
@@ -285,11 +285,11 @@ class Replayed(Pass):
             del self._spare[oldest]
             oldest.reshard()
 
-    def _drop_ahead(self) -> None:
+    def _drop_prefetched(self) -> None:
         """What was to be used next is not."""
-        if self._ahead is not None:
-            self.left = True
-            unit, self._ahead = self._ahead, None
+        if self._prefetched is not None:
+            self.left_order = True
+            unit, self._prefetched = self._prefetched, None
             self._keep(unit)
 
     def _refusal(self, unit: Unit) -> DisagreementError:

@@ -129,7 +129,7 @@ class Precision:
             for path, module in model.named_modules()
             for name, buffer in module._buffers.items()
             if buffer is not None and buffer.is_floating_point() and buffer.dtype is not self.compute
-            # These are made to keep fp32 statistics beside inputs of lower precision.
+            # These are made to keep fp32 statistics with inputs of lower precision.
             if not isinstance(module, nn.modules.batchnorm._NormBase)
         }
         if others:

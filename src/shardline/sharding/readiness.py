@@ -28,11 +28,11 @@ class Readiness:
     """The hints of the forwards since the last backward, and what they say while one runs.
 
     Attributes:
-        untrusted: units whose gradients came after their hint.
+        wrong_hints: units whose gradients came after their hint: they are reduced at the end of backward from then on.
     """
 
     def __init__(self, units: Sequence[Unit]) -> None:
-        self.untrusted: set[int] = set()
+        self.wrong_hints: set[int] = set()
         self._count = len(units)
         self._at_end: list[Callable[[], None]] = []
         self._in_backward = False
@@ -40,7 +40,9 @@ class Readiness:
 
     def _forget(self) -> None:
         self._hints = [_Hints() for _ in range(self._count)]
-        self._has_forward = False  # since the last backward: the next one is no second one of its graph
+        self._has_forward = (
+            False  # since the last backward; without one, it is not known which units a second backward of a graph uses
+        )
         self._almost: list[Unit] = []
         self._ready: set[int] = set()
         self._all_ready = False
@@ -84,7 +86,7 @@ class Readiness:
         yield from self.flush()
         hints = self._hints[unit.index]
         hints.pending -= 1
-        if self._in_backward and not hints.pending and not hints.open_end and unit.index not in self.untrusted:
+        if self._in_backward and not hints.pending and not hints.open_end and unit.index not in self.wrong_hints:
             self._almost.append(unit)
             if at_once:
                 yield from self.flush()
@@ -103,7 +105,7 @@ class Readiness:
 
     def is_ready(self, index: int) -> bool:
         """Whether a unit can be reduced: its gradients are complete. One that was not used is ready with zeros."""
-        unused = self._has_forward and not self._hints[index].used and index not in self.untrusted
+        unused = self._has_forward and not self._hints[index].used and index not in self.wrong_hints
         return self._all_ready or index in self._ready or unused
 
     def complete_all(self) -> None:

@@ -18,7 +18,8 @@ class ReduceQueue:
 
     Attributes:
         issued: how many reductions this backward has started.
-        forced: units that were reduced before this rank had their gradients.
+        forced: units that were reduced before this rank had their gradients, since an order said so: that these come
+            late says nothing against the hints of the unit.
     """
 
     def __init__(self, units: Sequence[Unit], *, on_host: bool) -> None:

@@ -18,7 +18,7 @@ class Standstill:
     """Watches one parameter over its edits."""
 
     def __init__(self) -> None:
-        self._left = _EDITS
+        self._remaining = _EDITS
         self._last: Tensor | None = None
         self._moved: Tensor | None = None
 
@@ -28,7 +28,7 @@ class Standstill:
         Args:
             certain: whether it was edited; else it was perhaps only read.
         """
-        if not self._left:
+        if not self._remaining:
             return False
         sample = elements[:_SAMPLE].clone()
         if self._last is None or self._moved is None:
@@ -36,8 +36,8 @@ class Standstill:
             return False
         self._moved |= sample != self._last
         self._last = sample
-        self._left -= 1
-        if self._left:
+        self._remaining -= 1
+        if self._remaining:
             return False
         moved = float(self._moved.float().mean())  # the one time that the host waits for the device
         self._last = self._moved = None

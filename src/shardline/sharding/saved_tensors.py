@@ -92,7 +92,7 @@ class SavedTensors:
                 return found
             if outer is None:
                 # What an operation saves of its own output would hold the operation: a graph that no backward frees
-                # would stay for good. Torch gives what is unpacked its place in the graph in any case.
+                # would stay forever. Torch gives what is unpacked its place in the graph in any case.
                 return tensor if tensor.grad_fn is None else tensor.detach()
         return _Foreign(outer[1], outer[0](tensor))
 

@@ -1,13 +1,14 @@
 """When units are gathered, released and reduced.
 
-A rank runs passes: forwards with and without gradients, and backwards. The first one of a kind is negotiated with the
-other ranks gather by gather; if all turn out to do the same, what they did is the order that the next ones follow
-without any message (:mod:`shardline.sharding.passes`). After a step in which ranks differed the next step is
-negotiated.
+A rank runs passes: forwards with and without gradients, and backwards. The first forward of a kind, and
+each backward of the first step, is negotiated with the other ranks gather by gather; if all turn out to do the same,
+what they did is the order that the next ones follow without any message (:mod:`shardline.sharding.passes`). After a
+step in which ranks differed the next step is negotiated.
 
 * **gathers** come in the order of their uses.
-* **reductions** come in the order in which units get ready, once that was alike on all ranks, at first in the reverse
-  of the forward. A unit that is ready early waits for its turn. An unused unit counts as zero gradients.
+* **reductions** come in the order in which units get ready, once that was alike on all ranks; in a
+  negotiated backward, in the reverse of the forward. A unit that is ready early waits for its turn. An unused unit
+  counts as zero gradients.
 
 =================  =====================================================================================
 who                knows
@@ -32,7 +33,7 @@ from functools import partial
 
 from shardline.sharding.agreement import Agreement, Kind, PassRecord, Signature
 from shardline.sharding.negotiation import Negotiation
-from shardline.sharding.passes import Issue, Negotiated, Pass, Replayed
+from shardline.sharding.passes import Followed, Issue, Negotiated, Pass
 from shardline.sharding.readiness import Readiness
 from shardline.sharding.reduce_queue import ReduceQueue
 from shardline.sharding.unit import Residence, Unit
@@ -110,13 +111,13 @@ class Schedule:
         self._agreement = Agreement(units, self._negotiation, prefetch=prefetch)
         self._readiness = Readiness(units)
         self._queue = ReduceQueue(units, on_host=on_host)
-        self._replay = partial(Replayed, prefetch=prefetch, room=max_kept, ready=self._readiness.is_ready)
+        self._follow = partial(Followed, prefetch=prefetch, room=max_kept, ready=self._readiness.is_ready)
         self._reshard_after_forward = reshard_after_forward
         self._sharded = [unit.index for unit in units if unit.sharded]
         self._forward: Pass | None = None
         self._backward = Pass()
-        self._running = Signature(Kind.FORWARD), 0  # the pass, and its place in the step
-        self._resident: set[int] = set()  # what is here between two passes, on every rank
+        self._running = Signature(Kind.FORWARD), 0  # the pass, and its number among its like in the step
+        self._carried_over: set[int] = set()  # what is here between two passes, on every rank
         self._uses = _Uses()
         self._calls = 0  # of modules, now: not uses by gathered_parameters(), in which ranks may differ
         self._converted: list[Unit] = []
@@ -129,7 +130,7 @@ class Schedule:
         """The model's own forward begins."""
         if self.in_backward or self._forward is not None:
             return
-        self._release_but(self._resident)
+        self._release_but(self._carried_over)
         if not self._reshard_after_forward:
             kept = frozenset(self._sharded)
         else:  # a backward begins with what was used last: to release that would only gather it again
@@ -153,16 +154,16 @@ class Schedule:
         finally:
             self._end_conversions()
             kept = self._agreement.last & set(current.kept) if self._reshard_after_forward else current.kept
-            self._resident = {index for index in kept if self.units[index].residence is not Residence.SHARDED}
-            self._release_but(self._resident)
+            self._carried_over = {index for index in kept if self.units[index].residence is not Residence.SHARDED}
+            self._release_but(self._carried_over)
             if self._reshard_after_forward:
-                for index in self._resident:
+                for index in self._carried_over:
                     self.units[index].seal_keeping_buffer()
 
     def pre_forward(self, unit: Unit) -> None:
         """A module that uses ``unit`` begins its forward, outside of backward. :meth:`post_forward` follows."""
         outermost = not unit.holds
-        unit.acquire()
+        unit.hold()
         self._calls += 1
         self._readiness.use_in_forward(unit)
         if outermost:
@@ -171,7 +172,7 @@ class Schedule:
 
     def post_forward(self, unit: Unit) -> None:
         """The forward that began with :meth:`pre_forward` is over."""
-        unit.release()
+        unit.unhold()
         self._calls -= 1
         if self._converted and not self._is_running():
             self._end_conversions()
@@ -180,7 +181,7 @@ class Schedule:
         if self._forward is not None:
             self._forward.reshard(unit)
         else:
-            self._resident.discard(unit.index)
+            self._carried_over.discard(unit.index)
             unit.reshard()
 
     def on_sealed_access(self, unit: Unit) -> bool:
@@ -206,7 +207,8 @@ class Schedule:
         return self._unshard(unit, again=True)
 
     def _unshard(self, unit: Unit, *, again: bool = False) -> Iterable[Issue]:
-        """What is due for ``unit`` to be here; see :meth:`Pass.unshard`."""
+        """What is due for ``unit`` to be here, by the pass that runs (:meth:`Pass.unshard`). Outside of the model's own
+        forward and backward there is none, so ranks negotiate each gather."""
         if not unit.sharded:
             return ()
         current = self._backward if self.in_backward else self._forward
@@ -215,13 +217,14 @@ class Schedule:
         if unit.residence is not Residence.SHARDED:
             unit.wait_for_unshard()
         elif self._negotiation.request(unit):  # past the model's own forward, where no pass begins or ends
-            self._resident.add(unit.index)
+            self._carried_over.add(unit.index)
         else:
             self._agreement.differ()
         return ()
 
     def _convert(self, unit: Unit) -> bool:
-        """A parameter of ``unit`` is about to be converted. It may be, where a forward or backward ends that."""
+        """A parameter of ``unit`` is about to be converted. Allowed while the model runs: at the end of that
+        :meth:`_end_conversions` makes it a view again."""
         if self._is_running():
             self._converted.append(unit)
             return True
@@ -250,13 +253,13 @@ class Schedule:
         if order is None:
             ready, reduce_order = self._readiness.is_ready, self._agreement.reduce_order
             return Negotiated(self._negotiation, self.units, kept, queue, reduce_order, ready, self.factor)
-        resident = [index for index in self._sharded if self.units[index].residence is not Residence.SHARDED]
+        carried_over = [index for index in self._sharded if self.units[index].residence is not Residence.SHARDED]
         kept = order.stays | frozenset(kept)
-        return self._replay(order, self.units, kept, resident=resident, queue=queue, factor=self.factor)
+        return self._follow(order, self.units, kept, carried_over=carried_over, queue=queue, factor=self.factor)
 
     def _conclude(self, current: Pass) -> None:
         """Everything of a pass was issued: see whether ranks did the same."""
-        self._agreement.left = self._agreement.left or current.left
+        self._agreement.left_order = self._agreement.left_order or current.left_order
         if isinstance(current, Negotiated):
             uses = self._uses
             self._agreement.conclude(
@@ -265,7 +268,7 @@ class Schedule:
                     events=tuple(current.events),
                     kept=frozenset(current.kept),
                     uses=tuple(uses.in_order),
-                    needless=frozenset(uses.in_order.keys() - uses.differentiable),
+                    no_input_grads=frozenset(uses.in_order.keys() - uses.differentiable),
                     last=uses.last,
                     reductions=current.issued,
                 )
@@ -276,19 +279,19 @@ class Schedule:
         return self._agreement.end_step()
 
     @property
-    def untrusted(self) -> set[int]:
+    def wrong_hints(self) -> set[int]:
         """Units whose gradients came after their hint."""
-        return self._readiness.untrusted
+        return self._readiness.wrong_hints
 
-    def distrust(self, untrusted: Iterable[int] = (), *, ending: bool = False) -> None:
+    def negotiate_next(self, wrong_hints: Iterable[int] = (), *, ending: bool = False) -> None:
         """Some rank left an agreed order, or had late gradients, and all know it: the next step is negotiated.
 
         Args:
-            untrusted: units of which any rank had late gradients.
+            wrong_hints: units of which any rank had late gradients.
             ending: whether :meth:`end_step` follows at once, so that the next step is the one after it.
         """
-        self._readiness.untrusted.update(untrusted)
-        self._agreement.distrust(ending=ending)
+        self._readiness.wrong_hints.update(wrong_hints)
+        self._agreement.negotiate_next(ending=ending)
 
     # -- backward ---------------------------------------------------------------------------------------------------
 
@@ -298,8 +301,8 @@ class Schedule:
         self.reducing = reducing and not all(unit.is_local for unit in self.units)
         self._readiness.begin()
         self._queue.begin()
-        self._release_but(self._resident)
-        self._resident = set()
+        self._release_but(self._carried_over)
+        self._carried_over = set()
         if not self.reducing and not self._sharded:
             self._backward = Pass()
             return
@@ -364,7 +367,7 @@ class Schedule:
                 unit.accumulate(self.factor)
             elif unit.has_uncollected():
                 if unit.index not in self._queue.forced:
-                    self._readiness.untrusted.add(unit.index)
+                    self._readiness.wrong_hints.add(unit.index)
                 unit.accumulate(self.factor)
         self._conclude(self._backward)
         self.finish_reductions()

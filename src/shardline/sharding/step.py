@@ -17,7 +17,7 @@ from shardline.optim import takes_grad_scale
 from shardline.optim.clip import divisor, square_sum
 from shardline.sharding.bucket import RunTensors
 from shardline.sharding.buffer import flat
-from shardline.sharding.gradient import SealedGrad, gradient_error
+from shardline.sharding.gradient import GuardedGrad, gradient_error
 from shardline.sharding.unit import Unit
 
 __all__ = ["StepReport", "Update", "Verdict"]
@@ -30,11 +30,11 @@ class StepReport:
     Attributes:
         squares: sum of squares of this rank's shard of the summed, unscaled gradients (0-dim, float64).
         weight: what this rank's gradients count for: micro-steps, samples or tokens.
-        left: whether this rank left an agreed order of collectives since the last step.
+        left_order: whether this rank left an agreed order of collectives since the last step.
         late: units with gradients that no reduction has seen yet.
         samples: samples seen.
         backwards: backwards in this window.
-        leaving: whether this rank was asked to save and end.
+        exit_requested: whether this rank was asked to save and end.
         transitions: digest of the collectives issued since the last step.
         alike: digest of what must be the same on all ranks (:class:`shardline.sharding.alike.Statement`).
         on_device: the same of what only the device knows (0-dim, float64), if there is such a thing.
@@ -47,11 +47,11 @@ class StepReport:
 
     squares: Tensor
     weight: float
-    left: bool
+    left_order: bool
     late: int
     samples: int
     backwards: int
-    leaving: bool
+    exit_requested: bool
     transitions: int
     alike: int
     on_device: Tensor | None
@@ -99,11 +99,11 @@ class Verdict:
     _arrived: torch.Event | None = field(default=None, init=False, repr=False)
 
     @classmethod
-    def of(cls, reports: Tensor, *, unit_weight: float, loss_scale: float, clip: float, check: bool) -> Verdict:
+    def of(cls, reports: Tensor, *, accumulation: float, loss_scale: float, clip: float, check: bool) -> Verdict:
         """Combine ``reports`` (ranks, columns), in rank order, so that every rank has the same bits.
 
         Args:
-            unit_weight: what every backward was divided by already: the divisor of the average is the sum of all
+            accumulation: what every backward was divided by already: the divisor of the average is the sum of all
                 weights over it.
             loss_scale: is divided by as well.
             clip: the norm to which gradients are clipped; 0.0 for none.
@@ -111,7 +111,7 @@ class Verdict:
         """
         weight, late, backwards = (reports[:, _COLUMN[name]] for name in ("weight", "late", "backwards"))
         total = reports[:, _COLUMN["squares"]].sum()
-        average = weight.sum() / unit_weight * loss_scale
+        average = weight.sum() / accumulation * loss_scale
         norm = total.sqrt() / average
         found_inf = ~torch.isfinite(norm) if check else torch.zeros_like(norm, dtype=torch.bool)
         # Ranks that sent different things have exchanged wrong ranges; those with late gradients need another round.
@@ -147,11 +147,11 @@ class Verdict:
             norm=norm,
             scale=scale,
             diverged=not same["transitions"],
-            left=any(column["left"]),
+            left_order=any(column["left_order"]),
             late=any(column["late"]),
             samples=int(sum(column["samples"])),
             backwards=int(sum(column["backwards"])),
-            leaving=any(column["leaving"]),
+            exit_requested=any(column["exit_requested"]),
             alike=same["alike"] and same["on_device"],
             loss=sum(column["loss"]) / counted if counted else None,
             tokens=int(sum(column["tokens"])),
@@ -180,11 +180,11 @@ class HostVerdict:
     norm: float
     scale: float
     diverged: bool
-    left: bool
+    left_order: bool
     late: bool
     samples: int
     backwards: int
-    leaving: bool = False
+    exit_requested: bool = False
     alike: bool = True
     loss: float | None = None
     tokens: int = 0
@@ -222,7 +222,7 @@ class Update:
         self.units, self.comm, self.optimizer, self.runs = units, comm, optimizer, runs
         self.device = units[0].state_device if units else comm.device
         self.applying = False
-        self._sealed = self._scale_is_out = False
+        self._guarded = self._scale_is_out = False
 
     def squares(self) -> Tensor:
         """Sum of squares of this rank's shard of the gradients, whatever part of them the stage keeps here."""
@@ -262,29 +262,29 @@ class Update:
         for run in runs:
             run.param.grad = None
 
-    def seal(self, *, scale_is_out: bool) -> None:
+    def guard_grads(self, *, scale_is_out: bool) -> None:
         """From backward to step: let a read of ``.grad`` of what the optimizer holds give the gradient, or raise.
 
-        ``scale_is_out``: what a GradScaler multiplied the loss by was taken out: its ``unscale_`` shall do nothing.
+        ``scale_is_out``: what a GradScaler multiplied the loss by was taken out: its ``unscale_`` does nothing then.
         """
         self._scale_is_out = scale_is_out
-        if not self._sealed:
-            self._sealed = True
-            for run, sealed in zip(self.runs, self._seals, strict=True):
-                run.param.grad = sealed
+        if not self._guarded:
+            self._guarded = True
+            for run, guarded in zip(self.runs, self._guards, strict=True):
+                run.param.grad = guarded
 
-    def unseal(self) -> None:
-        if self._sealed:
-            self._sealed = False
+    def unguard_grads(self) -> None:
+        if self._guarded:
+            self._guarded = False
             self.detach(self.runs)
 
     @cached_property
-    def _seals(self) -> list[SealedGrad]:
+    def _guards(self) -> list[GuardedGrad]:
         # Weak references: the collector does not see what a tensor in .grad refers to, and states on a device are free
         # with the last reference, not when a cycle is collected.
         update = proxy(self)
         return [
-            SealedGrad.stand_for(run.param, partial(_read, proxy(run)), lambda: update._scale_is_out)
+            GuardedGrad.stand_for(run.param, partial(_read, proxy(run)), lambda: update._scale_is_out)
             for run in self.runs
         ]
 
@@ -311,7 +311,7 @@ class Update:
             before: called with averaged gradients attached, where the user wants to see or change them.
             after: called when masters and state are new and the weights do not follow from them yet.
         """
-        self.unseal()
+        self.unguard_grads()
         if host is not None and host.skipped:
             return
         works: list[Work] = []

@@ -33,7 +33,7 @@ class Residence(Enum):
     GATHERED_SEALED = "gathered, sealed"  # here, for a use that comes soon; parameters are sealed
 
 
-_TRANSITIONS = {
+_NEXT_RESIDENCES = {
     Residence.SHARDED: {Residence.GATHERING},
     Residence.GATHERING: {Residence.GATHERED, Residence.SHARDED},
     Residence.GATHERED: {Residence.SHARDED, Residence.GATHERED_SEALED},
@@ -42,16 +42,17 @@ _TRANSITIONS = {
 
 
 class Unit:
-    """See the module.
+    """The buckets of one unit on this rank, and the state that their weights are in.
 
     Attributes:
         sharded: whether the weights rest sharded, so that a use needs a gather.
-        is_local: whether reductions are aliases: a single process whose states are beside its weights.
+        is_local: whether reductions are aliases: a single process whose states are where its weights are.
         state_device: where masters, reduced gradients and optimizer state are.
         residence: where the full weights are now.
         holds: uses in progress, by calls of modules and by ``gathered_parameters()``; a unit in use is not resharded.
         pinned: a graph may hold the parameters themselves: they stay, in full, until the weights change.
-        on_convert: whether a parameter may be converted now, and who then calls :meth:`restore_views`.
+        on_convert: asked before a parameter is converted. Returns True if that is allowed, and has noted the unit: the
+            schedule calls :meth:`restore_views` when the forward or backward ends.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Unit:
         self._reductions: list[Work] = []
 
     def _become(self, residence: Residence) -> None:
-        if residence not in _TRANSITIONS[self.residence]:
+        if residence not in _NEXT_RESIDENCES[self.residence]:
             raise AssertionError(f"unit {self.name} is {self.residence.value} and cannot become {residence.value}")
         self.residence = residence
 
@@ -125,11 +126,11 @@ class Unit:
 
     # -- uses -------------------------------------------------------------------------------------------------------
 
-    def acquire(self) -> None:
-        """A use begins: the unit is not resharded before :meth:`release`."""
+    def hold(self) -> None:
+        """A use begins: the unit is not resharded before :meth:`unhold`."""
         self.holds += 1
 
-    def release(self) -> None:
+    def unhold(self) -> None:
         """A use is over. :meth:`reshard` may follow."""
         if not self.holds:
             raise AssertionError(f"unit {self.name} is not in use")
@@ -219,7 +220,7 @@ class Unit:
             for bucket in self.buckets:
                 bucket.edits.check_in_place()
 
-    def adopt(self, *, keep: bool = True) -> None:
+    def adopt(self, *, keep: bool) -> None:
         """Notice edits that were made to resting weights; see :meth:`Edits.adopt`."""
         if not self.sharded:
             for bucket in self.buckets:
@@ -230,7 +231,7 @@ class Unit:
         for bucket in self.buckets:
             if bucket.weights.before_edit is not None:
                 if not self.sharded:
-                    bucket.edits.adopt()
+                    bucket.edits.adopt(keep=False)
                 bucket.weights.before_edit = None
 
     def note_versions(self) -> None:
@@ -273,7 +274,7 @@ class Unit:
             weights = bucket.weights
             weights.refresh(self.index)
             if transition(self.stage.states, self.stage.weights) is Transition.GATHER:
-                works.append(self.comm.gathers.gather(self.index, weights.resting, bucket.plan.boundaries))
+                works.append(self.comm.gathers.gather(self.index, weights.resting, bucket.plan.cuts))
             weights.generation += 1
         self.reshard()
         return works

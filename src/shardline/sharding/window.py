@@ -1,7 +1,7 @@
 """The accumulation window: what this rank has done since the last step, and how far training has come.
 
-Gradients in a window are sums. What divides them is known only when the window ends: the sum of the ranks' weights,
-over the unit by which every backward was divided already.
+Gradients in a window are sums. ``backward`` has already divided each loss by the configured accumulation; what else
+divides them is known only when the window ends: the sum of the ranks' weights over that accumulation.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Window:
     """The only owner of the accumulation window of one rank.
 
     Attributes:
-        unit: what every backward is divided by before the end is known: the configured accumulation.
+        accumulation: what every backward is divided by before the end is known: the configured accumulation.
         boundary: whether the current micro-step ends the window, as the user says; ``None`` leaves it to counting.
         state, gradients: how far it has come.
         steps: micro-steps.
@@ -53,23 +53,23 @@ class Window:
         samples, tokens: those of the micro-steps.
         backwards: how many were begun.
         loss: sum of the reported losses (0-dim), each times the share of its batch.
-        counted: what these losses count for together: ``loss * unit / counted`` is their mean.
-        divided: by what the gradients, which are sums, were divided already.
+        counted: what these losses count for together: ``loss * accumulation / counted`` is their mean.
+        divided_by: what the gradients, which are sums, were divided by already.
         is_complete: whether everything since the last backward was reduced, what came late included.
     """
 
-    def __init__(self, unit: int) -> None:
-        self.unit = unit
+    def __init__(self, accumulation: int) -> None:
+        self.accumulation = accumulation
         self.boundary: bool | None = None
         self.restart()
 
     def restart(self, *, steps: int = 0) -> None:
-        """Begin again, ``steps`` micro-steps into the window. What was accumulated is forgotten."""
+        """Begin again: what was accumulated is forgotten. ``steps`` keeps the count, for ``zero_grad()``."""
         self.state = State.ACCUMULATING if steps else State.EMPTY
         self.gradients = Gradients.NONE
         self.steps, self.weight, self.samples, self.tokens, self.backwards = steps, 0.0, 0, 0, 0
         self.loss: Tensor | None = None
-        self.counted, self.divided, self.is_complete = 0.0, 1.0, False
+        self.counted, self.divided_by, self.is_complete = 0.0, 1.0, False
         self._weighted = False  # the user gave a weight
         self._shares = 0.0  # of all backwards, in full batches
         self._batches = 0  # backwards that followed a forward
@@ -92,7 +92,7 @@ class Window:
     @property
     def at_boundary(self) -> bool:
         """Whether the current micro-step is the last."""
-        return self.steps + 1 >= self.unit if self.boundary is None else self.boundary
+        return self.steps + 1 >= self.accumulation if self.boundary is None else self.boundary
 
     def hand_out(self) -> None:
         """The engine's loader hands out a batch, the first one as far as is known."""
@@ -127,7 +127,7 @@ class Window:
         self.gradients = Gradients.REDUCED
 
     def add_loss(self, loss: Tensor, share: float = 1.0) -> None:
-        """The loss of a batch that holds ``share`` of a full one, over ``unit``."""
+        """The loss of a batch that holds ``share`` of a full one, over ``accumulation``."""
         loss = loss if share == 1.0 else loss * share
         self.loss = loss if self.loss is None else self.loss + loss
 
@@ -143,7 +143,7 @@ class Window:
 
     def end(self) -> None:
         """The last micro-step was counted: gradients are averaged over the weights of all."""
-        self.weight /= self.divided
+        self.weight /= self.divided_by
         self._enter(State.ENDED)
 
     def end_as_sum(self) -> int:
@@ -153,8 +153,8 @@ class Window:
             How many micro-steps it seems to hold that no call of ``step`` has counted.
         """
         if not self._weighted:
-            self.weight = self.unit * (self._shares / self.backwards if self.backwards else 1.0)
-        uncounted = max(min(self._batches, self.unit) - self.steps, 0)
+            self.weight = self.accumulation * (self._shares / self.backwards if self.backwards else 1.0)
+        uncounted = max(min(self._batches, self.accumulation) - self.steps, 0)
         self.steps += uncounted
         self.counted += uncounted
         self.end()
@@ -169,11 +169,11 @@ class Progress:
         global_steps: optimizer steps, skipped ones included.
         micro_steps: calls of ``step()``.
         global_samples: samples of all ranks together that the steps have seen.
-        skipped_steps: steps whose gradients were not finite.
+        skipped_steps: steps that were skipped.
         average_updates: how often a moving average of the weights has followed them.
         norm: of the last step's averaged gradients before clipping.
         applied: whether the last call of ``step()`` changed the weights, as far as the host knows.
-        leaving: whether some rank was asked to save and end.
+        exit_requested: whether some rank was asked to save and end.
     """
 
     global_steps: int = 0
@@ -183,4 +183,4 @@ class Progress:
     average_updates: int = 0
     norm: Tensor | float | None = None
     applied: bool = False
-    leaving: bool = False
+    exit_requested: bool = False

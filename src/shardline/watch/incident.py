@@ -5,13 +5,13 @@ Pure functions of a snapshot: the same on every rank that sees the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from shardline.watch.status import Cell, State
+from shardline.watch.status import CHANNELS, Cell, State
 from shardline.watch.words import CALLS, Phase, call_of, transfer
 
-__all__ = ["Incident", "Seen", "find", "position", "rule", "those"]
+__all__ = ["Incident", "Seen", "find", "out_of_step", "position", "rule", "those"]
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,15 @@ class Seen:
     host: str
     pid: int
     process: str
-    """``runs``, ``stopped``, or ``ended``."""
+    """``runs``, ``stopped``, ``ended``, or ``silent``: nothing comes from its host any more."""
     cells: tuple[int, ...]
     """Of its status, without the labels."""
     seconds: float
     """How long it has been where it is."""
+    quiet: float = 0.0
+    """How long it has written nothing new, as far as another rank saw; 0 where nobody did."""
+    labels: tuple[tuple[int, ...], ...] = ()
+    """Of its newest transfers on each channel, the newest last; empty where they are not known."""
 
     @property
     def waits(self) -> bool:
@@ -71,6 +75,10 @@ def find(seen: Sequence[Seen], names: Sequence[str]) -> Incident | None:
     who = "; ".join(f"{_who(ranks)} {where}" for where, ranks in _by_position(waiting, names))
     awaited = [each for each in seen if any(other.waits_for(each) for other in waiting)]
     absent = [each for each in awaited if not each.waits]
+    if different := _different(seen):
+        step = min(each.cells[Cell.STEP] for each in seen)
+        said, advice = out_of_step(step, different, names)
+        return Incident(f"ranks are out of step: {said}", advice, certain=True)
     if not absent and awaited and all(any(each.waits_for(other) for other in seen) for each in waiting):
         found = ", ".join(f"{_who(ranks)} {where}" for where, ranks in _by_position(seen, names))
         said = f"ranks are out of step, and each waits for what another does not do: {found}"
@@ -79,10 +87,49 @@ def find(seen: Sequence[Seen], names: Sequence[str]) -> Incident | None:
     if not absent:
         return Incident(f"all ranks wait for a transfer that does not get through: {who}", "")
     of = ", ".join(f"rank {each.rank} ({each.place})" for each in absent)
-    why = [_what_keeps(each, names) for each in absent]
-    if len(calls := {_call(each) for each in (*waiting, *absent)}) > 1:
+    why = [_what_keeps(each, names) for each in absent if each.process != "silent"] + _silence(absent)
+    if len(calls := {_call(each) for each in (*waiting, *absent) if each.process != "silent"}) > 1:
         why.append(rule(calls))
     return Incident(f"{who}, for {of}", " ".join(why), tuple(each.rank for each in absent))
+
+
+def _different(seen: Sequence[Seen]) -> dict[int, int]:
+    """The labels by rank of the first transfer that was not the same on all ranks; empty where all were, as far as it
+    is known. Ranks of one host refuse such a one before it starts."""
+    for channel in range(CHANNELS):
+        labels: dict[int, dict[int, int]] = {}  # by number and rank
+        for each in seen:
+            if each.labels:
+                recent, count = each.labels[channel], each.cells[Cell.COUNT + channel]
+                for number, label in enumerate(recent, count - len(recent) + 1):
+                    labels.setdefault(number, {})[each.rank] = label
+        for _, by_rank in sorted(labels.items()):
+            if len(set(by_rank.values())) > 1:
+                return by_rank
+    return {}
+
+
+def out_of_step(step: int, labels: Mapping[int, int], names: Sequence[str]) -> tuple[str, str]:
+    """Ranks start different things, after ``step`` steps: who does what, and the rule. ``labels`` are by rank."""
+    said: dict[str, list[int]] = {}
+    for rank, label in sorted(labels.items()):
+        call = call_of(label)
+        said.setdefault(f"{transfer(label, names)} in {f'{call}()' if call else 'its training'}", []).append(rank)
+    ranks = ", ".join(f"{_who(ranks)} starts {what}" for what, ranks in said.items())
+    return f"after step {step} {ranks}", rule(map(call_of, labels.values()))
+
+
+def _silence(absent: Sequence[Seen]) -> list[str]:
+    """A sentence for each host of which nothing is heard."""
+    hosts: dict[str, list[Seen]] = {}
+    for each in absent:
+        if each.process == "silent":
+            hosts.setdefault(each.host, []).append(each)
+    return [
+        f"Nothing has come from {host} (rank{'s' * (len(silent) > 1)} {those([each.rank for each in silent])}) for "
+        f"{silent[0].seconds:.0f} s: its processes are gone or stopped, it is down, or the network to it is."
+        for host, silent in hosts.items()
+    ]
 
 
 def _what_keeps(each: Seen, names: Sequence[str]) -> str:

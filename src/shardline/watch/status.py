@@ -7,16 +7,18 @@ system call, no lock, no message.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from shardline.watch.words import CALL_CODES, Phase, label_of
 
-__all__ = ["CHANNELS", "RING", "SIZE", "Cell", "State", "Status", "label_at"]
+__all__ = ["CHANNELS", "HEAD", "RECENT", "RING", "SIZE", "Cell", "State", "Status", "label_at", "labels_of"]
 
 CHANNELS = 3
 RING = 256
 """Labels of a channel that can be read back: more than a rank starts before it waits."""
+RECENT = 64
+"""Those that are compared when nothing moves any more."""
 
 
 class State:
@@ -48,6 +50,9 @@ class Cell:
     COUNT = 11
     """Transfers that were started on each channel, from 1."""
 
+
+HEAD = Cell.COUNT + CHANNELS
+"""Cells before the labels, which say where a rank is."""
 
 _LABELS = 16
 SIZE = _LABELS + CHANNELS * RING
@@ -131,3 +136,17 @@ def label_at(cells: memoryview, channel: int, number: int) -> int | None:
     if not count - RING < number <= count:
         return None
     return cells[_LABELS + channel * RING + number % RING]
+
+
+def labels_of(cells: memoryview, head: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """The labels of the newest transfers on each channel, the newest last, of the rank whose cells these are.
+
+    Args:
+        head: a copy of the first cells; what was started after it was taken does not count.
+    """
+    found = []
+    for channel in range(CHANNELS):
+        count, first = head[Cell.COUNT + channel], _LABELS + channel * RING
+        numbers = range(max(1, count - RECENT + 1), count + 1)
+        found.append(tuple(cells[first + number % RING] for number in numbers))
+    return tuple(found)

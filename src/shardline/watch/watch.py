@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import math
 import os
+import re
+import secrets
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,18 +25,21 @@ import torch.distributed as dist
 from shardline import errors
 from shardline.errors import DisagreementError, LostRankError, ShardlineError, text_of
 from shardline.runtime.ending import note_lost_ranks
+from shardline.runtime.network import Store
 from shardline.runtime.shared_page import SharedPage
 from shardline.watch import uncaught
-from shardline.watch.incident import Incident, Seen, find, position, rule, those
-from shardline.watch.member import Member, describe
-from shardline.watch.status import CHANNELS, SIZE, Cell, State, Status
-from shardline.watch.words import call_of, transfer
+from shardline.watch.incident import Incident, Seen, find, out_of_step, position, those
+from shardline.watch.member import DistantMember, Member, NearMember, describe
+from shardline.watch.status import HEAD, SIZE, Cell, State, Status
+from shardline.watch.tables import Row, Tables
+from shardline.watch.words import transfer
 
 __all__ = ["Channel", "Ticket", "Watch", "WatchSettings", "is_ours", "open_watches", "same_error"]
 
 _SLICE = timedelta(seconds=0.1)  # of waiting for a backend, between looks at the other ranks
 _BEFORE = "a rank was lost, or out of step, before"
 _CAUSE_SECONDS = 2.0  # from a broken connection until the rank at its other end is seen to end
+_DISTANT_CAUSE_SECONDS = 6.0  # the same where that may be on another host, or the whole host is gone
 _FLIGHT_SECONDS = 1.0  # what a rank sent before it ended may still arrive
 
 E = TypeVar("E", bound=ShardlineError)
@@ -59,6 +65,7 @@ class Watch:
     Attributes:
         status: what this rank does.
         members: all ranks, this one included, in rank order; empty in a single process.
+        tables: of the other hosts; None where all ranks are on this one.
         names: of the units, for sentences.
         lost: why no rank is to be waited for any more; empty while all is well.
         incident: what the watching thread has found, while it lasts.
@@ -69,25 +76,51 @@ class Watch:
         self.page = page
         self.status = Status(None if page is None else page.counters[:SIZE])
         self.members: list[Member] = []
+        self.tables: Tables | None = None
         self.names: Sequence[str] = ()
         self.lost = ""
         self.incident: Incident | None = None
 
     @classmethod
-    def join(cls, rank: int, settings: WatchSettings, exchange: Callable[[Any], list[Any]]) -> Watch:
-        """A watch over the ranks that ``exchange`` (of JSON) reaches. Collective."""
+    def join(
+        cls,
+        rank: int,
+        settings: WatchSettings,
+        exchange: Callable[[Any], list[Any]],
+        store: Callable[[], Store] | None = None,
+    ) -> Watch:
+        """A watch over the ranks that ``exchange`` (of JSON) reaches. Collective.
+
+        Args:
+            store: makes a connection to the rendezvous store, for what ranks of several hosts see of each other.
+        """
         page = None
         with contextlib.suppress(OSError, AttributeError):
             page = SharedPage(8 * SIZE)
         made = cls(rank, settings, page)
-        cards = exchange(describe(page))
-        made.members = [
-            Member(other, said, here=said["machine"] == cards[rank]["machine"]) for other, said in enumerate(cards)
-        ]
+        cards = exchange({**describe(page), "tag": secrets.token_hex(8)})
+        made._meet(cards, store)
         _OPEN.add(made)
         uncaught.listen()
         _end_at_exit()
         return made
+
+    def _meet(self, cards: Sequence[dict[str, Any]], store: Callable[[], Store] | None) -> None:
+        """Know the other ranks by what they said of themselves."""
+        lowest: dict[str, int] = {}  # rank of each host
+        hosts = [lowest.setdefault(json.dumps(said["machine"]), rank) for rank, said in enumerate(cards)]
+        here = hosts[self.rank]
+        if store is not None and len(lowest) > 1:
+            others = [host for host in lowest.values() if host != here]
+            self.tables = Tables(store, cards[0]["tag"], here, others, self.settings.quiet_seconds / 2)
+        for rank, (said, host) in enumerate(zip(cards, hosts, strict=True)):
+            member = Member(rank, said)
+            if host != here and self.tables is not None:
+                member = DistantMember(rank, said, self.tables, host)
+            elif host == here and "page" in said:
+                with contextlib.suppress(OSError, ValueError):
+                    member = NearMember(rank, said)
+            self.members.append(member)
 
     def channel(self, index: int) -> Channel:
         return Channel(self, index)
@@ -98,6 +131,33 @@ class Watch:
         note_lost_ranks(self, lost=False)
         if self.page is not None:
             self.page.close()
+        self.say_last()
+
+    def say_last(self) -> None:
+        """Write how the ranks of this host are, for the last time."""
+        if self.tables is not None:
+            self.tables.close(self.rows())
+
+    def rows(self, quiet: Sequence[float] = (), stacks: Mapping[int, str] | None = None) -> list[Row]:
+        """What the ranks of other hosts learn of those of this one.
+
+        Args:
+            quiet: how long each rank of the group has written nothing new.
+            stacks: those that are known, by rank.
+        """
+        found = []
+        for each in self.near:
+            seen, rank = each.look(), each.rank
+            process = "closed" if seen.process == "ended" and each.is_running() else seen.process
+            still, stack = quiet[rank] if quiet else 0.0, (stacks or {}).get(rank, "")
+            labels = seen.labels if still > self.settings.quiet_seconds / 2 else ()
+            found.append(Row(rank, process, seen.seconds, still, seen.cells, each.posted(), stack, labels))
+        return found
+
+    @property
+    def near(self) -> list[NearMember]:
+        """The ranks of this host, this one included."""
+        return [each for each in self.members if isinstance(each, NearMember)]
 
     # -- what goes wrong ----------------------------------------------------------------------------------------------
 
@@ -112,6 +172,7 @@ class Watch:
             if not self.page.shows:
                 self.page.post(f"{type(error).__name__}: {text_of(error)}")
             self.status.end()
+            self.say_last()
 
     def has_ended(self, rank: int) -> bool:
         """Whether the process of ``rank`` is known to have ended, or to be ending."""
@@ -156,8 +217,11 @@ class Watch:
             self.give_up(error)
             raise error
         if waited > self.settings.timeout:
-            whom = f"rank {those(late)}, which runs but does not come" if late else "a transfer that does not come"
-            found = find(self.look(), self.names)
+            seen = self.look()
+            runs = all(each.process == "runs" for each in seen if each.rank in late)
+            how = ", which runs but does not come" if runs else ""
+            whom = f"rank {those(late)}{how}" if late else "a transfer that does not come"
+            found = find(seen, self.names)
             why = f" {found.why}" if found is not None and found.absent else ""
             raise self.lose(
                 f"rank {self.rank} waited {self.settings.timeout:g} s for {whom}, {self.here()}.{why} Every rank must "
@@ -173,7 +237,8 @@ class Watch:
             DisagreementError: ranks wait for each other.
         """
         late = [each for each in self.members if (started := each.started(channel)) is not None and started < number]
-        for each in self.members if waited >= _FLIGHT_SECONDS else late:
+        # A rank that was lost by itself comes before one that ended because it lost that.
+        for each in sorted(self.members if waited >= _FLIGHT_SECONDS else late, key=_has_lost_another):
             if each.rank == self.rank:
                 continue
             text = each.posted()
@@ -209,7 +274,7 @@ class Watch:
 
     def here(self) -> str:
         """Where this rank is."""
-        seen = Seen(self.rank, "", 0, "runs", tuple(self.status.cells[: Cell.COUNT + CHANNELS]), 0.0)
+        seen = Seen(self.rank, "", 0, "runs", tuple(self.status.cells[:HEAD]), 0.0)
         return f"in {transfer(seen.cells[Cell.LABEL], self.names)} {position(seen, self.names)}"
 
 
@@ -255,17 +320,9 @@ class Channel:
 
     def refuse(self, labels: dict[int, int]) -> NoReturn:
         """Ranks are about to exchange different things: ``labels`` by rank."""
-        names, step = self.watch.names, self.watch.status.cells[Cell.STEP]
-        calls = {rank: call_of(label) for rank, label in sorted(labels.items())}
-        said = ", ".join(
-            f"rank {rank} starts {transfer(labels[rank], names)} in {f'{call}()' if call else 'its training'}"
-            for rank, call in calls.items()
-        )
-        error = self.watch.mark_lost(
-            DisagreementError(
-                f"ranks are out of step, and nothing was exchanged: after step {step} {said}. {rule(calls.values())}"
-            )
-        )
+        said, why = out_of_step(self.watch.status.cells[Cell.STEP], labels, self.watch.names)
+        sentence = f"ranks are out of step, and nothing was exchanged: {said}. {why}"
+        error = self.watch.mark_lost(DisagreementError(sentence))
         self.watch.give_up(error)
         raise error
 
@@ -294,25 +351,40 @@ class Channel:
                 try:
                     handle.wait(_SLICE)
                     return
-                except RuntimeError as error:
+                except RuntimeError:
                     waited = time.monotonic() - begin
                     if handle.is_completed():
-                        if handle.is_success():  # since the slice ended
-                            return
-                        # c10d gave up: by its own timeout, which is ours, or a broken connection
-                        self._explain(error, ticket.number)
+                        self._end(handle, ticket.number)
+                        return
                 watch.check(self.index, ticket.number, waited)
+
+    def _end(self, handle: dist.Work, number: int) -> None:
+        """``handle`` is over: either since the slice ended, or c10d gave up, by its own timeout (ours) or an error."""
+        try:
+            handle.wait(_SLICE)
+        except RuntimeError as error:
+            self._explain(error, number)
 
     def _explain(self, error: RuntimeError, number: int) -> NoReturn:
         """Say in our words why c10d gave up on transfer ``number``."""
         watch = self.watch
-        if "Timed out" in str(error):
+        if re.search("timed out|timeout", str(error), re.IGNORECASE):
             watch.check(self.index, number, math.inf)
-        deadline = time.monotonic() + _CAUSE_SECONDS
+        patience = _CAUSE_SECONDS
+        if watch.tables is not None:
+            watch.tables.read_now()
+            patience = _DISTANT_CAUSE_SECONDS
+        deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             watch.check(self.index, number, _FLIGHT_SECONDS)
             time.sleep(0.02)
-        raise watch.lose(f"rank {watch.rank} lost the others {watch.here()}: {error}") from error
+        found = find(watch.look(), watch.names)
+        why = f" {found.why}" if found is not None and found.absent else ""
+        raise watch.lose(f"rank {watch.rank} lost the others {watch.here()}: {_in_short(error)}.{why}") from error
+
+
+def _has_lost_another(member: Member) -> bool:
+    return member.posted().startswith(LostRankError.__name__)
 
 
 def is_ours(text: str) -> bool:
@@ -325,7 +397,13 @@ def same_error(rank: int, text: str) -> ShardlineError:
     """The error that a peer raised, on this rank."""
     kind, _, message = text.partition(": ")
     known: type[ShardlineError] = getattr(errors, kind) if kind in errors.__all__ else ShardlineError
-    return known(f"rank {rank} gave up: {message}")
+    return known(message if re.match(r"rank \d+ gave up: ", message) else f"rank {rank} gave up: {message}")
+
+
+def _in_short(error: RuntimeError) -> str:
+    """What gloo says, without the place in its source and its advice."""
+    text = re.sub(r"^(\[[^\]]*\.(cc|cpp|h):\d+\] *)+", "", str(error).partition("\n")[0])
+    return text.partition(". This is typically")[0].rstrip(". ")
 
 
 def open_watches() -> list[Watch]:
@@ -340,5 +418,6 @@ def _end_at_exit() -> None:
     def end_all() -> None:
         for watch in open_watches():
             watch.status.end()
+            watch.say_last()
 
     atexit.register(end_all)

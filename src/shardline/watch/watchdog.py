@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from shardline.watch.incident import Incident, Seen, find, those
 from shardline.watch.status import Cell
+from shardline.watch.tables import Tables
 from shardline.watch.watch import Watch
 
 __all__ = ["Watchdog"]
@@ -29,6 +30,7 @@ class Watchdog:
         self._moves = _Moves(len(watch.members))
         self._begin = 0.0  # of the incident that was found; 0 where there is none
         self._said = False
+        self._stacks: dict[int, str] = {}  # of ranks of this host that neither wait nor move
         self._thread = threading.Thread(target=self._run, name="shardline-watch", daemon=True)
         self._thread.start()
         self.stop = weakref.finalize(owner, _stop, self._over, self._thread)
@@ -43,10 +45,12 @@ class Watchdog:
 
     def _look(self) -> None:
         watch = self._watch
-        seen = [each for each in (member.look() for member in watch.members) if each is not None]
-        now = time.monotonic()
+        seen, now = watch.look(), time.monotonic()
         quiet = self._moves.quiet_since(seen, now)
         mine = next((each for each in seen if each.rank == watch.rank), None)
+        if watch.tables is not None:
+            watch.tables.wait_has_lasted(mine.seconds if mine is not None and mine.waits else 0.0)
+            self._report(watch.tables, now)
         if mine is None or not mine.waits or now - quiet < watch.settings.quiet_seconds:
             if watch.incident is not None and (mine is None or not mine.waits or quiet > self._begin):
                 self._withdraw(watch.incident, now)
@@ -65,6 +69,20 @@ class Watchdog:
             dumps = [f"\nRank {each.rank}: {text}" for each in stacks if (text := each.stack())]
             _say(watch, f"for {now - quiet:.0f} s nothing has moved: {found.text}{''.join(dumps)}")
 
+    def _report(self, tables: Tables, now: float) -> None:
+        """Hand the rows of this host over, if this is its lowest rank whose watching thread runs."""
+        watch, still = self._watch, {}
+        if watch.rank != min(each.rank for each in watch.near if self._moves.is_live(each.rank)):
+            return
+        quiet = [now - moved for moved in self._moves.moved]
+        for each in watch.near:
+            seen = each.look()
+            if seen.process == "runs" and not seen.waits and quiet[each.rank] > watch.settings.quiet_seconds / 2:
+                known = self._stacks.get(each.rank)
+                still[each.rank] = each.stack() if known is None else known
+        self._stacks = still
+        tables.hand(watch.rows(quiet, still))
+
     def _withdraw(self, incident: Incident, now: float) -> None:
         self._watch.incident = None
         if self._said:
@@ -79,7 +97,8 @@ class _Moves:
     def __init__(self, ranks: int) -> None:
         self._cells: dict[int, tuple[int, ...]] = {}
         self._threads = [(-1, 0)] * ranks  # turns of each watching thread, and looks since it moved
-        self._quiet = time.monotonic()
+        self.moved = [time.monotonic()] * ranks
+        """When each main thread has last written something new, as far as is known."""
 
     def quiet_since(self, seen: Sequence[Seen], now: float) -> float:
         """Since when nothing that any main thread wrote has changed."""
@@ -90,8 +109,8 @@ class _Moves:
             cells = each.cells[: Cell.THREAD] + each.cells[Cell.THREAD + 1 :]
             if self._cells.get(each.rank) != cells:
                 self._cells[each.rank] = cells
-                self._quiet = now
-        return self._quiet
+                self.moved[each.rank] = now - each.quiet
+        return max(self.moved[each.rank] for each in seen)
 
     def is_live(self, rank: int) -> bool:
         return self._threads[rank][1] < _STILL

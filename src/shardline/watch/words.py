@@ -42,7 +42,7 @@ CALLS = (
     "gathered_parameters",
     "destroy",
 )
-"""Calls that all ranks make together, beside those of a training step (the first)."""
+"""Calls that all ranks make together: those of a training step (the first), and others."""
 
 CALL_CODES = {name: code for code, name in enumerate(CALLS)}
 

@@ -53,7 +53,20 @@ class Module(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-def run(out: Path, world: int, *, stage: int | None, resume: str | None = None, **zero: Any) -> dict[str, Any]:
+class AfterTheFirst(L.Callback):
+    """Saves after the first epoch, by all ranks."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.out / "first.ckpt")
+
+
+def run(out: Path, world: int, *, stage: int | None, resume_from: int | None = None, **zero: Any) -> dict[str, Any]:
+    """``resume_from`` is the number of the case whose checkpoint after the first epoch is gone on from."""
+    resume = None if resume_from is None else str(out.parent / str(resume_from) / "first.ckpt")
     strategy: Any = "auto"
     if stage is not None:
         sections = {"stage": stage, "unit_min_numel": 0, "stage3_param_persistence_threshold": 0, **zero}
@@ -62,7 +75,7 @@ def run(out: Path, world: int, *, stage: int | None, resume: str | None = None, 
     trainer = L.Trainer(
         accelerator="cpu", strategy=strategy, devices=world, max_epochs=EPOCHS, gradient_clip_val=1.0,
         accumulate_grad_batches=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=out, use_distributed_sampler=False,
+        default_root_dir=out, use_distributed_sampler=False, callbacks=[AfterTheFirst(out)],
     )  # fmt: skip
     module = Module()
     own = batches(world, int(os.environ.get("RANK", "0")))

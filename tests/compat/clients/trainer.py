@@ -103,7 +103,7 @@ def figures(trainer: Trainer) -> dict[str, Any]:
 
 
 def run(out: Path, stage: int | None, *, bf16: bool = False, from_file: bool = False, world: int = 1,
-        resume: str | None = None, again: bool = False, pretrained: str | None = None,
+        resume: str | None = None, again: str | None = None, pretrained: str | None = None,
         **more: Any) -> dict[str, Any]:  # fmt: skip
     given: dict[str, Any] = {"bf16": bf16}
     if stage is not None:
@@ -120,12 +120,20 @@ def run(out: Path, stage: int | None, *, bf16: bool = False, from_file: bool = F
     chosen = GPT2LMHeadModel.from_pretrained(pretrained) if pretrained else model()  # at stage 3 under zero.Init
     trainer = Trainer(chosen, made, train_dataset=data(1, SAMPLES), eval_dataset=data(2, 8))
     trainer.train(resume_from_checkpoint=resume)
-    if again:  # a second train() of one Trainer fails in Transformers itself, beside any DeepSpeed
+    if again == "as it is":
+        try:
+            trainer.train()
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+    elif again == "another Trainer":
         trainer.accelerator.free_memory()
         if stage is not None:
             given |= use_transformers()
         made = arguments(out, world, **given, **more)
         trainer = Trainer(trainer.model, made, train_dataset=data(1, SAMPLES), eval_dataset=data(2, 8))
+        trainer.train()
+    elif again:
+        trainer.model_wrapped = trainer.model
         trainer.train()
     found = figures(trainer)
     trainer.save_model(str(out / "final"))

@@ -1,4 +1,4 @@
-"""What modules keep beside parameters and buffers: ``get_extra_state`` and ``set_extra_state`` of ``nn.Module``.
+"""What modules keep other than parameters and buffers: ``get_extra_state`` and ``set_extra_state`` of ``nn.Module``.
 
 It is a value of the format, never a pickle. Rank 0's is kept, as with ``client_state``.
 """

@@ -205,7 +205,7 @@ def load_buffers(parts: Parts, reader: CheckpointReader, found: Match) -> None:
 
 
 def check_states(reader: CheckpointReader) -> None:
-    """Parameters whose optimizer state has the same tensors have the same numbers beside them.
+    """Parameters whose optimizer state has the same tensors have the same numbers, too.
 
     Raises:
         CheckpointError: if not; names the parameter.

@@ -38,7 +38,7 @@ __all__ = ["Restorer", "Scope"]
 
 @dataclass(frozen=True)
 class Scope:
-    """What is loaded beside weights, buffers and extra state.
+    """What is loaded in addition to weights, buffers and extra state.
 
     Attributes:
         strict: whether the names of checkpoint and model must be the same.

@@ -121,7 +121,7 @@ def commit(
 
     Args:
         path: the directory of checkpoints, the same for all ranks.
-        latest: whether ``latest`` shall name it.
+        latest: whether ``latest`` names it afterwards.
         keep: delete all but so many of the newest afterwards.
         hold: gets the directory's lock on rank 0, to keep it for as long as the job writes here.
 

@@ -385,7 +385,7 @@ class _Space:
     """What is left of the files for tensors: no manifest can ask for more memory than there are bytes."""
 
     def __init__(self, files: list[FileEntry]) -> None:
-        self._left = [entry.bytes for entry in files]
+        self._remaining = [entry.bytes for entry in files]
 
     def reserve(self, name: str, stored: Stored, numel: int) -> None:
         size = ITEM_BYTES[stored.dtype]
@@ -402,10 +402,10 @@ class _Space:
             raise ValueError(f"the pieces of {shown(repr(name))} hold {done} of its {numel} elements")
 
     def _spend(self, name: str, file: int, size: int) -> None:
-        if not 0 <= file < len(self._left):
-            raise ValueError(f"{shown(repr(name))} is in file {file} of {len(self._left)}")
-        self._left[file] -= size
-        if self._left[file] < 0:
+        if not 0 <= file < len(self._remaining):
+            raise ValueError(f"{shown(repr(name))} is in file {file} of {len(self._remaining)}")
+        self._remaining[file] -= size
+        if self._remaining[file] < 0:
             raise ValueError(f"{shown(repr(name))} and those before it do not fit into file {file}")
 
 

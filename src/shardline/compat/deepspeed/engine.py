@@ -79,13 +79,13 @@ class DeepSpeedEngine(EngineSettings):
         if self.trainables.is_closed:
             raise UsageError(
                 "zero_grad() was called on an engine that was destroyed. A second train() of one Trainer does so: "
-                "Accelerate has let go of the engine, and makes no other. Call trainer.accelerator.free_memory(), and "
-                "make a new Trainer over trainer.model."
+                "Accelerate lets go of the engine, and the Trainer asks for no other. Say trainer.model_wrapped = "
+                "trainer.model between the two."
             )
         super().zero_grad(set_to_none)
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss that a plain ``.backward()`` shall start from: ``loss`` times the loss scale."""
+        """The loss to start a plain ``.backward()`` from: ``loss`` times the loss scale."""
         self.trainables.check_trains("scale()")
         return self._backwards.scaled(loss) if self.fp16_enabled() else loss
 

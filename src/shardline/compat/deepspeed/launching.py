@@ -28,7 +28,7 @@ ANNOUNCEMENT = (
 
 @dataclass(frozen=True)
 class LauncherOptions:
-    """Options of DeepSpeed's launcher beside those that Shardline's has."""
+    """Options of DeepSpeed's launcher other than those that Shardline's has."""
 
     include: str | None = None
     """``host:0,1@host``: hosts and slots to use, all slots where none are named."""

@@ -12,7 +12,7 @@ __all__ = ["EngineSettings"]
 
 
 class EngineSettings(Engine):
-    """Reads of one engine, beside those that Shardline's engine has."""
+    """Reads of one engine, in addition to those that Shardline's engine has."""
 
     def loss_scale(self) -> float:  # type: ignore[override]
         """The current loss scale; 1.0 without fp16."""

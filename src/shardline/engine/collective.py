@@ -6,12 +6,12 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
 
-__all__ = ["together"]
+__all__ = ["collective"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def together(method: F) -> F:
+def collective(method: F) -> F:
     """Write down that the main thread is in ``method``, of an object with a ``comm``, while it runs."""
     name = method.__name__
 
