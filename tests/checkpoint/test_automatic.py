@@ -327,22 +327,34 @@ cases.train(built, 10)
 """
 
 
-def test_a_step_that_takes_long_is_finished_and_saved(ranks, tmp_path):
-    """The launcher and its rank are asked to end, as a batch system does, and the rank again while the step lasts."""
+@pytest.mark.parametrize(
+    ("name", "whom"),
+    [("SIGUSR1", "both"), ("SIGTERM", "rank"), pytest.param("SIGTERM", "both", marks=pytest.mark.slow)],
+)
+def test_a_step_that_takes_long_is_finished_and_saved(ranks, tmp_path, name, whom):
+    """The launcher and its rank are asked to end, as a batch system does, and the rank again while the step lasts.
+    Where the rank alone is asked it ends the job just as well, and is not started again."""
+    number = getattr(signal, name)
     script = tmp_path / "script.py"
     script.write_text(LONG_STEP)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "shardline.cli", "run", "--nproc", "1", str(script), str(tmp_path / "saves")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    command = [sys.executable, "-m", "shardline.cli", "run", "--nproc", "1", "--max-restarts", "1"]
+    command += [str(script), str(tmp_path / "saves")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "in a step\n"
         (rank,) = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
-        os.kill(rank, signal.SIGTERM)
-        os.kill(process.pid, signal.SIGTERM)
+        os.kill(rank, number)
+        if whom == "both":
+            os.kill(process.pid, number)
         time.sleep(5.5)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(rank, signal.SIGTERM)
-        process.communicate(timeout=60)
-    assert process.returncode == 143
+            os.kill(rank, number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert f"ended with exit code 75, as {name} asked: start again to go on" in said
+    assert said.endswith("shardline run: the ranks have saved; start again to go on (exit code 75).\n")
     assert ranks(load_steps, 1, str(tmp_path / "saves"), cases.config(0, 1)) == [2]
 
 
@@ -361,7 +373,7 @@ def ended(config, who):
 
 def test_sigterm_on_one_rank_saves_and_ends_all(ranks, tmp_path):
     config = settings(tmp_path, save_on_sigterm=True, resume="auto")
-    assert ranks(ended, 2, config, 1) == [(3, 0, True), (3, 0, True)]
+    assert ranks(ended, 2, config, 1) == [(3, 75, True), (3, 75, True)]
     straight = ranks(weights_after, 2, cases.config(2, 2), 6)
     again = ranks(weights_after, 2, config, 6)
     assert again[0][1] == 3 and same(again[0][0], straight[0][0])
@@ -386,7 +398,7 @@ def full_disk(*args):
 
 def test_sigterm_saves_although_the_save_before_failed(ranks, tmp_path):
     config = settings(tmp_path, world=1, every_steps=1, save_on_sigterm=True, **{"async": True})
-    assert ranks(ended_after_a_failure, 1, config) == [(2, 0)]
+    assert ranks(ended_after_a_failure, 1, config) == [(2, 75)]
     assert ranks(load_steps, 1, str(tmp_path), cases.config(0, 1)) == [2]
 
 

@@ -61,7 +61,7 @@ def test_the_files_of_the_others_start_the_same_script() -> None:
     commands.append((JOBS / "slurm.sh").read_text())
     assert subprocess.run(["bash", "-n", JOBS / "slurm.sh"]).returncode == 0
     for command in commands:
-        assert "torchrun" in command
+        assert "torchrun" in command or "shardline run" in command
         script, options = re.search(r"(examples/jobs/train\.py)(.*)", command).groups()
         assert (JOBS.parents[1] / script).exists()
         shown = subprocess.run([sys.executable, JOBS / "train.py", "--help"], capture_output=True, text=True).stdout

@@ -80,7 +80,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=float,
         default=600.0,
         metavar="SECONDS",
-        help="from a SIGTERM until ranks are killed; a step and a save must fit into it (default 600; Ctrl-C: 5)",
+        help="from a SIGTERM or SIGUSR1 until ranks are killed; a step and a save must fit in (default 600; Ctrl-C: 5)",
     )
     parser.add_argument(
         "--as-deepspeed",

@@ -180,7 +180,9 @@ class Checkpoint(Section):
     keep: OptionalInteger = key(None, "Keep this many of the newest checkpoints; null keeps all.", own=True, ge=1)
     async_save: bool = key(False, 'Write in the background; "async" is the same key.', own=True)
     resume: str | None = key(None, '"auto" resumes from the newest intact checkpoint, else a tag.', own=True)
-    save_on_sigterm: bool = key(False, "At SIGTERM, save after the current step and exit with code 0.", own=True)
+    save_on_sigterm: bool = key(
+        False, "At SIGTERM or SIGUSR1, save after the current step and exit with code 75.", own=True
+    )
 
 
 class Watchdog(Section):

@@ -276,7 +276,8 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
             DisagreementError: if ranks did not issue the same collectives, or differ in the optimizer's options or in
                 the place of the engine's loader; no weight was changed. An accelerator may say so at the next step.
             CheckpointError: if the checkpoint that is due after this step could not be written; the step is done.
-            SystemExit: after a SIGTERM, once the checkpoint is written, where ``checkpoint.save_on_sigterm`` is set.
+            SystemExit: with code 75 after a SIGTERM or SIGUSR1, once the checkpoint is written, where
+                ``checkpoint.save_on_sigterm`` is set.
         """
         window, trainables = self._window, self.trainables
         end_of_window = trainables.check_trains("step()")

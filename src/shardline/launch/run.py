@@ -28,6 +28,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from shardline.errors import LaunchError
 from shardline.launch.rendezvous import BACKEND, Meeting, NotNeeded, register
 from shardline.runtime.device import Accelerators, usable
+from shardline.runtime.ending import GO_ON
 from shardline.runtime.environment import asked_device, let_nodes_change
 from shardline.runtime.network import LOOPBACK
 from shardline.runtime.process_group import DEFAULT_PORT
@@ -70,7 +71,7 @@ class Launch:
     max_restarts: int = 0
     """How often all processes are started again after a failure."""
     grace: float = 600.0
-    """Seconds from a SIGTERM to the launcher until ranks that have not ended are killed: a step and a save."""
+    """Seconds from a SIGTERM or SIGUSR1 until ranks that have not ended are killed: a step and a save must fit in."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables that the ranks get in addition to those of this process."""
 
@@ -84,7 +85,8 @@ def launch(job: Launch) -> int:
 
     Returns:
         The exit code of the rank that failed first, 128 + n where it died of signal n; 0 if none failed. 128 + n also
-        where the launcher itself got signal n: it ends all ranks first.
+        where the launcher itself got signal n: it ends all ranks first. ``GO_ON`` where ranks were asked to end, and
+        have saved.
 
     Raises:
         LaunchError: the job cannot be started as described.
@@ -108,20 +110,31 @@ def launch(job: Launch) -> int:
             logging.getLogger(name).setLevel(logging.CRITICAL)
     runner = ["-m", "shardline.launch.runner", *(["-m"] if job.module else []), job.script, *job.arguments]
     scratch = Path(tempfile.mkdtemp(prefix="shardline-run-"))
-    logs = _Logs(scratch, job.log_dir)
+    logs = _Logs(scratch, job.log_dir, changing=meeting.nodes[0] < meeting.nodes[1])
     try:
         with _signals(job.grace):
             elastic_launch(_elastic_config(job, meeting, nproc, logs), sys.executable)(*runner)
     except ChildFailedError as error:
-        return _report(error.failures, logs)
+        return _say_saved() if logs.have_saved() else _report(error.failures, logs)
+    except _Saved:
+        return _say_saved()
     except NotNeeded:
         print("shardline run: the job had enough nodes without this one, and has ended.", file=sys.stderr)
     except SignalException as error:
         print(f"\nshardline run: ended by {error.sigval.name}.", file=sys.stderr)
-        return 128 + error.sigval
+        return _say_saved() if logs.have_saved() else 128 + error.sigval
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return 0
+
+
+class _Saved(Exception):
+    """All ranks were asked to end, and have saved."""
+
+
+def _say_saved() -> int:
+    print(f"shardline run: the ranks have saved; start again to go on (exit code {GO_ON}).", file=sys.stderr)
+    return GO_ON
 
 
 def _check(job: Launch) -> Meeting:
@@ -241,12 +254,17 @@ def _elastic_config(job: Launch, meeting: Meeting, nproc: int, logs: LogsSpecs) 
 
 
 class _Logs(LogsSpecs):
-    """Where the ranks of one attempt write: error files in a scratch directory, output as :func:`launch` describes."""
+    """Where the ranks of one attempt write: error files in a scratch directory, output as :func:`launch` describes.
 
-    def __init__(self, scratch: Path, log_dir: Path | None) -> None:
+    Args:
+        changing: whether nodes come and go, for whose sake ranks are asked to end, and start again.
+    """
+
+    def __init__(self, scratch: Path, log_dir: Path | None, *, changing: bool = False) -> None:
         super().__init__(str(log_dir or scratch))
         self._scratch = scratch
         self._log_dir = log_dir
+        self._changing = changing
         self._attempts = self._restarts = 0
         self.ranks: dict[int, int] = {}
         self.error_files: dict[int, Path] = {}
@@ -291,6 +309,8 @@ class _Logs(LogsSpecs):
             print("shardline run: nodes came or went, so all ranks start again.", file=sys.stderr)
             return
         self._restarts = restarts
+        if self.have_saved() and not self._changing:
+            raise _Saved
         first = min(self.records().values(), default=None)
         why = first.text.strip().splitlines()[-1] if first else "a process died"
         print(f"shardline run: {why}; restart {restarts} of {most}.", file=sys.stderr)
@@ -299,6 +319,11 @@ class _Logs(LogsSpecs):
         """What ranks of the last attempt that failed said, by local rank."""
         read = {local: _read(file) for local, file in self.error_files.items()}
         return {local: record for local, record in read.items() if record is not None}
+
+    def have_saved(self) -> bool:
+        """Whether the ranks of the last attempt ended because they were asked to. All save together, or none does."""
+        codes = {record.code for record in self.records().values()}
+        return codes == {GO_ON}
 
     def crash(self, local_rank: int) -> str:
         """The Python stacks that faulthandler wrote while the process died of its own signal."""
@@ -340,14 +365,14 @@ def _signals(grace: float) -> Iterator[None]:
     """On a signal to the launcher: the ranks get it too, and have some seconds; then they are killed."""
 
     def pass_on(number: int, frame: FrameType | None) -> NoReturn:
-        timer = threading.Timer(grace if number == signal.SIGTERM else _INTERRUPT_SECONDS, _kill_children)
+        timer = threading.Timer(_INTERRUPT_SECONDS if number == signal.SIGINT else grace, _kill_children)
         timer.daemon = True
         timer.start()
         for name in previous:  # a second Ctrl-C must not interrupt this
             signal.signal(name, signal.SIG_IGN)
         raise SignalException(f"got signal {number}", signal.Signals(number))
 
-    previous = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    previous = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         for name in previous:
             signal.signal(name, pass_on)

@@ -19,8 +19,10 @@ from functools import cache
 from types import TracebackType
 from weakref import WeakSet
 
-__all__ = ["end_after_uncaught_errors", "end_with", "has_failed", "note_lost_ranks"]
+__all__ = ["GO_ON", "end_after_uncaught_errors", "end_with", "has_failed", "note_lost_ranks"]
 
+GO_ON = 75
+"""The exit code of a job that was asked to end and has saved: start it again. EX_TEMPFAIL of sysexits.h."""
 
 _LOST: WeakSet[object] = WeakSet()
 

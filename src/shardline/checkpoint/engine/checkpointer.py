@@ -13,6 +13,7 @@ from shardline.checkpoint.engine.termination import TerminationSignal
 from shardline.checkpoint.engine.trainer import Trainer
 from shardline.errors import CheckpointError
 from shardline.events import Notice
+from shardline.runtime.ending import GO_ON
 
 __all__ = ["Checkpointer", "Scope", "Trainer"]
 
@@ -30,7 +31,7 @@ class Checkpointer:
     @property
     def exit_requested(self) -> bool:
         """Whether this process was asked to save and end."""
-        return self._termination.received
+        return self._termination.received is not None
 
     def parts(self) -> Parts:
         """The engine's tensors as they are now, edits adopted."""
@@ -73,7 +74,7 @@ class Checkpointer:
         """Save where the configuration says so; with ``leave``, end the process then.
 
         Raises:
-            SystemExit: with ``leave``.
+            SystemExit: with ``leave``; its code is ``GO_ON``.
         """
         trainer = self._trainer
         config = trainer.config.checkpoint
@@ -88,8 +89,13 @@ class Checkpointer:
         self._saver.save(config.dir, client_state=trainer.client_state, background=config.async_save and not leave)
         if leave:
             self.close()
-            trainer.events.emit(Notice(f"saved to {config.dir} and ended, as SIGTERM asked"))
-            raise SystemExit(0)
+            asked = self._termination.received or "another rank"
+            trainer.events.emit(
+                Notice(
+                    f"saved to {config.dir} and ended with exit code {GO_ON}, as {asked} asked: start again to go on"
+                )
+            )
+            raise SystemExit(GO_ON)
 
     def wait(self) -> None:
         """Return when nothing is being written any more.
