@@ -241,7 +241,9 @@ def _kernels(device: str, action: Callable[[], Any]) -> dict[str, Any]:
     with profile(activities={ProfilerActivity.CPU, ProfilerActivity.CUDA} & supported_activities()) as profiler:
         action()
         _wait(device)
-    found = [event for event in profiler.events() or [] if event.device_type.name != "CPU"]
+    events = profiler.events() or []
+    # ranges such as "Optimizer.step" are shown on the device, too
+    found = [event for event in events if event.device_type.name != "CPU" and not event.is_user_annotation]
     names: dict[str, tuple[float, int]] = {}
     for event in found:
         ms, calls = names.get(event.name, (0.0, 0))

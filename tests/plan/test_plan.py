@@ -209,7 +209,7 @@ def test_every_holder_of_a_parameter_uses_its_unit(model, world, low, high, whol
 @given(model=models(), world=st.integers(1, 4), other=st.integers(1, 4))
 @example(model=([], [ModuleSpec("", "Any", False, ())]), world=1, other=2)
 def test_offsets_do_not_depend_on_the_world(model, world, other) -> None:
-    """Where every parameter is too small for a bucket of its own on a single process."""
+    """Where no parameter has a bucket of its own on a single process."""
     plans = [make_plan(*model, size) for size in (world, other)]
     where = [{p.name: (plan.where(p.name)[0].index, plan.where(p.name)[2].offset) for p in model[0]} for plan in plans]
     assert where[0] == where[1]
@@ -219,13 +219,14 @@ def test_offsets_do_not_depend_on_the_world(model, world, other) -> None:
 
 @settings(deadline=None)
 @given(models(), st.integers(1, 400))
-def test_on_a_single_process_large_parameters_have_buckets_of_their_own(model, least) -> None:
+def test_on_a_single_process_large_gradients_that_are_kept_have_buckets_of_their_own(model, least) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("shardline.plan.plan._OWN_BUCKET_NUMEL", least)
-        plan, on_two = make_plan(*model, 1), make_plan(*model, 2)
+        kept = {torch.float32}
+        plan, on_two = (make_plan(*model, world, kept_grads=kept) for world in (1, 2))
     for unit in plan.units:
         large = [param for bucket in unit.buckets for param in [e.param for e in bucket.entries]]
-        large = [param for param in large if param.trainable and param.numel >= least]
+        large = [param for param in large if param.trainable and param.numel >= least and param.dtype in kept]
         alone = [bucket for bucket in unit.buckets if bucket.trainable and bucket.entries[0].param in large]
         assert [bucket.cuts for bucket in alone] == [(0, bucket.entries[0].param.numel) for bucket in alone]
         assert len(alone) == len(large) and all(len(bucket.entries) == 1 and not bucket.gaps for bucket in alone)

@@ -111,6 +111,18 @@ def test_gradients_from_before_are_gone() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize(("compute", "alone"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, False)])
+def test_buckets_of_their_own_are_for_gradients_that_need_no_cast(monkeypatch, compute, alone) -> None:
+    monkeypatch.setattr("shardline.plan.plan._OWN_BUCKET_NUMEL", 64)
+    layout, *_, comm = build(Mlp(depth=2), compute=compute)
+    large = [p.name for p in layout.plan.params if p.numel >= 64]
+    assert len(large) > 2
+    for name in large:
+        entries = layout.where(name)[1].plan.entries
+        assert (len(entries) == 1) is alone, name
+    comm.close()
+
+
 def test_small_units_rest_whole_at_stage_3() -> None:
     block = sum(p.numel() for p in Mlp().blocks[0].parameters())
     layout, *_ = build(Mlp(), 3, stage3_param_persistence_threshold=block)

@@ -39,7 +39,7 @@ def make(stage=3, precision=None, comm=None, model=None):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     groups = {name: 0 for name, _ in model.named_parameters()}
     specs, params = describe_params(model, precision, groups)
-    plan = make_plan(specs, describe_modules(model), comm.data.size)
+    plan = make_plan(specs, describe_modules(model), comm.data.size, kept_grads={FP32})
     (unit_plan,) = plan.units
     unit = Unit(
         unit_plan, params, STAGES[stage], comm, BufferPool(comm.device), precision, on_sealed_access=lambda unit: False

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -45,8 +45,8 @@ ALIGNMENT = 64
 """Elements to which every parameter's offset and every shard boundary is aligned."""
 
 _OWN_BUCKET_NUMEL = 1 << 16
-"""Elements from which a parameter is a bucket of its own in a single process: there is no communication to batch, and
-what autograd hands over as its gradient needs no copy."""
+"""Elements from which a parameter is a bucket of its own in a single process, if what autograd hands over as its
+gradient is kept without a copy: there is no communication to batch."""
 
 
 @dataclass(frozen=True)
@@ -318,6 +318,7 @@ def make_plan(
     max_numel: int = 500_000_000,
     chosen: Sequence[str] = (),
     param_aligned: bool = False,
+    kept_grads: Collection[torch.dtype] = (),
 ) -> Plan:
     """Lay out a model.
 
@@ -332,6 +333,7 @@ def make_plan(
         max_numel: elements above which a block is taken apart, and up to which candidates are merged.
         chosen: paths of modules that become units whatever their size.
         param_aligned: cut shards between parameters only, for optimizers that must see each parameter whole.
+        kept_grads: the dtypes of parameters whose gradients a single process keeps as autograd made them.
     """
     by_name = {param.name: param for param in params}
     candidates = _candidates(by_name, modules, max_numel, set(chosen))
@@ -340,6 +342,7 @@ def make_plan(
     for module in modules:
         for name in module.params:
             holders.setdefault(name, []).append(module.path)
+    own_dtypes = kept_grads if world_size == 1 else ()
     units: list[UnitPlan] = []
     for candidate in merged:
         held = {path for param in candidate.params for path in holders[param.name]}
@@ -348,7 +351,7 @@ def make_plan(
             UnitPlan(
                 index=len(units),
                 name=candidate.roots[0] or "(model)",
-                buckets=tuple(_buckets(candidate.params, world_size, param_aligned)),
+                buckets=tuple(_buckets(candidate.params, world_size, param_aligned, own_dtypes)),
                 roots=tuple(candidate.roots),
                 users=tuple(users),
             )
@@ -414,9 +417,15 @@ def _merge(candidates: list[_Candidate], min_numel: int, max_numel: int, chosen:
     return merged
 
 
-def _buckets(params: Sequence[ParamSpec], world_size: int, param_aligned: bool) -> Iterator[BucketPlan]:
-    """A bucket for each parameter that gets its own; one for each dtype and trainability among the others."""
-    own = {param.name for param in params if world_size == 1 and param.trainable and param.numel >= _OWN_BUCKET_NUMEL}
+def _buckets(
+    params: Sequence[ParamSpec], world_size: int, param_aligned: bool, own_dtypes: Collection[torch.dtype]
+) -> Iterator[BucketPlan]:
+    """A bucket for each large parameter of ``own_dtypes``; one for each dtype and trainability among the others."""
+    own = {
+        param.name
+        for param in params
+        if param.trainable and param.dtype in own_dtypes and param.numel >= _OWN_BUCKET_NUMEL
+    }
     kinds: dict[tuple[torch.dtype, bool], list[ParamSpec]] = {}
     for param in params:
         if param.name in own:  # without padding, as its gradient is

@@ -124,7 +124,7 @@ def lay_out(
     """
     specs, params = describe_params(model, precision, groups)
     modules = describe_modules(model)
-    plan = _plan(specs, modules, config, comm.shard.size, param_aligned=param_aligned)
+    plan = _plan(specs, modules, config, precision, comm, offload, param_aligned=param_aligned)
     comm.messages.agree(
         {
             "the number of parameters": len(specs),
@@ -148,18 +148,27 @@ def _travelling_bytes(plan: Plan, precision: Precision) -> set[int]:
 
 
 def _plan(
-    specs: Sequence[ParamSpec], modules: Sequence[ModuleSpec], config: Config, world_size: int, *, param_aligned: bool
+    specs: Sequence[ParamSpec],
+    modules: Sequence[ModuleSpec],
+    config: Config,
+    precision: Precision,
+    comm: Comm,
+    offload: HostMemory | None,
+    *,
+    param_aligned: bool,
 ) -> Plan:
+    dtypes = {spec.dtype for spec in specs} if offload is None else set()  # to host memory a gradient is copied
     zero = config.zero_optimization
     leaf = zero.leaf_module
     return make_plan(
         specs,
         modules,
-        world_size,
+        comm.shard.size,
         min_numel=zero.unit_min_numel,
         max_numel=zero.unit_max_numel,
         chosen=chosen_units(modules, leaf.classes, leaf.names, leaf.name_suffixes),
         param_aligned=param_aligned,
+        kept_grads={dtype for dtype in dtypes if precision.grad_dtype(dtype) == dtype},
     )
 
 
@@ -381,7 +390,8 @@ def regroup(
         )
         for spec in layout.plan.params
     ]
-    plan = _plan(_in_order(specs, layout.params), layout.modules, config, comm.shard.size, param_aligned=param_aligned)
+    specs = _in_order(specs, layout.params)
+    plan = _plan(specs, layout.modules, config, precision, comm, layout.offload, param_aligned=param_aligned)
     comm.messages.agree({"the parameters that are trained": plan.fingerprint})
     units = _units(plan, layout.params, config, precision, comm, layout.pool, on_sealed_access, layout.offload)
     made = Layout(plan, layout.params, units, layout.modules, layout.pool, layout.offload)
