@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from shardline.cli import main
 from shardline.errors import UsageError
 from shardline.observe.report import page, read
+from shardline.observe.report.charts import charts_of
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -87,7 +90,8 @@ def test_the_page_says_what_happened_and_loads_nothing(tmp_path) -> None:
         "Net&lt;/script&gt;&lt;b&gt;",
         "resumed &lt;here&gt;",
         "gradients that are not finite",
-        "checkpoints/global_step6",
+        "In the folder <code>checkpoints</code>",
+        "<td>global_step6</td>",
         "went on from it",
         "2 keys at their defaults",
         "40.0% MFU",
@@ -97,15 +101,34 @@ def test_the_page_says_what_happened_and_loads_nothing(tmp_path) -> None:
     assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
     data = json.loads(text.split('id="data">')[1].split("</script>")[0])
     assert data["loss"]["series"][0]["points"][-1] == [7, None]
+    assert data["loss"]["marks"] == [3] and data["loss"]["skipped"] == [6]
     assert data["wire"]["series"][1]["points"][0] == [1, 2 << 20]
     assert data["trace"]["bands"] == [["forward", 0.0, 0.12], ["backward", 0.12, 0.3]]
+    places = {name: [series["name"] for series in chart["series"]] for name, chart in data.items()}
+    assert places["loss"] == ["training", "held out"] and places["own0"] == ["accuracy"], (
+        "of another size than the loss"
+    )
+    assert all(f'data-chart="{name}"' in text for name in data) and text.count('data-chart="') == len(data)
+    assert all(chart["x"] and (chart["y"] or chart["kind"] in ("share", "bars")) for chart in data.values())
+    links = re.findall(r'<a href="#(\w+)">', text)
+    assert links == re.findall(r'<section id="(\w+)">', text) and {"skipped", "notices", "words"} <= set(links)
+
+
+def test_a_smoothed_curve_lags_behind_nothing(tmp_path) -> None:
+    """The mean of neighbours on both sides of a line is the line; only its end has fewer of them."""
+    lines = [step(n, loss=10.0 - n / 100) for n in range(1, 301)]
+    (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    raw, smooth = charts_of(read(tmp_path))["loss"].series
+    assert raw.faint and smooth.name == "mean of 11 steps"
+    assert [y for _, y in smooth.points[:-5]] == pytest.approx([y for _, y in raw.points[:-5]])
 
 
 def test_the_command(tmp_path, capsys) -> None:
     assert main(["report", str(log(tmp_path)), "--png"]) == 0
     written = capsys.readouterr().out.split()
-    assert written[0] == str(tmp_path / "report.html") and len(written) == 4
-    assert (tmp_path / "report-loss.png").read_bytes().startswith(b"\x89PNG")
+    names = ["loss", "own0", "lr", "norm", "speed", "share", "phases", "waiting", "wire", "trace", "peak"]
+    assert written == [str(tmp_path / "report.html"), *(str(tmp_path / f"report-{name}.png") for name in names)]
+    assert all(Path(path).read_bytes().startswith(b"\x89PNG") for path in written[1:])
     assert main(["report", str(tmp_path / "elsewhere")]) == 2
     assert '"run_log": {"dir":' in capsys.readouterr().err
 

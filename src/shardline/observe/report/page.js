@@ -45,25 +45,32 @@
     return found;
   }
 
-  function legend(host, names, faint) {
-    if (names.length < 2) return;
-    const box = document.createElement("div");
+  // The colour of each series; a faint one has that of the next, which it stands behind.
+  function colors(series) {
+    let at = 0;
+    return series.map((one) => color(one.faint ? at : at++));
+  }
+
+  function legend(host, series) {
+    if (series.length < 2) return;
+    const box = document.createElement("div"), tints = colors(series);
     box.className = "legend";
-    names.forEach((name, i) => {
+    series.forEach((one, i) => {
       const item = document.createElement("span"), mark = document.createElement("i");
-      mark.style.background = color(i);
-      if (faint[i]) { mark.style.background = color(i + 1); mark.style.opacity = 0.35; }
-      item.append(mark, name);
+      mark.style.background = tints[i];
+      if (one.faint) mark.style.opacity = 0.35;
+      item.append(mark, one.name);
       box.append(item);
     });
     host.append(box);
   }
 
-  function bar(host, chart) { // one bar of parts
-    const total = chart.bar.reduce((sum, [, value]) => sum + value, 0) || 1;
+  function share(host, chart) { // one bar of parts
+    const parts = chart.series.map((one) => [one.name, one.points[0][1]]);
+    const total = parts.reduce((sum, [, value]) => sum + value, 0) || 1;
     const width = host.clientWidth, svg = node("svg", { height: 26, role: "img" }, host);
     let x = 0;
-    chart.bar.forEach(([, value], i) => {
+    parts.forEach(([, value], i) => {
       const w = (value / total) * width;
       node("rect", { x, y: 0, width: Math.max(0, w - 1.5), height: 26, fill: color(i), rx: 3 }, svg);
       x += w;
@@ -71,20 +78,22 @@
     const box = document.createElement("div");
     box.className = "legend";
     box.style.marginTop = "8px";
-    chart.bar.forEach(([name, value], i) => {
+    parts.forEach(([name, value], i) => {
       const item = document.createElement("span"), mark = document.createElement("i");
       mark.style.background = color(i);
-      item.append(mark, `${name}  ${label(value, "s")}, ${Math.round((100 * value) / total)} %`);
+      const percent = (100 * value) / total;
+      item.append(mark, `${name} ${label(value, "s")}, ${value && percent < 1 ? "<1" : Math.round(percent)} %`);
       box.append(item);
     });
     host.append(box);
   }
 
   function bars(host, chart) { // one bar for each name
+    const parts = chart.series.map((one) => [one.name, one.points[0][1]]);
     const width = host.clientWidth, room = 58, gap = 74;
-    const most = Math.max(...chart.bars.map(([, value]) => value)) || 1;
-    const svg = node("svg", { height: 26 * chart.bars.length, role: "img" }, host);
-    chart.bars.forEach(([name, value], i) => {
+    const most = Math.max(...parts.map(([, value]) => value)) || 1;
+    const svg = node("svg", { height: 26 * parts.length, role: "img" }, host);
+    parts.forEach(([name, value], i) => {
       const y = 26 * i, w = Math.max(2, (value / most) * (width - room - gap));
       node("text", { x: 0, y: y + 16 }, svg, name);
       node("rect", { x: room, y: y + 4, width: w, height: 17, rx: 3, fill: color(0) }, svg);
@@ -110,10 +119,10 @@
   }
 
   function lines(host, chart) {
-    const series = chart.stack ? stacked(chart.series) : chart.series;
-    legend(host, series.map((one) => one.name), series.map((one) => one.faint));
-    const width = host.clientWidth, height = width < 480 ? 190 : 230;
-    const left = 58, right = 8, top = 8, bottom = 26;
+    const areas = chart.kind === "areas", series = areas ? stacked(chart.series) : chart.series;
+    legend(host, series);
+    const hasBands = chart.bands.length > 0, width = host.clientWidth, height = width < 480 ? 214 : 252;
+    const left = 58, right = 8, top = 22, bottom = 42;
     const xs = series.flatMap((one) => one.points.map(([x]) => x));
     const ys = series.flatMap((one) => one.points.map(([, y]) => y)).filter((y) => y !== null && (!chart.log || y > 0));
     if (!xs.length || !ys.length) return;
@@ -121,14 +130,14 @@
     if (x0 === x1) { x0 -= 1; x1 += 1; }
     let low = Math.min(...ys), high = Math.max(...ys);
     if (ys.length > 60) { // a few outliers, such as the first step, do not decide the scale
-      const cut = quantile(ys, 0.985), floor = quantile(ys, 0.5);
+      const cut = quantile(ys, 0.97), floor = quantile(ys, 0.5);
       if (high - floor > 3 * (cut - floor) && cut > floor) high = cut + 0.35 * (cut - floor);
     }
     if (chart.log) { low = Math.log2(low); high = Math.log2(high); }
-    if (chart.zero || chart.stack) low = Math.min(0, low);
+    if (chart.zero || areas) low = Math.min(0, low);
     if (low === high) { low -= Math.abs(low) * 0.05 || 1; high += Math.abs(high) * 0.05 || 1; }
-    if (!chart.zero && !chart.stack) low -= (high - low) * 0.05;
-    high += (high - low) * 0.05;
+    if (!chart.zero && !areas) low -= (high - low) * 0.05;
+    high += (high - low) * (hasBands ? 0.16 : 0.05); // the names of bands are above the curve
     const X = (x) => left + ((x - x0) / (x1 - x0)) * (width - left - right);
     const Y = (y) => top + (1 - ((chart.log ? Math.log2(y) : y) - low) / (high - low)) * (height - top - bottom);
     const svg = node("svg", { height, role: "img" }, host);
@@ -141,33 +150,39 @@
       node("line", { x1: left, x2: width - right, y1: y, y2: y, class: "grid" }, svg);
       node("text", { x: left - 8, y: y + 4, "text-anchor": "end" }, svg, label(chart.log ? 2 ** tick : tick, chart.unit));
     }
-    const unit = chart.x === "seconds" ? "s" : "";
+    node("text", { x: 0, y: 11 }, svg, chart.y);
+    node("text", { x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle" }, svg, chart.x);
+    const unit = chart.x === "step" ? "" : "s";
     const every = ticks(x0, x1, Math.max(2, Math.floor(width / 110))).filter((t) => unit || Number.isInteger(t));
     every.forEach((tick) => {
-      node("text", { x: X(tick), y: height - 8, "text-anchor": "middle" }, svg, label(tick, unit));
+      node("text", { x: X(tick), y: height - bottom + 17, "text-anchor": "middle" }, svg, label(tick, unit));
     });
     node("line", { x1: left, x2: width - right, y1: height - bottom, y2: height - bottom, class: "base" }, svg);
     const plot = node("g", { "clip-path": `url(#${id})` }, svg);
-    const kinds = [...new Set((chart.bands || []).map(([name]) => name))];
-    (chart.bands || []).forEach(([name, begin, end]) => {
-      const from = Math.max(X(begin), left), w = X(end) - from;
+    const kinds = [...new Set(chart.bands.map(([name]) => name))];
+    chart.bands.forEach(([name, begin, end]) => {
+      const from = Math.max(X(begin), left), w = Math.min(X(end), width - right) - from;
       if (w < 1) return;
       const fill = color(kinds.indexOf(name));
       node("rect", { x: from, y: top, width: w, height: height - top - bottom, fill, opacity: 0.1 }, plot);
       if (w > 7 * name.length) node("text", { x: from + 5, y: top + 13 }, plot, name);
     });
-    (chart.marks || []).forEach((x) => {
+    chart.marks.forEach((x) => {
       node("line", { x1: X(x), x2: X(x), y1: top, y2: height - bottom, class: "base", "stroke-dasharray": "3 4" }, plot);
     });
+    chart.skipped.forEach((x) => {
+      node("line", { x1: X(x), x2: X(x), y1: height - bottom - 9, y2: height - bottom, class: "skipped" }, plot);
+    });
+    const tints = colors(series);
     series.forEach((one, i) => {
       const points = one.points.filter(([, y]) => y !== null && (!chart.log || y > 0));
       const path = points.map(([x, y], n) => `${n ? "L" : "M"}${X(x).toFixed(1)} ${Y(y).toFixed(1)}`).join("");
-      if (chart.stack) {
+      if (areas) {
         const back = [...points].reverse().map(([x, , y]) => `L${X(x).toFixed(1)} ${Y(y).toFixed(1)}`).join("");
-        node("path", { d: `${path}${back}Z`, fill: color(i), opacity: 0.82 }, plot);
+        node("path", { d: `${path}${back}Z`, fill: tints[i], opacity: 0.82 }, plot);
         return;
       }
-      const own = one.faint ? color(i + 1) : color(i);
+      const own = tints[i];
       node("path", {
         d: path, fill: "none", stroke: own, "stroke-width": one.faint ? 1 : 1.9,
         opacity: one.faint ? 0.35 : 1, "stroke-linejoin": "round",
@@ -193,7 +208,7 @@
       const here = nearest(longest.points, x)[0];
       tip.textContent = "";
       const head = document.createElement("b");
-      head.textContent = chart.x === "seconds" ? label(here, "s") : `step ${Math.round(here)}`;
+      head.textContent = chart.x === "step" ? `step ${Math.round(here)}` : label(here, "s");
       tip.append(head);
       chart.series.forEach((one) => {
         if (!one.points.length) return;
@@ -217,7 +232,7 @@
     document.querySelectorAll("[data-chart]").forEach((host) => {
       const chart = data[host.dataset.chart];
       host.textContent = "";
-      (chart.bar ? bar : chart.bars ? bars : lines)(host, chart);
+      ({ share, bars, lines, areas: lines })[chart.kind](host, chart);
     });
   }
 

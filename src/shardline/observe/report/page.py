@@ -6,47 +6,55 @@ import html
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.resources import files
+from pathlib import PurePath
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
+from shardline.observe.report.charts import Chart, charts_of, speed, times, waiting
 from shardline.observe.report.record import Record
 
 __all__ = ["page"]
 
-_POINTS = 1200
-"""Points of a curve: more than a screen has columns. Longer ones are means of neighbours."""
-
-Series = dict[str, Any]
-
 
 def page(record: Record) -> str:
     """The whole page as text."""
-    charts: dict[str, Any] = {}
-    body = "\n".join(
-        part
-        for part in (
-            _head(record),
-            _tiles(record),
-            _curves(record, charts),
-            _time(record, charts),
-            _waiting(record, charts),
-            _wire(record, charts),
-            _memory(record, charts),
-            _skipped(record),
-            _checkpoints(record),
-            _notices(record),
-            _units(record),
-            _config(record),
-            _environment(record),
-        )
-        if part
-    )
-    data = json.dumps(_finite(charts), separators=(",", ":")).replace("</", "<\\/")
+    charts = charts_of(record)
+    sections = [
+        _section("curves", "Curves", _grid(charts, [name for name in charts if name not in _ELSEWHERE])),
+        _section("time", "Where the time of a step goes", _grid(charts, ["share", "phases"])),
+        _section("waiting", "Who waits for whom", _waiting(record), _grid(charts, ["waiting"])),
+        _section("wire", "Bytes on the wire", _wire(record), _grid(charts, ["wire"])),
+        _section("memory", "Memory", _grid(charts, ["trace", "peak"])),
+        _section("skipped", "Skipped steps", _skipped(record)),
+        _section("checkpoints", "Checkpoints", _checkpoints(record)),
+        _section("notices", "Notices", _notices(record)),
+        _section("units", "Units of the model", _units(record)),
+        _section("config", "Configuration", _config(record)),
+        _section("environment", "Environment", _environment(record)),
+        _section("words", "Words", _words()),
+    ]
+    links = "".join(f'<a href="#{each.name}">{_text(each.title)}</a>' for each in sections if each.body)
+    body = [
+        _head(record),
+        _tiles(record),
+        _findings(record),
+        f"<nav>{links}</nav>",
+        *(each.html() for each in sections),
+    ]
+    values = {
+        name: {k: v for k, v in asdict(chart).items() if k not in ("title", "note")} for name, chart in charts.items()
+    }
+    data = json.dumps(_finite(values), separators=(",", ":")).replace("</", "<\\/")
     room = files("shardline.observe.report")
     style, script = (room.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    return _PAGE.format(title=html.escape(_title(record)), style=style, body=body, data=data, script=script)
+    return _PAGE.format(title=html.escape(_title(record)), style=style, body="\n".join(body), data=data, script=script)
+
+
+_ELSEWHERE = ("share", "phases", "waiting", "wire", "trace", "peak")
+"""Charts of sections of their own; all others are curves."""
 
 
 _PAGE = """<!doctype html>
@@ -116,13 +124,33 @@ def _moment(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def _section(name: str, title: str, *parts: str) -> str:
-    return f'<section id="{name}">\n<h2>{_text(title)}</h2>\n' + "\n".join(filter(None, parts)) + "\n</section>"
+class _Section(NamedTuple):
+    name: str
+    title: str
+    body: str
+
+    def html(self) -> str:
+        """Nothing where there is nothing to say."""
+        return f'<section id="{self.name}">\n<h2>{_text(self.title)}</h2>\n{self.body}\n</section>' if self.body else ""
 
 
-def _chart(name: str, title: str, note: str = "") -> str:
-    caption = f"<figcaption><b>{_text(title)}</b> {_text(note)}</figcaption>"
-    return f'<figure>{caption}<div class="chart" data-chart="{name}"></div></figure>'
+def _section(name: str, title: str, *parts: str) -> _Section:
+    return _Section(name, title, "\n".join(filter(None, parts)))
+
+
+def _grid(charts: Mapping[str, Chart], names: Iterable[str]) -> str:
+    """The figures of the charts that there are: wide ones alone, the others two by two."""
+    shown = [name for name in names if name in charts]
+    narrow = [name for name in shown if not charts[name].is_wide]
+    alone = narrow[-1:] if len(narrow) % 2 else []
+    figures = "".join(_figure(name, charts[name], is_wide=charts[name].is_wide or name in alone) for name in shown)
+    return f'<div class="figures">{figures}</div>' if figures else ""
+
+
+def _figure(name: str, chart: Chart, *, is_wide: bool) -> str:
+    caption = f"<figcaption><b>{_text(chart.title)}</b> {_text(chart.note)}</figcaption>"
+    wide = ' class="wide"' if is_wide else ""
+    return f'<figure{wide}>{caption}<div class="chart" data-chart="{name}"></div></figure>'
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]], numeric: Sequence[int] = ()) -> str:
@@ -134,69 +162,19 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]], numeric: Seque
     return f'<div class="scroll"><table><thead><tr>{row(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-# -- curves -----------------------------------------------------------------------------------------------------------
-
-
-def _thin(points: Sequence[tuple[float, float]]) -> list[list[float]]:
-    """At most so many points that a screen shows: means of neighbours where there are more."""
-    size = -(-len(points) // _POINTS)
-    groups = [points[start : start + size] for start in range(0, len(points), size)] if size > 1 else []
-    return [[fmean(x for x, _ in group), fmean(y for _, y in group)] for group in groups] or [list(p) for p in points]
-
-
-def _of_steps(record: Record, name: str, scale: float = 1.0) -> list[tuple[float, float]]:
-    return [(step, scale * float(line[name])) for step, line in record.steps.items() if line.get(name) is not None]
-
-
-def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """A moving average whose reach grows with the number of points, without the bias of its start."""
-    keep = 1 - 1 / max(1.0, len(points) / 30)
-    found, total, weight = [], 0.0, 0.0
-    for x, y in points:
-        if math.isfinite(y):
-            total, weight = keep * total + (1 - keep) * y, keep * weight + (1 - keep)
-        found.append((x, total / weight if weight else y))
-    return found
-
-
-def _line(name: str, points: Sequence[tuple[float, float]], **style: Any) -> Series:
-    return {"name": name, "points": _thin(points), **style}
-
-
-def _per_index(record: Record, name: str, label: str) -> list[Series]:
-    """A curve for each place of a list, or one where they are all the same."""
-    columns: dict[int, list[tuple[float, float]]] = {}
-    for step, line in record.steps.items():
-        for index, value in enumerate(line.get(name) or ()):
-            columns.setdefault(index, []).append((step, float(value)))
-    if len(columns) > 1 and all(column == columns[0] for column in columns.values()):
-        columns = {0: columns[0]}
-    return [_line(f"{label} {index}" if len(columns) > 1 else label, column) for index, column in columns.items()]
-
-
-def _speed(record: Record) -> tuple[str, list[tuple[float, float]]]:
-    unit = "tokens" if any(line.get("tokens") for line in record.steps.values()) else "samples"
-    lines = [(step, line) for step, line in record.steps.items() if line["seconds"] > 0]
-    return unit, [(step, line[unit] / line["seconds"]) for step, line in lines]
-
-
 # -- sections ---------------------------------------------------------------------------------------------------------
 
 
-def _last_start(record: Record) -> dict[str, Any]:
-    return record.starts[-1] if record.starts else {"environment": {}, "config": {}, "origins": {}, "units": []}
-
-
 def _title(record: Record) -> str:
-    return f"{_last_start(record)['environment'].get('model', 'Training run')} · run report"
+    return f"{record.start['environment'].get('model', 'Training run')} · run report"
 
 
 def _head(record: Record) -> str:
-    start = _last_start(record)
+    start = record.start
     here, config = start["environment"], start["config"]
     stage = config.get("zero_optimization", {}).get("stage")
     facts = [
-        f"stage {stage}" if stage is not None else "",
+        f"ZeRO stage {stage}" if stage is not None else "",
         str(here.get("precision", "")),
         f"{here['ranks']} ranks" if here.get("ranks", 1) != 1 else "one process",
         str(here.get("device", "")),
@@ -219,207 +197,139 @@ def _tiles(record: Record) -> str:
     losses = [float(line["loss"]) for line in steps if line.get("loss") is not None]
     if losses:
         tiles.append(("loss", _number(fmean(losses[-len(tail) :])), f"from {_number(losses[0])}"))
-    unit, speed = _speed(record)
-    if speed:
-        tiles.append((f"{unit} a second", _number(median(value for _, value in speed)), "median step"))
-    tiles.append(("a step", _duration(median(line["seconds"] for line in steps)), "median"))
-    ranks = max(1, len(steps[-1].get("waited") or ()))
-    rates = [line["flops"] / line["seconds"] / ranks / 1e12 for line in tail if line.get("flops")]
+    unit, rates = speed(record)
     if rates:
+        tiles.append((f"{unit} a second", _number(median(value for _, value in rates)), "in a median step"))
+    tiles.append(("time of a step", _duration(median(line["seconds"] for line in steps)), "median"))
+    ranks = max(1, len(steps[-1].get("waited") or ()))
+    done = [line["flops"] / line["seconds"] / ranks / 1e12 for line in tail if line.get("flops")]
+    if done:
         used = [line["mfu"] for line in tail if line.get("mfu") is not None]
-        tiles.append(("TFLOP/s a device", _number(median(rates)), f"{median(used):.1%} MFU" if used else "counted"))
+        tiles.append(("TFLOP/s a device", _number(median(done)), f"{median(used):.1%} MFU" if used else "counted"))
     tiles.append(("memory", _bytes(max(line["memory_bytes"] for line in steps)), "peak of rank 0"))
     cells = "".join(f"<div><dt>{_text(a)}</dt><dd>{_text(b)}<small>{_text(c)}</small></dd></div>" for a, b, c in tiles)
     return f'<dl class="tiles">{cells}</dl>'
 
 
-def _curves(record: Record, charts: dict[str, Any]) -> str:
-    parts = []
-    losses = _of_steps(record, "loss")
-    if losses:
-        series = [_line("each step", losses, faint=True), _line("smoothed", _smooth(losses))]
-        if len(losses) < 40:
-            series = [_line("training", losses)]
-        names = sorted({name for values in record.scalars.values() for name in values})
-        own = {n: [(s, values[n]) for s, values in sorted(record.scalars.items()) if n in values] for n in names}
-        low, high = min(y for _, y in losses), max(y for _, y in losses)
-        beside = {
-            name: p for name, p in own.items() if low / 3 <= min(y for _, y in p) and max(y for _, y in p) < high * 3
-        }
-        series += [_line(name, points, dots=True) for name, points in beside.items()]
-        charts["loss"] = {"series": series, "marks": [line["step"] for line in record.loaded]}
-        parts.append(_chart("loss", "Loss", "mean over all ranks, by step"))
-        for index, (name, points) in enumerate((n, p) for n, p in own.items() if n not in beside):
-            charts[f"own{index}"] = {"series": [_line(name, points)]}
-            parts.append(_chart(f"own{index}", name))
-    pair = []
-    if rates := _per_index(record, "lr", "group"):
-        charts["lr"] = {"series": rates, "zero": True}
-        pair.append(_chart("lr", "Learning rate", "of each param group" if len(rates) > 1 else ""))
-    norms = _of_steps(record, "grad_norm")
-    if norms:
-        groups = _per_index(record, "grad_norms", "group")
-        charts["norm"] = {"series": [_line("all", norms), *groups], "zero": True}
-        pair.append(_chart("norm", "Gradient norm", "before clipping"))
-    if scales := _of_steps(record, "loss_scale"):
-        charts["scale"] = {"series": [_line("loss scale", scales)], "log": True}
-        pair.append(_chart("scale", "Loss scale"))
-    unit, speed = _speed(record)
-    if speed:
-        charts["speed"] = {"series": [_line(f"{unit}/s", speed)], "zero": True}
-        pair.append(_chart("speed", f"{unit.capitalize()} a second", "over all ranks"))
-    return _section("curves", "Curves", *parts, f'<div class="pair">{"".join(pair)}</div>')
+def _findings(record: Record) -> str:
+    """What a reader would look for first, in sentences."""
+    steps = list(record.steps.values())
+    took = _duration(sum(line["seconds"] for line in steps))
+    said = [f"{len(steps):,} steps were applied, in {took} of training."]
+    bad = [line["step"] for line in steps if line.get("loss") is not None and not math.isfinite(float(line["loss"]))]
+    if bad:
+        said.append(f"The loss was not finite in {len(bad):,} of them, first in step {bad[0]:,}.")
+    if record.skipped:
+        some = "One more was" if len(record.skipped) == 1 else f"{len(record.skipped):,} more were"
+        reasons = list(dict.fromkeys(str(line["reason"]) for line in record.skipped.values()))
+        said.append(f"{some} skipped: {', or '.join(reasons)}.")
+    phases = times(record)
+    if phases:
+        middle = {phase: median(y for _, y in points) for phase, points in phases.items()}
+        share = (middle["forward"] + middle["backward"]) / (sum(middle.values()) or 1.0)
+        said.append(f"Forward and backward are {share:.0%} of a median step.")
+    said.append(_waiting_sentence(record))
+    if record.saved:
+        last = record.saved[-1]
+        said.append(f"The last checkpoint is that of step {last['step']:,}.")
+    return f'<p class="findings">{_text(" ".join(filter(None, said)))}</p>'
 
 
-_PHASES = ("forward", "backward", "reduce", "step")
-
-
-def _time(record: Record, charts: dict[str, Any]) -> str:
-    rows = [
-        (step, [float(line["seconds"].get(phase, 0.0)) for phase in _PHASES], record.steps[step]["seconds"])
-        for step, line in sorted(record.phases.items())
-        if step in record.steps
-    ]
-    if not rows:
+def _waiting_sentence(record: Record) -> str:
+    means = waiting(record)
+    if not means:
         return ""
-    names = [*_PHASES, "the loop's own"]
-    table = [[*phases, max(0.0, whole - sum(phases))] for _, phases, whole in rows]
-    charts["phases"] = {
-        "stack": True,
-        "unit": "s",
-        "series": [
-            _line(name, [(row[0], values[i]) for row, values in zip(rows, table, strict=True)])
-            for i, name in enumerate(names)
-        ],
-    }
-    middle = [median(values[i] for values in table) for i in range(len(names))]
-    charts["share"] = {"bar": [[name, value] for name, value in zip(names, middle, strict=True)]}
-    return _section(
-        "time",
-        "Where the time of a step goes",
-        _chart("share", "Median step", "on rank 0"),
-        _chart("phases", "By step", "seconds; the loop's own: data, evaluation, logging"),
-    )
-
-
-def _waiting(record: Record, charts: dict[str, Any]) -> str:
-    rows = [line["waited"] for line in record.steps.values() if line.get("waited")]
-    if not rows or len(rows[0]) < 2:
-        return ""
-    rows = [row for row in rows if len(row) == len(rows[-1])]
-    means = [fmean(row[rank] for row in rows) for rank in range(len(rows[0]))]
     seconds = fmean(line["seconds"] for line in record.steps.values())
     awaited = min(range(len(means)), key=means.__getitem__)
-    longest = max(means)
-    charts["waiting"] = {"bars": [[f"rank {rank}", value] for rank, value in enumerate(means)], "unit": "s"}
-    if longest - means[awaited] < 0.02 * seconds:
-        said = f"No rank is waited for: they wait for {_duration(fmean(means))} a step each, transfers included."
-    else:
-        share = (longest - means[awaited]) / seconds
-        said = (
-            f"The others wait for rank {awaited}: it waits {_duration(means[awaited])} a step, where another one waits "
-            f"{_duration(longest)}. With ranks of one speed a step would be up to {share:.0%} shorter."
-        )
-    return _section(
-        "waiting",
-        "Who waits for whom",
-        f"<p>{_text(said)}</p>",
-        _chart("waiting", "Waiting", "mean of a step, by rank"),
+    more = (max(means) - means[awaited]) / seconds if seconds else 0.0
+    if more < 0.02:
+        return f"No rank holds the others up: each waits {_duration(fmean(means))} of a step, transfers included."
+    return (
+        f"The others wait for rank {awaited}: it waits {_duration(means[awaited])} a step, where another one waits "
+        f"{_duration(max(means))}. With ranks of one speed a step would be up to {more:.0%} shorter."
     )
 
 
-def _wire(record: Record, charts: dict[str, Any]) -> str:
-    names = sorted({name for line in record.steps.values() for name in line.get("sent") or {}})
-    lines = list(record.steps.items())
-    if not names or not any(any((line.get("sent") or {}).values()) for _, line in lines):
+def _waiting(record: Record) -> str:
+    said = _waiting_sentence(record)
+    return f"<p>{_text(said)}</p>" if said else ""
+
+
+def _wire(record: Record) -> str:
+    sums = [sum((line.get("sent") or {}).values()) for line in record.steps.values()]
+    if not any(sums):
         return ""
-    words = {"gather": "weights gathered", "reduce": "gradients reduced"}
-    charts["wire"] = {
-        "stack": True,
-        "unit": "B",
-        "series": [
-            _line(words.get(n, n), [(s, float((line.get("sent") or {}).get(n, 0))) for s, line in lines]) for n in names
-        ],
-    }
-    total = sum(sum((line.get("sent") or {}).values()) for _, line in lines)
-    mean = _bytes(total / len(lines))
-    said = f"Rank 0 sent {_bytes(total)} in these steps, {mean} in each on average."
-    return _section(
-        "wire", "Bytes on the wire", f"<p>{_text(said)}</p>", _chart("wire", "Sent by rank 0", "in each step")
-    )
-
-
-def _memory(record: Record, charts: dict[str, Any]) -> str:
-    parts = []
-    if record.memory is not None and len(record.memory["bytes"]) > 2:
-        found = record.memory
-        points = list(zip([float(t) for t in found["seconds"]], [float(b) for b in found["bytes"]], strict=True))
-        charts["trace"] = {
-            "series": [_line("in use", points)],
-            "bands": found["phases"],
-            "unit": "B",
-            "x": "seconds",
-        }
-        parts.append(_chart("trace", f"Over step {found['step']}", "what rank 0 has allocated and not freed"))
-    peaks = [(float(step), float(line["memory_bytes"])) for step, line in record.steps.items()]
-    charts["peak"] = {"series": [_line("peak so far", peaks)], "unit": "B", "zero": True}
-    parts.append(_chart("peak", "Peak so far", "of rank 0, by step"))
-    return _section("memory", "Memory", *parts)
+    said = f"Rank 0 sent {_bytes(sum(sums))} in these steps, {_bytes(fmean(sums))} in each on average."
+    return f"<p>{_text(said)}</p>"
 
 
 def _skipped(record: Record) -> str:
     if not record.skipped:
         return ""
     rows = [
-        (step, line["reason"], line.get("loss_scale_before") or "", line.get("loss_scale_after") or "")
+        (f"{step:,}", line["reason"], *(_number(line[at]) if line.get(at) else "" for at in _SCALES))
         for step, line in sorted(record.skipped.items())
     ]
-    return _section("skipped", "Skipped steps", _table(("step", "reason", "scale before", "after"), rows, (0, 2, 3)))
+    table = _table(("step", "reason", "loss scale before", "after"), rows, (0, 2, 3))
+    return "<p>Their gradients were thrown away, and the weights stayed as they were.</p>" + table
+
+
+_SCALES = ("loss_scale_before", "loss_scale_after")
 
 
 def _checkpoints(record: Record) -> str:
     if not (record.saved or record.loaded):
         return ""
     lines = sorted([*record.saved, *record.loaded], key=lambda line: line["time"])
+    folders = {str(PurePath(line["path"]).parent) for line in lines}
+    where = f"<p>In the folder <code>{_text(folders.pop())}</code>.</p>" if len(folders) == 1 else ""
     rows = [
         (
-            line["step"],
+            f"{line['step']:,}",
             "saved" if line["event"] == "CheckpointSaved" else "went on from it",
-            line["path"],
+            PurePath(line["path"]).name if where else line["path"],
             _duration(line["seconds"]) if "seconds" in line else "",
             _moment(line["time"]),
         )
         for line in lines
     ]
-    return _section("checkpoints", "Checkpoints", _table(("step", "", "path", "took", "when"), rows, (0, 3)))
+    head = ("step", "", "name", "took", "when")
+    older, rows = rows[:-_SHOWN], rows[-_SHOWN:]
+    more = (
+        f"<details><summary>{len(older)} earlier ones</summary>{_table(head, older, (0, 3))}</details>" if older else ""
+    )
+    return where + _table(head, rows, (0, 3)) + more
+
+
+_SHOWN = 5  # checkpoints, without unfolding
 
 
 def _notices(record: Record) -> str:
     if not record.notices:
         return ""
     items = "".join(f"<li>{_text(line['message'])}</li>" for line in record.notices)
-    return _section("notices", "Notices", f"<ul>{items}</ul>")
+    return f"<ul>{items}</ul>"
 
 
 def _units(record: Record) -> str:
-    units = _last_start(record)["units"]
+    units = record.start["units"]
     if not units:
         return ""
-    kinds = ("weights", "gradients", "masters", "states")
+    kinds = [kind for kind in ("weights", "gradients", "masters", "states") if any(unit[kind] for unit in units)]
     rows = [
         (u["name"], f"{u['parameters']:,}", u["dtype"], *(_bytes(u[kind]) for kind in kinds), ", ".join(u["notes"]))
         for u in units
     ]
-    total = (
-        "all",
-        f"{sum(u['parameters'] for u in units):,}",
-        "",
-        *(_bytes(sum(u[k] for u in units)) for k in kinds),
-        "",
+    sums = [_bytes(sum(unit[kind] for unit in units)) for kind in kinds]
+    total = (f"{len(units)} units", f"{sum(u['parameters'] for u in units):,}", "", *sums, "")
+    note = (
+        "The parts of the model whose weights are gathered and whose gradients are reduced together, and the bytes of "
     )
+    note += "each that rank 0 held when the process began."
+    if "states" not in kinds:
+        note += " The optimizer makes its states in the first step."
     head = ("unit", "parameters", "dtype", *kinds, "")
-    note = "<p>What is gathered and reduced together, and what rank 0 held of it when the process began.</p>"
-    return _section("units", "Units of the model", note, _table(head, [*rows, total], range(1, 7)))
+    return f"<p>{_text(note)}</p>" + _table(head, [*rows, total], range(1, 3 + len(kinds)))
 
 
 def _flat(tree: Mapping[str, Any], path: str = "") -> Iterable[tuple[str, Any]]:
@@ -432,7 +342,7 @@ def _flat(tree: Mapping[str, Any], path: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def _config(record: Record) -> str:
-    start = _last_start(record)
+    start = record.start
     origins = start["origins"]
     rows = [(path, json.dumps(value), origins.get(path, "default")) for path, value in _flat(start["config"])]
     if not rows:
@@ -440,12 +350,29 @@ def _config(record: Record) -> str:
     chosen, rest = [r for r in rows if r[2] != "default"], [r for r in rows if r[2] == "default"]
     head = ("key", "value", "origin")
     more = f"<details><summary>{len(rest)} keys at their defaults</summary>{_table(head, rest)}</details>"
-    return _section("config", "Configuration", _table(head, chosen), more)
+    return _table(head, chosen) + more
 
 
 def _environment(record: Record) -> str:
     rows = "".join(
         f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>"
-        for name, value in _last_start(record)["environment"].items()
+        for name, value in record.start["environment"].items()
     )
-    return _section("environment", "Environment", f'<dl class="plain">{rows}</dl>') if rows else ""
+    return f'<dl class="plain">{rows}</dl>' if rows else ""
+
+
+_WORDS = {
+    "rank": "One process of the job, with one device. They are numbered from 0, and rank 0 writes this log.",
+    "step": "One update of the weights. It may be made of several micro-steps, each a forward and a backward.",
+    "stage": "What is divided among ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights (ZeRO).",
+    "unit": "Parameters that are gathered and reduced together: as a rule one block of the model.",
+    "gather": "Ranks send each other the weights that they hold a part of.",
+    "reduce": "Ranks add up their gradients, and each keeps the sum of its own part.",
+    "masters": "The fp32 copy of weights that are themselves in bf16 or fp16.",
+    "MFU": "Model FLOP utilization: the share of what the device can do that went into the model's own operations.",
+}
+
+
+def _words() -> str:
+    rows = "".join(f"<div><dt>{_text(word)}</dt><dd>{_text(what)}</dd></div>" for word, what in _WORDS.items())
+    return f'<dl class="words">{rows}</dl>'

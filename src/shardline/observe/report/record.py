@@ -37,6 +37,16 @@ class Record:
     notices: list[Line] = field(default_factory=list)
     memory: Line | None = None
 
+    @property
+    def start(self) -> Line:
+        """How the last process has begun: its configuration, environment and units."""
+        return self.starts[-1] if self.starts else {"environment": {}, "config": {}, "origins": {}, "units": []}
+
+    @property
+    def config(self) -> Line:
+        """The configuration of the last process."""
+        return dict(self.start["config"])
+
     def take_back(self, step: int) -> None:
         """Steps after ``step`` did not happen."""
         for table in (self.steps, self.phases, self.scalars, self.skipped):
