@@ -47,6 +47,9 @@ class ShardlineError(Exception):
     code: ClassVar[str] = ""
     """Short and stable, such as ``SL101``; empty where an error has no page."""
 
+    def __init__(self, message: str = "") -> None:  # by name where torch raises again what a loader's worker raised
+        super().__init__(message)
+
     @property
     def message(self) -> str:
         """The text without the code, for use inside another text. A terminal may show it: see :func:`escaped`."""

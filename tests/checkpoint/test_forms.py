@@ -184,7 +184,8 @@ def places(value, path=()):
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_field_with_any_value(two, tmp_path_factory, data):
-    """Nothing but our own errors comes out of a manifest, and what is read needs no more than there is."""
+    """150 inputs: nothing but our own errors comes out of a manifest, whichever command reads it, what is read needs no
+    more than there is, and the other checkpoint is found."""
     good = content(two / "two")
     place = data.draw(st.sampled_from([place for place in places(good) if place]))
     changed = json.loads(json.dumps(good))
@@ -195,7 +196,11 @@ def test_any_field_with_any_value(two, tmp_path_factory, data):
     path = tmp_path_factory.mktemp("any")
     shutil.copytree(two, path, dirs_exist_ok=True)
     sign(path / "two", changed)
-    Directory(path).checkpoints()
+    found = {each.tag: each.problem for each in Directory(path).checkpoints()}
+    assert "one" in found and found["one"] is None
+    for command in ("list", "inspect", "verify", "prune"):
+        more = ["--keep", "5"] if command == "prune" else ["--all"] if command == "verify" else []
+        assert main(["checkpoint", command, str(path), *more]) in (0, 1)
     with contextlib.suppress(ShardlineError):
         reader = CheckpointReader(path / "two")
         try:
@@ -448,3 +453,78 @@ def test_a_directory_without_checkpoints_says_what_it_lacks(ranks, tmp_path):
         assert "it holds src" in full and "run/one is itself a checkpoint" in itself and "the tag 'one'" in itself
         assert "there is no" in two and "cannot be the name" in up and "cannot be the name" in etc
         assert "it is a FIFO" in fifo and "it is a FIFO" in newest and "run/one and not a later" in newest
+
+
+OPTIMIZERS = {
+    "AdamW": {"type": "AdamW", "params": {"lr": 0.01}},
+    "SGD": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}},
+    "Adafactor": {"type": "Adafactor", "params": {"lr": 0.01}},
+    "Muon": {"type": "Muon", "params": {"lr": 0.01}},
+}
+
+
+def load_other_states(path, settings):
+    """Remove and change one part of the optimizer's state after the other, of all parameters alike."""
+    built = cases.engine(settings)
+    cases.train(built, 2)
+    built.save_checkpoint(path, tag="good")
+    good, said = content(Path(path, "good")), {}
+    rows = good["parameters"].values()
+    keys = {key for row in rows for key in row["state"]}
+    numbers = {key for row in rows for key in row["scalars"]}
+
+    def attempt(name, change):
+        changed = json.loads(json.dumps(good))
+        for row in changed["parameters"].values():
+            change(row)
+        sign(Path(path, "good"), changed)
+        try:
+            built.load_checkpoint(path, "good")
+            cases.train(built, built.global_steps + 1)
+            said[name] = "stepped"
+        except CheckpointError as error:
+            said[name] = str(error)
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+        sign(Path(path, "good"), good)
+        built.load_checkpoint(path, "good")
+
+    for key in sorted(keys):
+        attempt(f"no {key}", lambda row, key=key: row["state"].pop(key, None))
+        attempt(f"other {key}", lambda row, key=key: row["state"].update({f"{key}2": row["state"].pop(key)})
+                if key in row["state"] else None)  # fmt: skip
+    for key in sorted(numbers):
+        attempt(f"no {key}", lambda row, key=key: row["scalars"].pop(key, None))
+        for value in ("x", [1], {}, None, {"$tuple": [1]}):
+            attempt(f"{key}: {value}", lambda row, key=key, value=value: row["scalars"].update({key: value})
+                    if key in row["scalars"] else None)  # fmt: skip
+    built.destroy()
+    return said
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS])
+def test_state_from_which_the_optimizer_cannot_step_is_found_at_the_load(ranks, tmp_path, name):
+    """Where it steps all the same, as SGD does without its momentum, it may be loaded."""
+    (said,) = ranks(load_other_states, 1, str(tmp_path), cases.config(2, 1, optimizer=OPTIMIZERS[name]))
+    assert len(said) >= 2
+    wrong = {how: text for how, text in said.items() if text != "stepped" and "[SL801]" not in text}
+    assert not wrong
+    if name == "AdamW":
+        assert "from which AdamW cannot step (KeyError: 'exp_avg_sq')" in said["no exp_avg_sq"]
+
+
+def test_a_number_behind_which_there_is_none(saved):
+    """A number that no directory reaches is damage, and the next save has the one after the others. Only the very last
+    one has no next: that is said."""
+    good = content(saved / "two")
+    for sequence in (2**53, 2**53 - 1, 2**32):
+        sign(saved / "two", good | {"sequence": sequence})
+        assert "wrong form: sequence" in the_one_before_is_found(saved)
+        disk.save(ALONE, saved, "three", 3)
+        assert Directory(saved).order()[:2] == ["three", "one"]
+        assert content(saved / "three")["sequence"] == content(saved / "one")["sequence"] + 1
+        shutil.rmtree(saved / "three")
+    sign(saved / "two", good | {"sequence": 2**32 - 1})
+    with pytest.raises(CheckpointError, match="two has the last number that a save can have"):
+        disk.save(ALONE, saved, "three", 3)
+    assert Directory(saved).tags() == ["two", "one"]

@@ -506,6 +506,56 @@ def test_what_cannot_be_split_is_a_sentence(changes: dict[str, Any], sentence: s
         Loader(**({**good, "rank": 0, "world_size": 2, "seed": 0} | changes))
 
 
+class Long:
+    """Says that it has ``length`` samples, and has 20."""
+
+    def __init__(self, length: Any) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        if isinstance(self.length, Exception):
+            raise self.length
+        return self.length  # type: ignore[no-any-return]
+
+    def __getitem__(self, index: int) -> int:
+        return range(20)[index]
+
+
+class LongStream(Numbers):
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(20))
+
+
+LENGTHS = [-1, -(10**30), 2.5, "x", None, 10**12, 10**18, 10**30, OSError("gone"), KeyError("n")]
+
+
+@pytest.mark.parametrize("kind", [Long, LongStream])
+def test_lengths_that_cannot_be(kind: Any) -> None:
+    """10 inputs of each kind. Only a stream may be as long as it likes."""
+    for length in LENGTHS:
+        possible = kind is LongStream and length in (10**12, 10**18)
+        try:
+            loaders(kind(length), 2, 1)
+        except DataError as error:
+            assert f"len() of the dataset {kind.__name__} " in str(error) and not possible, length
+        else:
+            assert possible, length
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("options", [{}, {"shuffle": False}, {"sampler": [3, 25, 4, 9]}])
+def test_a_length_that_is_too_long_is_told_with_index_and_rank(workers: int, options: dict[str, Any]) -> None:
+    (loader,) = loaders(Long(40), 1, 1, num_workers=workers, **options)
+    with pytest.raises(DataError, match=r"Long has no sample [23]\d, which epoch 0 draws on rank 0") as caught:
+        for _ in loader:
+            pass
+    assert "Its len() is 40" in str(caught.value)
+    loader.close()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinning needs CUDA")
 @pytest.mark.parametrize("workers", [0, 2])

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset, get_worker_info
 
+from shardline.data.order import length_of
 from shardline.data.seeds import derive, outer_states_kept, seed_all
 from shardline.data.split import Position, Split
-from shardline.errors import DataError
+from shardline.errors import DataError, shown
 
 __all__ = ["Drawn", "Indexed", "Request", "StreamEnd", "Streamed", "introduce"]
 
@@ -89,6 +90,10 @@ class _Source(Dataset[Drawn | StreamEnd]):
 class Indexed(_Source):
     """Micro-batches of a dataset with ``__getitem__``."""
 
+    def __init__(self, dataset: Any, collate: Collate, seed: int, rank: int) -> None:
+        super().__init__(dataset, collate, seed)
+        self.rank = rank
+
     def draw(self, request: Request) -> Drawn:
         epoch = request.position.epoch
         self.begin(epoch)
@@ -97,6 +102,12 @@ class Indexed(_Source):
             seed_all(derive(self.seed, epoch, index))
             try:
                 samples.append(self.dataset[index])
+            except IndexError as error:
+                raise DataError(
+                    f"The dataset {type(self.dataset).__name__} has no sample {index}, which epoch {epoch} draws on "
+                    f"rank {self.rank} (IndexError: {shown(error, 200)}). Its len() is {_length(self.dataset)}: "
+                    f"is that too many, or does the sampler give indices beyond it?"
+                ) from error
             except Exception as error:
                 error.add_note(f"Raised while drawing sample {index} of epoch {epoch}.")
                 raise
@@ -155,6 +166,10 @@ class Streamed(_Source):
                 self.epoch = None  # a generator that raised would now seem to have ended: read again if asked again
                 error.add_note(f"Raised while drawing sample {self.total} of the stream in epoch {epoch}.")
                 raise
+
+
+def _length(dataset: Any) -> int | str:
+    return length_of(dataset) if hasattr(dataset, "__len__") else "missing"
 
 
 def introduce(worker: int) -> None:

@@ -120,7 +120,7 @@ class Loader:
         source = (
             Streamed(dataset, self.collate_fn, seed, split, drop_last)
             if iterable
-            else Indexed(dataset, self.collate_fn, seed)
+            else Indexed(dataset, self.collate_fn, seed, rank)
         )
         settings: dict[str, Any] = {
             "num_workers": num_workers, "pin_memory": pin_memory,

@@ -11,10 +11,36 @@ from typing import Any
 import torch
 
 from shardline.data.seeds import derive, outer_states_kept, seed_all
-from shardline.errors import DataError
+from shardline.errors import DataError, shown
+from shardline.runtime.memory import host_bytes
 from shardline.runtime.modes import outside_modes
 
-__all__ = ["SampleOrder", "permutation"]
+__all__ = ["SampleOrder", "length_of", "permutation"]
+
+
+def length_of(dataset: Any) -> int:
+    """``len(dataset)``.
+
+    Raises:
+        DataError: it fails, or gives no number of samples.
+    """
+    try:
+        return len(dataset)
+    except Exception as error:
+        raise DataError(
+            f"len() of the dataset {type(dataset).__name__} failed ({type(error).__name__}: {shown(error, 200)}). It "
+            f"must be the number of its samples, an integer from 0."
+        ) from error
+
+
+def _check_memory(dataset: Any, length: int) -> None:
+    """Refuse a length whose order no memory of this host can hold."""
+    needed, there = 8 * length, host_bytes()
+    if there is not None and needed > there:
+        raise DataError(
+            f"len() of the dataset {type(dataset).__name__} is {length}: the order of so many samples needs {needed} "
+            f"bytes, and this host has {there}. If the dataset really has so many, let it be iterable."
+        )
 
 
 @outside_modes
@@ -46,7 +72,11 @@ class SampleOrder:
 
     def length(self, epoch: int) -> int:
         """Samples in the epoch. Without a sampler it asks the dataset and lays out no order."""
-        return len(self.dataset) if self.sampler is None else len(self.indices(epoch))
+        if self.sampler is not None:
+            return len(self.indices(epoch))
+        length = length_of(self.dataset)
+        _check_memory(self.dataset, length)
+        return length
 
     def indices(self, epoch: int) -> torch.Tensor:
         """All indices of the epoch, int64, 1-D. The latest epoch asked for is kept: 8 bytes a sample."""
@@ -68,7 +98,7 @@ class SampleOrder:
     def _compute(self, epoch: int) -> torch.Tensor:
         if self.sampler is not None:
             return self._sampled(self.sampler, epoch)
-        length = len(self.dataset)
+        length = self.length(epoch)
         return permutation(length, self.seed, epoch) if self.shuffle else _in_order(length)
 
     def _sampled(self, sampler: Iterable[int], epoch: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-from shardline.data.order import SampleOrder
+from shardline.data.order import SampleOrder, length_of
 from shardline.data.split import Position, Split
 from shardline.errors import DataError
 
@@ -85,7 +85,7 @@ class LoaderState:
         """Samples in an epoch, as far as known; those of this rank in a sharded dataset."""
         if self.order is not None:
             return self.order.length(epoch)
-        return len(self.dataset) if hasattr(self.dataset, "__len__") else None
+        return length_of(self.dataset) if hasattr(self.dataset, "__len__") else None
 
     def batches(self, epoch: int) -> int | None:
         """Global batches in an epoch, as far as known."""

@@ -35,7 +35,7 @@ from shardline.errors import OptimizerError
 from shardline.optim.lamb import Lamb
 from shardline.optim.lion import Lion
 
-__all__ = ["KNOWN", "Kind", "kind", "probe"]
+__all__ = ["KNOWN", "Kind", "builder", "kind", "probe"]
 
 Kind = Literal["elementwise", "per_parameter", "global"]
 """``elementwise``: right on any piece of a parameter. ``per_parameter``: right on whole parameters of their own shape.
@@ -96,7 +96,7 @@ def probe(cls: type[Optimizer], defaults: Mapping[str, Any], groups: Sequence[Ma
     and every device, are left alone.
     """
     order: list[Kind] = ["elementwise", "per_parameter", "global"]
-    found = [_probe_group(_builder(cls, defaults, group), cls) for group in groups]
+    found = [_probe_group(builder(cls, defaults, group), cls) for group in groups]
     return max(found, key=order.index)
 
 
@@ -173,7 +173,7 @@ def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     return all(bool(((a - b).abs() <= 1e-9 * scale).all()) for a, b in zip(one, other, strict=True))
 
 
-def _builder(cls: type[Optimizer], defaults: Mapping[str, Any], group: Mapping[str, Any]) -> Build:
+def builder(cls: type[Optimizer], defaults: Mapping[str, Any], group: Mapping[str, Any]) -> Build:
     """Builds ``cls`` as the user did, with one param group: defaults that its constructor takes, and the options."""
     taken = inspect.signature(cls).parameters
     arguments = {key: _small(key, value) for key, value in defaults.items() if key in taken and key != "params"}

@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["allocated_bytes", "peak_bytes", "resident_bytes"]
+__all__ = ["allocated_bytes", "host_bytes", "peak_bytes", "resident_bytes"]
+
+
+def host_bytes() -> int | None:
+    """Memory of this host; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def peak_bytes(device: torch.device) -> int:

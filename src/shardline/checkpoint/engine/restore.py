@@ -25,7 +25,6 @@ from shardline.sharding.fragments import ParamState
 
 __all__ = [
     "Match",
-    "check_states",
     "finish_load",
     "load_averages",
     "load_buffers",
@@ -202,29 +201,6 @@ def load_buffers(parts: Parts, reader: CheckpointReader, found: Match) -> None:
 
 
 # -- the optimizer ----------------------------------------------------------------------------------------------------
-
-
-def check_states(reader: CheckpointReader) -> None:
-    """Parameters whose optimizer state has the same tensors have the same numbers, too.
-
-    Raises:
-        CheckpointError: if not; names the parameter.
-    """
-    forms: dict[tuple[str, ...], dict[str, str]] = {}
-    for name, entry in reader.parameters.items():
-        if entry.state:
-            form = {key: _form(key, value) for key, value in entry.scalars.items()}
-            if forms.setdefault(tuple(sorted(entry.state)), form) != form:
-                raise CheckpointError(
-                    f"{reader.path} holds other optimizer state of {shown(repr(name))} than of the other "
-                    f"parameters: it is of no optimizer. Nothing was loaded."
-                )
-
-
-def _form(key: str, value: Any) -> str:
-    """What kind of value it is. Tensors without dimensions become numbers while a parameter is frozen, steps do not."""
-    number = type(value) in (int, float) or (isinstance(value, dict) and "$scalar" in value)
-    return "number" if number and key != "step" else type(value).__name__
 
 
 def steps_to_lay_out(parts: Parts, reader: CheckpointReader, found: Match) -> dict[str, int] | None:

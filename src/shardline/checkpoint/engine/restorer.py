@@ -15,7 +15,6 @@ from shardline.checkpoint.engine.parts import Parts, optimizer_name
 from shardline.checkpoint.engine.randomness import RandomState, derive_states
 from shardline.checkpoint.engine.restore import (
     Match,
-    check_states,
     finish_load,
     load_averages,
     load_buffers,
@@ -25,6 +24,7 @@ from shardline.checkpoint.engine.restore import (
     steps_to_lay_out,
 )
 from shardline.checkpoint.engine.selection import select
+from shardline.checkpoint.engine.states import check_states
 from shardline.checkpoint.engine.trainer import Trainer
 from shardline.checkpoint.format.commit import together
 from shardline.checkpoint.format.directory import Directory
@@ -113,9 +113,9 @@ class Restorer:
         found = match(parts, reader, strict=scope.strict)
         kind = None if manifest.optimizer is None else manifest.optimizer.kind
         same_kind = parts.optimizer is not None and kind == optimizer_name(parts.optimizer)
-        if scope.optimizer and same_kind:
-            check_states(reader)
         groups = match_groups(parts, reader) if same_kind else Groups()
+        if scope.optimizer and same_kind:
+            check_states(parts, reader, found, groups)
         scheduler = scope.scheduler and (not scope.optimizer or same_kind or parts.optimizer is None)
         prepared = _Prepared(
             found,

@@ -32,6 +32,7 @@ from shardline.checkpoint.format.faults import Reach
 from shardline.checkpoint.format.lock import Lock
 from shardline.checkpoint.format.manifest import (
     FORMAT,
+    LAST_SEQUENCE,
     LATEST,
     MANIFEST,
     MANIFEST_SUM,
@@ -42,7 +43,7 @@ from shardline.checkpoint.format.manifest import (
     largest_manifest,
 )
 from shardline.checkpoint.format.tensorfile import write
-from shardline.errors import CheckpointError, text_of
+from shardline.errors import CheckpointError, shown, text_of
 
 __all__ = ["Channel", "SingleProcess", "commit", "together"]
 
@@ -199,8 +200,16 @@ class _Commit:
         reach("mkdir:after")
         set_mark(temp, identity)
         reach("mark-write:after")
-        newest = max((each.sequence for each in directory.checkpoints()), default=-1)
-        return {"id": identity, "sequence": newest + 1, "path": str(directory.path.absolute())}
+        newest = max(directory.checkpoints(), key=lambda each: each.sequence, default=None)
+        if newest is not None and newest.sequence == LAST_SEQUENCE:
+            raise CheckpointError(
+                f"{shown(newest.path)} has the last number that a save can have. Remove it, or save elsewhere."
+            )
+        return {
+            "id": identity,
+            "sequence": 0 if newest is None else newest.sequence + 1,
+            "path": str(directory.path.absolute()),
+        }
 
     def _write_shard(self, temp: Path, plan: Mapping[str, Any]) -> list[Any]:
         """Write this rank's tensors; returns what the manifest says of their file."""

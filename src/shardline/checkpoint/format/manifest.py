@@ -50,6 +50,8 @@ ITEM_BYTES = {
 
 _BASE_BYTES = 32 << 20
 _BYTES_PER_FILE = 128 << 10
+LAST_SEQUENCE = (1 << 32) - 1
+"""No directory sees so many saves: a higher number is damage, and would leave none for the next save."""
 _MOST = 1 << 53  # the largest count that every JSON reader keeps exact
 
 T = TypeVar("T", bound=BaseModel)
@@ -296,7 +298,7 @@ class Manifest(_Value):
     format: Short
     version: Count
     id: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-    sequence: Count
+    sequence: Annotated[int, Field(ge=0, le=LAST_SEQUENCE)]
     tag: Annotated[str, AfterValidator(_tag)]
     latest: bool
     files: Annotated[list[FileEntry], Field(min_length=1)]
