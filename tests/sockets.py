@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 def listening(*pids: int) -> list[tuple[Address, int]]:
     """Address and port of every TCP socket that the processes (without any: this one) listen with."""
     found = []
+    gc.collect()  # stores of tests that ended by an error
     for pid in pids or (os.getpid(),):
         own = set()
         for link in Path(f"/proc/{pid}/fd").iterdir():

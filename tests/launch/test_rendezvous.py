@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 from shardline.errors import LaunchError
 from shardline.launch import rendezvous
 from shardline.launch.rendezvous import BACKEND, ChangingNodes, FixedNodes, Meeting, SignedBackend
+from shardline.runtime import network, patience
 from shardline.runtime.network import open_store
 from shardline.runtime.process_group import init_distributed
 from tests.sockets import descendants, listening
@@ -196,7 +198,7 @@ def test_nodes_meet_and_each_attempt_has_a_store_of_its_own():
 def test_nodes_that_do_not_fit_say_so(monkeypatch, capsys):
     port = free_port()
     answers = meet(*(lambda rank=rank: fixed(port, rank, 4, seconds=1) for rank in (0, 2)))
-    late = f"Nodes 1, 3 of 4 did not come to 127.0.0.1:{port} in 1 s (--join-timeout)."
+    late = f"2 of 4 nodes are at 127.0.0.1:{port}: nodes 1, 3 did not come in 1 s (--join-timeout)."
     assert late in [answer.message for answer in answers], (
         answers
     )  # the other node may see no more than that this one gave up
@@ -208,22 +210,27 @@ def test_nodes_that_do_not_fit_say_so(monkeypatch, capsys):
     port = free_port()
     answers = meet(lambda: fixed(port, 0, seconds=1), lambda: fixed(port, 1, count=3))
     assert "--nnodes is 3 here and '2' on node 0" in str(answers[1]), answers
-    assert "Node 1 of 2 did not come" in str(answers[0]), answers
+    assert f"1 of 2 nodes is at 127.0.0.1:{port}: node 1 did not come" in str(answers[0]), answers
 
-    monkeypatch.setattr(rendezvous, "_FIRST_WORD_SECONDS", 0.0)
+    monkeypatch.setattr(patience, "_WORD_SECONDS", 0.1)
     port = free_port()
-    (answer,) = meet(lambda: fixed(port, 1, seconds=0.3))
-    assert answer.message == f"No launcher answers at 127.0.0.1:{port} (Connection refused) in 0.3 s (--join-timeout)."
-    said = capsys.readouterr().err
-    assert f"shardline run: no launcher answers at 127.0.0.1:{port} (Connection refused) yet.\n" in said
+    (answer,) = meet(lambda: fixed(port, 1, seconds=0.5))
+    nobody = f"o launcher of node 0 answers at 127.0.0.1:{port} (Connection refused)"
+    assert answer.message == f"N{nobody} in 0.5 s (--join-timeout)."
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) > 1
+    for line in said:
+        assert re.fullmatch(
+            rf"shardline run: n{re.escape(nobody)} yet; waiting until \d\d:\d\d:\d\d \(--join-timeout\)\.", line
+        ), line
 
     (answer,) = meet(lambda: FixedNodes(Meeting("absent.invalid", port, (2, 2), 1, 0.3)))
-    assert "No launcher answers at absent.invalid" in str(answer)
+    assert "No launcher of node 0 answers at absent.invalid" in str(answer)
 
 
 @pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["silent", "another program"])
 def test_a_master_that_is_no_launcher(monkeypatch, says):
-    monkeypatch.setattr(rendezvous, "_HANDSHAKE_SECONDS", 1.0)
+    monkeypatch.setattr(network, "_HANDSHAKE_SECONDS", 1.0)
     others = set(threading.enumerate())
     kept = []
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -330,11 +337,14 @@ def test_nodes_with_different_secrets_do_not_meet():
     meet_first.join(LIMIT)
 
 
-def test_too_few_nodes_come():
+def test_too_few_nodes_come(monkeypatch, capsys):
+    monkeypatch.setattr(patience, "_WORD_SECONDS", 0.2)
     port = free_port()
     meeting = Meeting("127.0.0.1", port, (2, 3), seconds=1, secret=SECRET)
     (answer,) = meet(lambda: ChangingNodes.at(meeting))
     assert answer.message == f"Fewer than 2 nodes came to 127.0.0.1:{port} in 1 s (--join-timeout)."
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) > 1 and f"fewer than 2 nodes came to 127.0.0.1:{port} yet; waiting until" in said[1]
 
 
 @pytest.mark.slow

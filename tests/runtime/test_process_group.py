@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import re
 import socket
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from datetime import timedelta
 
 import pytest
@@ -12,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from shardline.errors import LaunchError, UsageError
-from shardline.runtime import process_group, topology
+from shardline.runtime import patience, process_group, topology
+from shardline.runtime.patience import Patience
 from shardline.testing import run_distributed
 from tests.sockets import listening
 
@@ -97,12 +101,13 @@ def test_the_store_of_rank_zero_listens_on_its_address_alone():
 
 def test_a_name_that_only_this_host_understands_is_warned_of(monkeypatch, caplog):
     monkeypatch.setattr(process_group, "is_loopback_by_name", lambda host: True)
+    limits = timedelta(seconds=10), Patience(10, "timeout", "")
     with caplog.at_level("WARNING"):
-        store = process_group._store("127.0.0.1", 0, True, False, timedelta(seconds=10))
+        store = process_group._store("127.0.0.1", 0, True, False, *limits)
     assert "the store of the ranks listens on all interfaces" in caplog.text
     assert [address.is_unspecified for address, _ in listening()] == [True]
     del store
-    store = process_group._store("127.0.0.1", 0, True, True, timedelta(seconds=10))
+    store = process_group._store("127.0.0.1", 0, True, True, *limits)
     assert [address.is_loopback for address, _ in listening()] == [True]
     del store
 
@@ -117,6 +122,38 @@ def test_two_processes_find_each_other(launcher):
     address |= {"MASTER_ADDR": "127.0.0.1"} if launcher == "torchrun" else {"SLURM_STEP_NODELIST": "127.0.0.1"}
     results = run_distributed(rejoin, 2, {**names, **address}, timeout=90)
     assert results == [(3.0, 0, 2, 0), (3.0, 1, 2, 1)]
+
+
+def wait_for_more(world, port):
+    """Two processes of a world that has more; and then without rank 0."""
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    said = io.StringIO()
+    found = []
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
+        patch.setattr(patience, "_WORD_SECONDS", 0.2)
+        for rank_here, seconds, place in ((rank, 1.0, port), (rank + 1, 0.6, free_port())):
+            os.environ["MASTER_PORT"] = place
+            with pytest.raises(LaunchError) as caught:
+                process_group.init_distributed(timeout=timedelta(seconds=seconds), rank=rank_here, world_size=world)
+            found.append(caught.value.message)
+            assert not dist.is_initialized()
+    return found, said.getvalue().splitlines()
+
+
+def test_ranks_that_do_not_come_are_named_meanwhile_and_at_the_limit():
+    port = free_port()
+    (found, lines), (other, silent) = run_distributed(wait_for_more, 2, 4, port, timeout=90)
+    absent = "2 of 4 ranks are here: ranks 2, 3 did not come"
+    assert f"{absent} in 1 s (init_distributed(timeout=))." in (found[0], other[0])
+    assert re.fullmatch(
+        rf"shardline: rank 0: {absent} yet; waiting until [\d:]{{8}} \(init_distributed\(timeout=\)\)\.", lines[0]
+    ), lines
+    assert re.match(
+        r"No store of rank 0 answers at 127\.0\.0\.1:\d+ \(Connection refused\) in 0\.6 s \(init_di", found[1]
+    )
+    assert silent == []
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["made here", "made by the caller"])

@@ -12,11 +12,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-import socket
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -55,13 +53,12 @@ from shardline.runtime.network import (
     open_store,
     own_address,
 )
+from shardline.runtime.patience import Patience
 
 __all__ = ["BACKEND", "Meeting", "NotNeeded", "register"]
 
 BACKEND = "shardline"
 _STORE_TIMEOUT = timedelta(seconds=60)  # for an answer of a store that is there
-_HANDSHAKE_SECONDS = 15.0
-_FIRST_WORD_SECONDS = 10.0  # nodes of one job usually start within seconds of each other
 _LAST_CALL = timedelta(seconds=30)  # how long enough nodes wait for more, each of which would later be a restart
 _HEARTBEAT_SECONDS = 5  # a node that was silent for three of them is taken for lost
 
@@ -124,7 +121,7 @@ class FixedNodes(RendezvousHandler):
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        meeting, patience = self._meeting, _Patience(self._meeting.seconds)
+        meeting, patience = self._meeting, _patience(self._meeting)
         self._attempt += 1
         self._ranks_store = None  # closes it: its port may be needed again
         if self._count == 1:
@@ -141,7 +138,7 @@ class FixedNodes(RendezvousHandler):
             self._ranks_store, info = _meet_ranks(store, meeting, meeting.rank)
         return RendezvousInfo(store, meeting.rank, self._count, info)
 
-    def _wait_for_all(self, store: Store, patience: _Patience) -> None:
+    def _wait_for_all(self, store: Store, patience: Patience) -> None:
         meeting, count = self._meeting, str(self._count)
         if meeting.rank == 0:
             store.set("nodes", count)
@@ -152,7 +149,11 @@ class FixedNodes(RendezvousHandler):
         if store.add(f"node {meeting.rank}", 1) > 1:
             raise LaunchError(f"Two launchers at {meeting} have --node-rank {meeting.rank}: every node has its own.")
         while absent := [str(rank) for rank in range(self._count) if not store.check([f"node {rank}"])]:
-            patience.wait(f"node{'s' * (len(absent) > 1)} {', '.join(absent)} of {count} did not come to {meeting}")
+            here = self._count - len(absent)
+            patience.wait(
+                f"{here} of {count} nodes {'is' if here == 1 else 'are'} at {meeting}: node{'s' * (len(absent) > 1)} "
+                f"{', '.join(absent)} did not come"
+            )
 
     def is_closed(self) -> bool:
         return False
@@ -186,7 +187,7 @@ class ChangingNodes(DynamicRendezvousHandler):
             if _is_here(meeting):
                 with suppress(LaunchError):  # another launcher of this machine has the port
                     store = _host(meeting)
-            store = store or _join(meeting, _Patience(meeting.seconds))
+            store = store or _join(meeting, _patience(meeting))
             handler = cls.from_backend(
                 BACKEND,
                 store,
@@ -208,16 +209,9 @@ class ChangingNodes(DynamicRendezvousHandler):
     def next_rendezvous(self) -> RendezvousInfo:
         meeting = self._meeting
         self._ranks_store = None
-        word = threading.Timer(_FIRST_WORD_SECONDS, _say, [f"waiting at {meeting} for {meeting.nodes[0]} nodes"])
-        word.daemon = True
-        word.start()
-        try:
-            with _in_words(meeting):
-                info = super().next_rendezvous()
-                self._ranks_store, where = _meet_ranks(PrefixStore("ranks", info.store), meeting, info.rank)
-        finally:
-            word.cancel()
-            word.join()
+        with _in_words(meeting), _saying(meeting):
+            info = super().next_rendezvous()
+            self._ranks_store, where = _meet_ranks(PrefixStore("ranks", info.store), meeting, info.rank)
         return RendezvousInfo(info.store, info.rank, info.world_size, where)
 
     def num_nodes_waiting(self) -> int:
@@ -265,27 +259,12 @@ def _host(meeting: Meeting) -> TCPStore:
     return open_store(meeting.host, meeting.port, _STORE_TIMEOUT)
 
 
-def _join(meeting: Meeting, patience: _Patience) -> TCPStore:
-    while True:
-        try:
-            socket.create_connection((meeting.host, meeting.port), timeout=5).close()
-            break
-        except OSError as error:
-            patience.wait(f"no launcher answers at {meeting} ({error.strerror or error})")
-    joined: list[TCPStore] = []
+def _patience(meeting: Meeting, sleep: Callable[[float], object] = time.sleep) -> Patience:
+    return Patience(meeting.seconds, "--join-timeout", "shardline run", sleep)
 
-    def join() -> None:
-        with suppress(dist.DistError):
-            joined.append(join_store(meeting.host, meeting.port, timedelta(seconds=_HANDSHAKE_SECONDS)))
 
-    # torch waits for the other end's first word without a limit
-    thread = threading.Thread(target=join, daemon=True)
-    thread.start()
-    thread.join(_HANDSHAKE_SECONDS)
-    if not joined:
-        raise LaunchError(f"What answers at {meeting} is not the launcher of node 0.")
-    joined[0].set_timeout(_STORE_TIMEOUT)
-    return joined[0]
+def _join(meeting: Meeting, patience: Patience) -> TCPStore:
+    return join_store(meeting.host, meeting.port, _STORE_TIMEOUT, patience, "launcher of node 0")
 
 
 def _meet_ranks(store: Store, meeting: Meeting, rank: int) -> tuple[TCPStore | None, RendezvousStoreInfo]:
@@ -298,6 +277,26 @@ def _meet_ranks(store: Store, meeting: Meeting, rank: int) -> tuple[TCPStore | N
         store.set("store of the ranks", f"{opened.port} {opened.host}")
     port, host = store.get("store of the ranks").decode().split()
     return opened, RendezvousStoreInfo(host, int(port))
+
+
+@contextmanager
+def _saying(meeting: Meeting) -> Iterator[None]:
+    """Within it nodes are waited for, by torch, which does not say so."""
+    over = threading.Event()
+    patience = _patience(meeting, over.wait)
+
+    def wait() -> None:
+        with suppress(LaunchError):  # torch has the same limit
+            while not over.is_set():
+                patience.wait(f"fewer than {meeting.nodes[0]} nodes came to {meeting}")
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextmanager
@@ -322,25 +321,3 @@ def _in_words(meeting: Meeting) -> Iterator[None]:
         raise LaunchError(f"The launcher that answered at {meeting} has ended, or can no longer be reached.") from error
     except (OSError, ValueError) as error:
         raise LaunchError(f"The launchers at {meeting} did not understand each other: {error}.") from error
-
-
-class _Patience:
-    """Waits in small steps, reports once what it waits for, and raises at its limit."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._begin = time.monotonic()
-        self._has_reported = False
-
-    def wait(self, why: str) -> None:
-        waited = time.monotonic() - self._begin
-        if waited > self._seconds:
-            raise LaunchError(f"{why[0].upper()}{why[1:]} in {self._seconds:g} s (--join-timeout).")
-        if waited > _FIRST_WORD_SECONDS and not self._has_reported:
-            self._has_reported = True
-            _say(f"{why} yet")
-        time.sleep(0.1)
-
-
-def _say(text: str) -> None:
-    print(f"shardline run: {text}.", file=sys.stderr)

@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import sys
+import threading
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from shardline.errors import LaunchError
+from shardline.runtime.patience import Patience
 
 __all__ = [
     "LOOPBACK",
@@ -31,6 +33,8 @@ __all__ = [
 ]
 
 LOOPBACK = "127.0.0.1"
+
+_HANDSHAKE_SECONDS = 15.0
 
 _ADVICE = {
     errno.EADDRINUSE: "Another program has this port; choose another one.",
@@ -70,13 +74,42 @@ def open_store(host: str, port: int, timeout: timedelta) -> TCPStore:
     )
 
 
-def join_store(host: str, port: int, timeout: timedelta) -> TCPStore:
-    """Join the store that another process opened at this address.
+def join_store(
+    host: str, port: int, timeout: timedelta, patience: Patience | None = None, whose: str = "store of rank 0"
+) -> TCPStore:
+    """Join the store that another process opened at this address, once it is there.
+
+    Args:
+        timeout: how long a call may wait for a key.
+        patience: with which the store is waited for; None: silently, for ``timeout``.
+        whose: it is, in sentences.
 
     Raises:
-        torch.distributed.DistError: nothing answered within ``timeout``.
+        LaunchError: nothing answered in time, or what answered is no store.
     """
-    return TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    patience = patience or Patience(timeout.total_seconds(), "timeout", "")
+    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            break
+        except OSError as error:
+            patience.wait(f"no {whose} answers at {place} ({error.strerror or error})")
+    joined: list[TCPStore] = []
+
+    def join() -> None:
+        with suppress(RuntimeError):
+            limit = timedelta(seconds=_HANDSHAKE_SECONDS)
+            joined.append(TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False))
+
+    # torch waits for the other end's first word without a limit
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    thread.join(_HANDSHAKE_SECONDS)
+    if not joined:
+        raise LaunchError(f"What answers at {place} is not the {whose}.")
+    joined[0].set_timeout(timeout)
+    return joined[0]
 
 
 def addresses(host: str) -> list[str]:

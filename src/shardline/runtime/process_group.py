@@ -30,7 +30,9 @@ from shardline.runtime.environment import (
     listen_on,
     read_launcher,
 )
+from shardline.runtime.launcher import end_with_the_launcher
 from shardline.runtime.network import LOOPBACK, Store, is_loopback_by_name, join_store, open_store
+from shardline.runtime.patience import Patience
 from shardline.runtime.topology import group_backend, locate
 
 __all__ = ["DEFAULT_PORT", "DEFAULT_TIMEOUT", "init_distributed", "make_current", "rendezvous_store"]
@@ -40,6 +42,7 @@ logger = logging.getLogger("shardline")
 DEFAULT_PORT = 29500
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 
+_FEW = 16  # ranks to name
 _ABORT_SECONDS = 10.0  # after an error, until a backend has ended its collectives
 _RELEASE_SECONDS = 0.02  # a thread that waits for the interpreter has it after 5 ms
 
@@ -69,7 +72,7 @@ def init_distributed(
         auto_mpi_discovery: whether Open MPI's variables count (they are read like any launcher's; no mpi4py).
         distributed_port: port of rank 0 where the environment has no MASTER_PORT.
         verbose: log one DEBUG line on rank 0.
-        timeout: how long a collective may wait for the other ranks; 10 minutes.
+        timeout: how long a collective may wait for the other ranks, and this process for them to come; 10 minutes.
         init_method: URL for torch's rendezvous (``tcp://host:port``, ``file:///path``), instead of MASTER_ADDR.
         dist_init_required: False says that the caller has already made a group.
         config: accepted for compatibility, not used.
@@ -79,14 +82,15 @@ def init_distributed(
             SHARDLINE_DEVICE in the environment. The default is the accelerator that is here, if any.
 
     Raises:
-        LaunchError: the device is not here, the environment is incomplete or contradicts itself, or rank 0 cannot
-            listen on MASTER_ADDR.
+        LaunchError: the device is not here, the environment is incomplete or contradicts itself, rank 0 cannot listen
+            on MASTER_ADDR or does not answer there, or other ranks did not come in time.
         UsageError: ``dist_init_required=False`` without a process group.
     """
     if device is not None:
         usable(Accelerators.seen(), device)
         ask_for_device(device)
     _end_groups_at_exit()
+    end_with_the_launcher()
     if dist.is_initialized():
         return
     if dist_init_required is False:
@@ -103,6 +107,10 @@ def init_distributed(
         raise LaunchError(f"Rank {rank} of {world_size} processes: a rank is at least 0 and below the world size.")
 
     timeout = timeout or DEFAULT_TIMEOUT
+    speaks = rank == 0 or (launched.local_rank == 0)
+    patience = Patience(
+        timeout.total_seconds(), "init_distributed(timeout=)", f"shardline: rank {rank}" if speaks else ""
+    )
     one_host = is_on_one_host(launched, world_size)
     if one_host:
         listen_on(LOOPBACK)
@@ -116,12 +124,13 @@ def init_distributed(
         store = dist.PrefixStore("default_pg", store)  # type: ignore[attr-defined]
     else:
         host, port = address_of_rank_zero(launched, distributed_port)
-        store = _store(host, port, rank == 0, one_host, timeout)
+        store = _store(host, port, rank == 0, one_host, timeout, patience)
 
     here = locate(read_launcher(), rank, world_size).device
     make_current(here)
     if world_size > 1:
         store = _own_part(store, world_size)
+        _wait_for_all(store, rank, world_size, patience)
     backend = dist_backend or _backend_for_all(store, world_size, here)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     if verbose and rank == 0:
@@ -140,9 +149,9 @@ def rendezvous_store() -> Store:
     return store
 
 
-def _store(host: str, port: int, is_server: bool, one_host: bool, timeout: timedelta) -> Store:
+def _store(host: str, port: int, is_server: bool, one_host: bool, timeout: timedelta, patience: Patience) -> Store:
     if not is_server:
-        return join_store(host, port, timeout)
+        return join_store(host, port, timeout, patience, "store of rank 0")
     if one_host or not is_loopback_by_name(host):
         return open_store(host, port, timeout)
     logger.warning(
@@ -161,6 +170,31 @@ def _own_part(store: Any, world_size: int) -> Any:
     """
     turn = (store.add("shardline/groups", 1) - 1) // world_size
     return dist.PrefixStore(f"group_{turn}", store)  # type: ignore[attr-defined]
+
+
+def _wait_for_all(store: Any, rank: int, world_size: int, patience: Patience) -> None:
+    """Return when all ranks have come to the group that is about to be made. Collective.
+
+    Raises:
+        LaunchError: some did not come in time; all that came raise it.
+    """
+    here = dist.PrefixStore("shardline/here", store)  # type: ignore[attr-defined]
+    try:
+        here.set(str(rank), "")
+        if here.add("count", 1) == world_size:
+            here.set("all", "")
+        while not here.check(["all"]):
+            patience.wait(_who_is_absent(here, world_size) if patience.wants_words else "")
+    except dist.DistError as error:
+        raise LaunchError("The store of rank 0, where ranks meet, was closed before all had come.") from error
+
+
+def _who_is_absent(here: Any, world_size: int) -> str:
+    absent = [str(rank) for rank in range(world_size) if not here.check([str(rank)])]
+    count = world_size - len(absent)
+    few = ", ".join(absent[:_FEW]) + (", ..." if len(absent) > _FEW else "")
+    verb, plural = "is" if count == 1 else "are", "s" * (len(absent) != 1)
+    return f"{count} of {world_size} ranks {verb} here: rank{plural} {few} did not come"
 
 
 def _backend_for_all(store: Any, world_size: int, device: torch.device) -> str:

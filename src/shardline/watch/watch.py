@@ -191,6 +191,7 @@ class Watch:
         if not self.lost:
             self.lost = error.message
             note_lost_ranks(self, lost=True)
+        error.__suppress_context__ = True  # that a slice of waiting was over
         # torch's hooks after a forward wait once more, and torch says so in four lines
         warnings.filterwarnings("ignore", message=f".*silenced as another error was raised.*{_BEFORE}")
         return error
