@@ -198,6 +198,15 @@ class Watchdog(Section):
     )
 
 
+class Debug(Section):
+    find_nonfinite: bool = key(
+        False,
+        "After a step whose gradients are not finite, run it again and name the module or parameter where that begins. "
+        "The host then waits for each step.",
+        own=True,
+    )
+
+
 class ActivationCheckpointing(Section):
     enabled: bool = key(False, "Recompute blocks in the backward instead of keeping their activations.", own=True)
     every: Integer = key(1, "Recompute every so many blocks.", own=True, ge=1)
@@ -245,6 +254,7 @@ class Config(Section):
         50, "Steps in a row with gradients that are not finite, after which the run ends; null: never.", own=True, ge=1
     )
     watchdog: Watchdog = key(Watchdog, "What is said, and when, of ranks that do not come.", own=True)
+    debug: Debug = key(Debug, "What helps to find a mistake, and takes time.", own=True)
     steps_per_print: OptionalInteger = key(None, "Print a line every so many steps; null and Infinity: never.", ge=1)
     wall_clock_breakdown: bool = key(False, "Time forward, backward, reduce and step, and print that.")
     progress_bar: ProgressBar = key(ProgressBar, "A progress bar.", own=True)

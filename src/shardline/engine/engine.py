@@ -24,6 +24,7 @@ from shardline.engine.collective import collective
 from shardline.engine.getters import Getters
 from shardline.engine.intake import Intake
 from shardline.engine.leftovers import Leftovers
+from shardline.engine.nonfinite import NonFiniteSearch
 from shardline.engine.notices import Notices
 from shardline.engine.observing import Observing
 from shardline.engine.optimizer_state import OptimizerState
@@ -107,8 +108,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         self.module, self.optimizer = model, optimizer
         self.lr_scheduler: Any = None
         self.training_dataloader: Loader | None = None
-        self.config, self.topology = config, topology
-        self.precision, self.comm = precision, comm
+        self.config, self.topology, self.precision, self.comm = config, topology, precision, comm
         self.events = Events()
         self.scaler = self._make_scaler(config)
         self.progress = Progress()
@@ -152,6 +152,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
             load_state_dict=self._load_optimizer_state_dict,
         )
         self.on_destroy(guarded)
+        self._search = self._make_search()
 
     def attach_loader(self, loader: Loader) -> None:
         """Take ``loader`` as the engine's own: a batch counts for the samples in it, and checkpoints hold its position.
@@ -165,6 +166,13 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
     def on_destroy(self, undo: Callable[[], None]) -> None:
         """Have :meth:`destroy` call ``undo``, the last one first."""
         self._on_destroy.append(undo)
+
+    def _make_search(self) -> NonFiniteSearch | None:
+        if not self.config.debug.find_nonfinite:
+            return None
+        search = NonFiniteSearch(self.module, self.comm, self.events)
+        self.on_destroy(search.close)
+        return search
 
     def _make_scaler(self, config: Config) -> LossScaler:
         return LossScaler.from_config(config)
@@ -335,13 +343,15 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
                 host = boundary.end(
                     self._window,
                     exit_requested=self.checkpoints.exit_requested,
-                    at_once=scheduler is not None and not lr.can_undo(scheduler),
+                    at_once=self._search is not None or (scheduler is not None and not lr.can_undo(scheduler)),
                     before=partial(self._call, self._before_step) if self._before_step else None,
                     after=partial(self._call, self._after_step) if self._after_step else None,
                 )
             finally:
                 self._backwards.discard()
         self._outcome.after_step(before, host, self.lr_scheduler, lr_kwargs)
+        if self._search is not None and host is not None:
+            self._search.end_window(host, self.scaler, self.global_steps, self._backwards, self._calls)
 
     def _call(self, hooks: list[StepHook]) -> None:
         if self.optimizer is not None:

@@ -103,14 +103,10 @@ def init_distributed(
         launched = Launched()
     rank = launched.rank if rank < 0 else rank
     world_size = launched.world_size if world_size < 0 else world_size
-    if not 0 <= rank < world_size:
-        raise LaunchError(f"Rank {rank} of {world_size} processes: a rank is at least 0 and below the world size.")
+    _check_rank(rank, world_size)
 
     timeout = timeout or DEFAULT_TIMEOUT
-    speaks = rank == 0 or (launched.local_rank == 0)
-    patience = Patience(
-        timeout.total_seconds(), "init_distributed(timeout=)", f"shardline: rank {rank}" if speaks else ""
-    )
+    patience = _patience(timeout, rank, launched)
     one_host = is_on_one_host(launched, world_size)
     if one_host:
         listen_on(LOOPBACK)
@@ -129,13 +125,22 @@ def init_distributed(
     here = locate(read_launcher(), rank, world_size).device
     make_current(here)
     if world_size > 1:
-        store = _own_part(store, world_size)
-        _wait_for_all(store, rank, world_size, patience)
+        store = _wait_for_all(_own_part(store, world_size), rank, world_size, patience)
     backend = dist_backend or _backend_for_all(store, world_size, here)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     if verbose and rank == 0:
         how = launched.launcher or "no launcher"
         logger.debug("process group of %d (%s, %s)", world_size, backend, how)
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise LaunchError(f"Rank {rank} of {world_size} processes: a rank is at least 0 and below the world size.")
+
+
+def _patience(timeout: timedelta, rank: int, launched: Launched) -> Patience:
+    speaks = rank == 0 or launched.local_rank == 0
+    return Patience(timeout.total_seconds(), "init_distributed(timeout=)", f"shardline: rank {rank}" if speaks else "")
 
 
 def rendezvous_store() -> Store:
@@ -172,8 +177,8 @@ def _own_part(store: Any, world_size: int) -> Any:
     return dist.PrefixStore(f"group_{turn}", store)  # type: ignore[attr-defined]
 
 
-def _wait_for_all(store: Any, rank: int, world_size: int, patience: Patience) -> None:
-    """Return when all ranks have come to the group that is about to be made. Collective.
+def _wait_for_all(store: Any, rank: int, world_size: int, patience: Patience) -> Any:
+    """Return ``store`` when all ranks have come to the group that is about to be made. Collective.
 
     Raises:
         LaunchError: some did not come in time; all that came raise it.
@@ -187,6 +192,7 @@ def _wait_for_all(store: Any, rank: int, world_size: int, patience: Patience) ->
             patience.wait(_who_is_absent(here, world_size) if patience.wants_words else "")
     except dist.DistError as error:
         raise LaunchError("The store of rank 0, where ranks meet, was closed before all had come.") from error
+    return store
 
 
 def _who_is_absent(here: Any, world_size: int) -> str:

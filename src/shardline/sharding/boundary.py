@@ -72,7 +72,7 @@ class Boundary:
         self.update, self.schedule, self.scaler = update, schedule, scaler
         self.progress, self.alike = progress, alike
         self._clip = config.gradient_clipping
-        self._check = config.bf16.check_grad_overflow or not config.bf16.enabled
+        self._check = config.bf16.check_grad_overflow or not config.bf16.enabled or config.debug.find_nonfinite
         self.reads_at_once = update.device.type == "cpu" or scaler.dynamic
         self._observed = config.is_observed
         update.comm.log.timed = self._observed
