@@ -65,6 +65,17 @@ class Net(nn.Module):
         return {"loss": F.mse_loss(out.float(), labels)}
 
 
+def quantized(model: nn.Module) -> nn.Module:
+    """Its projections in uint8 with trained low-rank parts, all else frozen."""
+    torch.manual_seed(6)
+    model.requires_grad_(False)
+    for block in model.transformer.h:  # type: ignore[union-attr, attr-defined]
+        plain = nn.Linear(*block.mlp.c_fc.weight.shape)
+        plain.weight.data, plain.bias.data = block.mlp.c_fc.weight.t().contiguous(), block.mlp.c_fc.bias.detach()
+        block.mlp.c_fc = QuantizedLinear(plain.requires_grad_(False))
+    return model
+
+
 def build(feature: str) -> nn.Module:
     torch.manual_seed(7)
     model = Net()
@@ -210,9 +221,14 @@ def in_trl(feature: str, stage: int | None, *, preferences: bool = False) -> lis
 
     fresh()
     kind = trl.DPOTrainer if preferences else trl.SFTTrainer
+    compiled = (
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+        if feature == "compiled" and stage is not None
+        else {}
+    )
     settings = common(
         tempfile.mkdtemp(), num_train_epochs=1, max_length=12, bf16=feature == "bf16 autocast",
-        gradient_checkpointing=False,
+        gradient_checkpointing=False, **compiled,
     )  # fmt: skip
     rows = [
         {"prompt": text(each, 4), "chosen": text(each + 4, 3), "rejected": text(each + 9, 3)}
@@ -221,7 +237,7 @@ def in_trl(feature: str, stage: int | None, *, preferences: bool = False) -> lis
         for each in range(16)
     ]
     made = (trl.DPOConfig if preferences else trl.SFTConfig)(**settings)
-    model = lora(gpt()) if feature == "LoRA" else gpt()
+    model = {"LoRA": lora, "QLoRA": quantized}.get(feature, lambda plain: plain)(gpt())
     options: dict[str, Any] = {} if stage is None else {"shardline": config(stage)}
     if preferences and feature != "LoRA":
         options["ref_model"] = gpt()
@@ -246,8 +262,8 @@ CLIENTS: dict[str, tuple[Callable[[str, int | None], list[float]], tuple[str, ..
     "Accelerate: `Accelerator`": (in_accelerate, FEATURES),
     "Lightning: `Fabric`": (in_fabric, FEATURES),
     "Lightning: `Trainer`": (in_lightning, FEATURES),
-    "TRL: `SFTTrainer`": (in_sft, ("fp32", "bf16 autocast", "LoRA")),
-    "TRL: `DPOTrainer`": (in_dpo, ("fp32", "bf16 autocast", "LoRA")),
+    "TRL: `SFTTrainer`": (in_sft, FEATURES),
+    "TRL: `DPOTrainer`": (in_dpo, FEATURES),
 }
 """By client: a training, and what of it is tried."""
 

@@ -134,3 +134,63 @@ def test_lower_precision(ranks, plain, tmp_path) -> None:
             for figures in found:
                 assert figures["losses"] == pytest.approx(plain["losses"], rel=3e-2)
                 assert figures["last eval"] == pytest.approx(plain["last eval"], rel=3e-2)
+
+
+# -- a trainer that predicts by generating ----------------------------------------------------------------------------
+
+
+ENDS = list(range(1, 9))
+
+
+def translating(stages, out):
+    """Losses, metrics of what was generated, predictions, of each stage; None is the plain trainer, under DDP."""
+    import torch
+    import transformers
+
+    from shardline.integrations.transformers import ShardlineMixin
+
+    found = []
+    for stage in stages:
+        fresh()
+        torch.manual_seed(3)
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 32}
+        model = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)
+        )
+        for param in model.parameters():
+            torch.nn.init.normal_(param, std=0.4)  # so that what is said depends on what is read
+        model.generation_config.eos_token_id = ENDS  # ranks end at different lengths
+        arguments = transformers.Seq2SeqTrainingArguments(
+            **common(f"{out}/{stage}", num_train_epochs=1, eval_strategy="steps", eval_steps=2),
+            predict_with_generate=True,
+            generation_max_length=8,
+        )
+
+        def metrics(prediction):
+            return {"mean": float(prediction.predictions.clip(0).mean())}
+
+        kind = transformers.Seq2SeqTrainer
+        own = {} if stage is None else {"shardline": config(stage)}
+        trainer = (kind if stage is None else type("Own", (ShardlineMixin, kind), {}))(
+            model, arguments, train_dataset=texts(1, 24), eval_dataset=texts(2, 8), compute_metrics=metrics, **own
+        )
+        trainer.train()
+        predicted = trainer.predict(texts(3, 6)).predictions
+        logs = trainer.state.log_history
+        figures = [[each[key] for each in logs if key in each] for key in ("loss", "eval_loss", "eval_mean")]
+        found.append((figures, predicted.tolist()))
+        if stage is not None:
+            trainer.engine.destroy()
+    return found
+
+
+def test_a_trainer_that_generates(ranks, tmp_path) -> None:
+    for plain, *others in ranks(translating, 2, (None, 0, 2, 3), str(tmp_path), timeout=300):
+        (losses, checks, means), predicted = plain
+        assert len(checks) == len(means) == 2
+        assert len({sum(token != 0 for token in row) for row in predicted}) > 1
+        for figures, said in others:
+            assert figures[0] == pytest.approx(losses, rel=1e-5)
+            assert figures[1] == pytest.approx(checks, rel=1e-5)
+            assert figures[2] == pytest.approx(means)
+            assert said == predicted

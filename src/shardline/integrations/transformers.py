@@ -52,6 +52,22 @@ class ShardlineMixin:
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         Accelerator.of(self.accelerator, self._shardline_config)
 
+    # -- generating ---------------------------------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's. Where it generates and weights are sharded, ranks go on until the last one has ended."""
+        return super().evaluate(*args, **self._generation() | kwargs)  # type: ignore[misc]
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's; see :meth:`evaluate`."""
+        return super().predict(*args, **self._generation() | kwargs)  # type: ignore[misc]
+
+    def _generation(self) -> dict[str, Any]:
+        """What a trainer that predicts by generating (``Seq2SeqTrainer``) gives ``generate``."""
+        if not getattr(self.args, "predict_with_generate", False) or self.engine is None:
+            return {}
+        return {"synced_gpus": True} if self.engine.zero_optimization_stage() == 3 else {}
+
     # -- saving -------------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
