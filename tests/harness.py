@@ -339,8 +339,8 @@ class Meter(TorchDispatchMode):
         return sum(size for _, size in self._storages.values())
 
 
-def most_bytes(work: Callable[[], object]) -> int:
-    """The most that ``work`` held at once in tensors that it used, the engine's own included."""
+def most_bytes(work: Callable[[], Any]) -> tuple[Any, int]:
+    """What ``work`` returns, and the most that it held at once in tensors that it used, the engine's own included."""
     with keep(Meter()) as meter:
-        work()
-    return meter.most
+        found = work()
+    return found, meter.most

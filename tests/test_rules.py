@@ -40,6 +40,7 @@ PRIVATE = {
 
 ENVIRONMENT = {
     "compat/deepspeed/launching.py",
+    "integrations/pretrained.py",
     "launch/rendezvous.py",
     "launch/run.py",
     "launch/runner.py",

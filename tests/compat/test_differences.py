@@ -17,6 +17,7 @@ from tests.compat.rows import differs
 from tests.compat.test_behaviour import settings
 from tests.compat.test_config import resolved
 from tests.compat.test_engine import batches, make_net
+from tests.harness import is_whole
 
 utils = deepspeed.utils
 
@@ -35,22 +36,25 @@ def step(engine, number=0):
 
 
 def built():
-    said = []
-    logging.getLogger("shardline").addFilter(lambda record: said.append(record.getMessage()) or True)
-    with deepspeed.zero.Init(config_dict_or_path=settings(3)):
+    with deepspeed.zero.Init(config_dict_or_path=settings(3, bf16={"enabled": True})):
         net = make_net()
-    assert all(torch.equal(value, net.state_dict()[name]) for name, value in make_net().state_dict().items())
-    return said
+    whole = make_net()
+    for param, wanted in zip(net.parameters(), whole.parameters(), strict=True):
+        assert (param.shape, param.dtype, param.device) == (wanted.shape, torch.float32, wanted.device)
+        assert not is_whole(param)
+    with deepspeed.zero.GatheredParameters(net.parameters()):
+        assert all(torch.equal(value, net.state_dict()[name]) for name, value in whole.state_dict().items())
+    deepspeed.zero.Init(module=whole)
+    assert not any(map(is_whole, whole.parameters()))
 
 
 @differs(
-    "`deepspeed.zero.Init`",
-    "every rank holds 1/world of a parameter as soon as it is made",
-    "the model is whole on every rank until `initialize`, and a notice says so; `shardline.empty_weights()` is never",
+    "dtype and device under `deepspeed.zero.Init`",
+    "parameters become fp16 or bf16 and go to the accelerator, as the configuration says",
+    "each rank holds its part at once as well, in the dtype and on the device of the constructor",
 )
-def test_a_model_is_whole_until_there_is_an_engine(ranks):
-    deepspeed.zero._say_whole.cache_clear()
-    assert any("built whole on every rank" in each for each in ranks(built, 2)[0])
+def test_a_model_is_divided_as_it_is_made(ranks):
+    ranks(built, 2)
 
 
 def sealed():

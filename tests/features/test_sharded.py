@@ -124,19 +124,10 @@ class Tall(nn.Module):
 def peaks():
     world = dist.get_world_size()
     config = Setup().config(3) | {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
-    kept = []
-
-    def make():
-        kept.append(divided(Tall))
-
-    def start():
-        kept[-1] = shardline.initialize(model=kept[-1], config=config)[0]
-
-    made = most_bytes(make)
-    begun = most_bytes(start)
-    whole = 4 * sum(param.numel() for param in Tall().parameters())
-    for engine in kept:
-        engine.destroy()
+    model, made = most_bytes(lambda: divided(Tall))
+    engine, begun = most_bytes(lambda: shardline.initialize(model=model, config=config)[0])
+    whole = 4 * sum(param.numel() for param in model.parameters())
+    engine.destroy()
     return made, begun, whole / world
 
 

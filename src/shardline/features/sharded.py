@@ -36,7 +36,7 @@ from shardline.sharding.containers import tensors_in
 from shardline.sharding.parameter import HARMLESS, record_of
 from shardline.sharding.piece import Piece, Ranks, piece_of
 
-__all__ = ["edited", "gathered_parameters", "shard_parameters", "sharded_weights"]
+__all__ = ["edited", "gathered_parameters", "make_room", "shard_parameters", "sharded_weights"]
 
 
 @contextmanager
@@ -69,6 +69,16 @@ def sharded_weights(mesh: Any = None) -> Iterator[None]:
     construction = _Construction(ranks)
     with construction.watching():
         yield
+
+
+def make_room(size: int) -> None:
+    """Within :func:`sharded_weights`, divide parameters before ``size`` bytes come that torch does not allocate.
+
+    Collective: every rank calls it alike.
+    """
+    construction = _Construction.here()
+    if construction is not None:
+        construction.make_room(size)
 
 
 def shard_parameters(params: Iterable[nn.Parameter], mesh: Any = None) -> None:
@@ -124,7 +134,8 @@ def edited(params: Iterable[Tensor], source: int | None) -> Iterator[None]:
     Raises:
         UsageError: for a change without a ``source``.
     """
-    pieces = {piece for param in params if (piece := piece_of(param)) is not None and not piece.is_whole}
+    held = list(params)  # they live on, also where the block replaces them in their modules
+    pieces = {piece for param in held if (piece := piece_of(param)) is not None and not piece.is_whole}
     hidden = sorted(pieces, key=_index)  # the same order on every rank
     everyone = dict.fromkeys(piece.ranks for piece in hidden)
     construction = _Construction.here()

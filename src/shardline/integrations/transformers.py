@@ -3,6 +3,8 @@
 trainer = Trainer(model, arguments, train_dataset=data, shardline={"zero_optimization": {"stage": 3}})
 
 class MyTrainer(ShardlineMixin, trl.SFTTrainer): ...
+
+model = from_pretrained(AutoModelForCausalLM, "folder")  # divided over the ranks as it is read
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ require("transformers", "shardline.integrations.transformers")
 import transformers  # noqa: E402
 
 from shardline.integrations.accelerate import Accelerator, holds_engine, load_engines  # noqa: E402
+from shardline.integrations.pretrained import from_pretrained  # noqa: E402
+from shardline.sharding.piece import piece_of  # noqa: E402
 
-__all__ = ["ShardlineMixin", "Trainer"]
+__all__ = ["ShardlineMixin", "Trainer", "from_pretrained"]
 
 
 class ShardlineMixin:
@@ -51,6 +55,10 @@ class ShardlineMixin:
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         Accelerator.of(self.accelerator, self._shardline_config)
+
+    def _move_model_to_device(self, model: Any, device: Any) -> None:
+        if not any(piece_of(param) is not None for param in model.parameters()):  # else the engine moves the parts
+            super()._move_model_to_device(model, device)  # type: ignore[misc]
 
     # -- generating ---------------------------------------------------------------------------------------------------
 

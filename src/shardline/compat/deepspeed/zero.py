@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from contextlib import ContextDecorator, ExitStack
 from enum import Enum
-from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.utils.hooks import RemovableHandle
 
 from shardline.compat.deepspeed import table
 from shardline.compat.deepspeed.engine import engines_of
+from shardline.features.sharded import edited, shard_parameters, sharded_weights
 
 __all__ = ["GatheredParameters", "Init", "ZeroParamStatus", "register_external_parameter"]
-
-logger = logging.getLogger("shardline")
-
-_BUILT = "_built_under_zero_init"
-"""On parameters of which DeepSpeed would hold a shard before there is an engine: edits in them are shared."""
 
 
 class ZeroParamStatus(Enum):
@@ -43,7 +35,10 @@ def give_status() -> None:
 
 
 class Init(ContextDecorator):
-    """Builds a model that ``initialize`` will shard. It is whole on every rank until then, which is said once."""
+    """Within it models are divided over the ranks as they are made; see :func:`shardline.sharded_weights`.
+
+    A ``module`` that exists is divided at once. Parameters stay in the dtype and on the device of their constructors.
+    """
 
     def __init__(
         self,
@@ -60,39 +55,22 @@ class Init(ContextDecorator):
         **others: Any,
     ) -> None:
         self._enabled = enabled
-        self._hook: RemovableHandle | None = None
-        for param in () if module is None or not enabled else module.parameters():
-            setattr(param, _BUILT, True)
+        self._held = ExitStack()
+        if module is not None and enabled:
+            shard_parameters(module.parameters())
 
     def __enter__(self) -> None:
         if self._enabled:
-            _say_whole()
-            self._hook = register_module_parameter_registration_hook(_note)
+            self._held.enter_context(sharded_weights())
 
-    def __exit__(self, *error: object) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-
-def _note(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-    if param is not None:
-        setattr(param, _BUILT, True)
-
-
-@cache
-def _say_whole() -> None:
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        logger.warning(
-            "deepspeed.zero.Init: the model is built whole on every rank, and divided by deepspeed.initialize. "
-            "shardline.empty_weights() builds one that is never whole."
-        )
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._held.__exit__(*error)
 
 
 class GatheredParameters:
     """Within it ``params`` are whole; with ``modifier_rank`` what that rank changes is taken over everywhere.
 
-    Parameters without an engine are whole already. Collective where DeepSpeed's is.
+    Those that were made outside of :class:`Init`, and have no engine, are whole already. Collective as DeepSpeed's.
     """
 
     def __init__(
@@ -110,6 +88,7 @@ class GatheredParameters:
 
     def __enter__(self) -> None:
         if self._enabled:
+            self._held.enter_context(edited(self._params, self._rank))
             for engine, mine in engines_of(self._params):
                 self._held.enter_context(engine.gathered_parameters(mine, write=self._rank is not None))
 
@@ -119,17 +98,14 @@ class GatheredParameters:
         return self._held.__exit__(*error)
 
     def _broadcast(self) -> None:
-        """Give every rank what the modifying one has written."""
-        if not dist.is_initialized() or dist.get_world_size() == 1:
+        """Give every rank what the modifying one has written. An engine takes rank 0's values over by itself."""
+        if self._rank == 0 or not dist.is_initialized() or dist.get_world_size() == 1:
             return
-        managed = {id(param) for _, mine in engines_of(self._params) for param in mine}
-        for param in self._params:
-            # An engine takes rank 0's values over by itself.
-            if self._rank != 0 if id(param) in managed else hasattr(param, _BUILT):
-                with torch.no_grad():
-                    value = param.detach().contiguous()
-                    dist.broadcast(value, src=self._rank)
-                    param.copy_(value)
+        for param in [param for _, mine in engines_of(self._params) for param in mine]:
+            with torch.no_grad():
+                value = param.detach().contiguous()
+                dist.broadcast(value, src=self._rank)
+                param.copy_(value)
 
 
 def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
