@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 import signal
@@ -84,6 +85,24 @@ def test_a_page_that_is_closed_is_gone_for_peers() -> None:
     assert bool((out == 1).all()), "what was announced before can be read"
     with pytest.raises(LostRankError, match="closed its engine"):
         peer.read(16, out)
+
+
+def test_nobody_else_reads_a_page_and_nobody_shrinks_it() -> None:
+    """Reading behind the end of a file that was shrunk is SIGBUS, which ends the process without a word."""
+    page = ControlPage(SIZE)
+    peer = peer_of(page)
+    assert os.fstat(page.fd).st_mode & 0o777 == 0o600
+    opened = os.open(f"/proc/{os.getpid()}/fd/{page.fd}", os.O_RDWR)  # as any process of the user can
+    try:
+        for size in (0, 8, page.size - 1, page.size + 1):
+            with pytest.raises(PermissionError):
+                os.ftruncate(opened, size)
+        with pytest.raises(PermissionError):
+            fcntl.fcntl(opened, fcntl.F_ADD_SEALS, 0)
+    finally:
+        os.close(opened)
+    page.counters[5] = 3
+    assert peer.counters[5] == 3
 
 
 OTHER = f"""

@@ -193,6 +193,35 @@ def test_ranks_end_with_a_launcher_that_is_killed(script, tmp_path):
     assert_gone(pids)
 
 
+def test_what_a_killed_launcher_left_is_removed_by_the_next(run, script, tmp_path, monkeypatch):
+    """Not what another user has made, a running launcher holds, or only looks alike."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    file = script(f"open(r'{tmp_path}/pid{{}}'.format(rank), 'x').write(str(os.getpid()))\ntime.sleep(600)")
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    with started(file, "--nproc", "1") as killed:
+        pids = wait_for_pids(tmp_path, 1)
+        killed.kill()
+    assert_gone(pids)
+    (left,) = temporary.iterdir()
+    (tmp_path / "pid0").unlink()
+    with started(file, "--nproc", "1") as running:
+        wait_for_pids(tmp_path, 1)
+        (held,) = set(temporary.iterdir()) - {left}
+        others = [temporary / name for name in ("shardline-run-open", "shardline-run-new", "other")]
+        for other in others:
+            other.mkdir(mode=0o755 if other.name.endswith("open") else 0o700)
+        (temporary / "shardline-run-link").symlink_to(tmp_path)
+        for old in (left, held, others[0]):
+            os.utime(old, (0, 0))
+        assert run("--nproc", 1, script("pass", "short.py")).returncode == 0
+        assert set(temporary.iterdir()) == {held, *others, temporary / "shardline-run-link"}
+        running.terminate()
+        running.communicate(timeout=LIMIT)
+    assert not held.exists()
+
+
 def started(file, *options):
     command = [sys.executable, "-m", "shardline.cli", "run", *(options or ("--nproc", "2")), str(file)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

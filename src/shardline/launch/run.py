@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import signal
 import stat
 import sys
@@ -27,6 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from shardline.errors import LaunchError
 from shardline.launch.rendezvous import BACKEND, Meeting, NotNeeded, register
+from shardline.launch.scratch import scratch_directory
 from shardline.runtime.device import Accelerators, usable
 from shardline.runtime.ending import GO_ON
 from shardline.runtime.environment import asked_device, let_nodes_change
@@ -109,7 +109,11 @@ def launch(job: Launch) -> int:
             # the agent logs every failure and signal; what a user needs is printed once, below
             logging.getLogger(name).setLevel(logging.CRITICAL)
     runner = ["-m", "shardline.launch.runner", *(["-m"] if job.module else []), job.script, *job.arguments]
-    scratch = Path(tempfile.mkdtemp(prefix="shardline-run-"))
+    with scratch_directory() as scratch:
+        return _run(job, meeting, nproc, runner, scratch)
+
+
+def _run(job: Launch, meeting: Meeting, nproc: int, runner: list[str], scratch: Path) -> int:
     logs = _Logs(scratch, job.log_dir, changing=meeting.nodes[0] < meeting.nodes[1])
     try:
         with _signals(job.grace):
@@ -123,8 +127,6 @@ def launch(job: Launch) -> int:
     except SignalException as error:
         print(f"\nshardline run: ended by {error.sigval.name}.", file=sys.stderr)
         return _say_saved() if logs.have_saved() else 128 + error.sigval
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return 0
 
 
