@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
+import shardline.observe.csv_files
 from shardline.config import load_config
 from shardline.errors import ConfigError, UsageError
 from shardline.events import Event, MemoryOverStep, StepDone
@@ -93,31 +97,69 @@ def test_what_an_engine_shows(ranks, tmp_path) -> None:
     assert not second["memory"] and not (tmp_path / "run" / "report.html").exists()
 
 
+def recomputed():
+    """On a rank: the notes of units in blocks of which every other one is recomputed."""
+    block = lambda: torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))  # noqa: E731
+    config = Setup("fp32", "AdamW").config(0) | {"activation_checkpointing": {"enabled": True, "every": 2}}
+    config["zero_optimization"]["unit_min_numel"] = 0
+    engine = start(lambda: torch.nn.Sequential(*(block() for _ in range(4))), config)
+    rows = engine.summary().rows
+    engine.destroy()
+    return [(row.name, row.notes) for row in rows]
+
+
+def test_a_part_of_a_recomputed_block_is_recomputed(ranks) -> None:
+    (rows,) = ranks(recomputed, 1)
+    assert {name.partition(".")[0] for name, notes in rows if "recomputed" in notes} == {"0", "2"}
+    assert {name.partition(".")[0] for name, _ in rows} == {"0", "1", "2", "3"}
+
+
 def count_calls(tmp: str):
     """On a rank: events and writes of ten steps with sinks that write files."""
     config = Setup("fp32", "AdamW").config(2) | {
         "run_log": {"dir": f"{tmp}/run"},
         "csv_monitor": {"enabled": True, "output_path": tmp},
     }
+    if find_spec("tensorboard"):
+        config["tensorboard"] = {"enabled": True, "output_path": tmp, "job_name": "events"}
     engine = start(Mlp, config)
     train(engine, 4)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(shardline.observe.csv_files, "_FLUSH_SECONDS", 3600)
+    threads = sorted(thread.name for thread in threading.enumerate())
     events: list[Event] = []
     engine.events.subscribe(events.append)
     collectives = []
     gather = engine.comm.all_gather_vector
     engine.comm.all_gather_vector = lambda vector: collectives.append(vector.numel()) or gather(vector)
+    before = writes()
     train(engine, 10)
+    written = writes() - before
+    patch.undo()
+    assert sorted(thread.name for thread in threading.enumerate()) == threads
     del engine.comm.all_gather_vector
     lines = len((Path(tmp) / "run" / "events.jsonl").read_text().splitlines()) if engine.global_rank == 0 else 0
     engine.destroy()
-    return len(events), collectives, lines
+    return len(events), collectives, lines, written
 
 
 def test_what_it_costs_to_be_looked_at(ranks, tmp_path) -> None:
-    """Two events and two lines a step, and the one collective that there is in any case."""
-    (events, collectives, lines), (_, other, nothing) = ranks(count_calls, 2, str(tmp_path))
+    """Two events a step, a write of each to the run log and to TensorBoard, no thread and no collective more.
+
+    CSV files are written once a second, all together, which does not happen here.
+    """
+    (events, collectives, lines, written), (_, other, nothing, none) = ranks(count_calls, 2, str(tmp_path))
     assert events == 20 and len(collectives) == 10 and len(set(collectives)) == 1 and other == collectives
     assert nothing == 0 and lines <= 2 * 14 + 4
+    if sys.platform == "linux":
+        files = 2 if find_spec("tensorboard") else 1
+        assert written == files * events and none == 0
+
+
+def writes() -> int:
+    """Calls of the system by which this process has written."""
+    io = Path("/proc/self/io")
+    return int(io.read_text().partition("syscw:")[2].split()[0]) if io.exists() else 0
 
 
 class Kept(Sink):

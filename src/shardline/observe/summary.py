@@ -21,6 +21,7 @@ from shardline.sharding.unit import Unit
 __all__ = ["Summary", "UnitRow", "amount", "start_of", "summarise"]
 
 KINDS = ("weights", "gradients", "masters", "states")
+_LEGEND = "Bytes on this rank: what rests between two steps, and the whole weights while a unit is in use."
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Summary:
             return "  ".join([first, *middle, notes]).rstrip()
 
         rule = "-" * len(line(head))
-        return "\n".join([self.title, "", line(head), rule, *map(line, body), rule, line(total)])
+        return "\n".join([self.title, _LEGEND, "", line(head), rule, *map(line, body), rule, line(total)])
 
     __repr__ = __str__
 
@@ -100,8 +101,9 @@ class Summary:
             )
 
         lines = "".join(f"<tr>{row(cells)}</tr>" for cells in body)
+        said = f"{html.escape(self.title)}<br>{html.escape(_LEGEND)}"
         return (
-            f"<p>{html.escape(self.title)}</p><table><thead><tr>{row(head, 'th')}</tr></thead><tbody>{lines}</tbody>"
+            f"<p>{said}</p><table><thead><tr>{row(head, 'th')}</tr></thead><tbody>{lines}</tbody>"
             f"<tfoot><tr>{row(total, 'th')}</tr></tfoot></table>"
         )
 
@@ -156,7 +158,7 @@ def _transport(comm: Comm) -> str:
         "HostStagedTransport": "through host memory",
     }
     kind = type(comm.gathers).__name__
-    return "nothing travels" if comm.data.size == 1 else names.get(kind, kind)
+    return "nothing is sent" if comm.data.size == 1 else names.get(kind, kind)
 
 
 def _row(unit: Unit, layout: Layout, optimizer: Optimizer | None, recomputed: set[str]) -> UnitRow:
@@ -166,7 +168,7 @@ def _row(unit: Unit, layout: Layout, optimizer: Optimizer | None, recomputed: se
         word
         for word, holds in (
             ("sharded", unit.sharded),
-            ("recomputed", bool(recomputed.intersection(unit.plan.roots))),
+            ("recomputed", any(_is_within(root, recomputed) for root in unit.plan.roots)),
             ("states in host memory", unit.host is not None),
             ("frozen", not unit.trainable),
         )
@@ -184,6 +186,12 @@ def _row(unit: Unit, layout: Layout, optimizer: Optimizer | None, recomputed: se
         full=sum(bucket.plan.size * bucket.plan.dtype.itemsize for bucket in buckets),
         notes=tuple(notes),
     )
+
+
+def _is_within(name: str, blocks: set[str]) -> bool:
+    """Whether the module ``name`` is one of ``blocks``, or a part of one."""
+    parts = name.split(".")
+    return any(".".join(parts[:length]) in blocks for length in range(1, len(parts) + 1))
 
 
 def _state_bytes(optimizer: Optimizer, unit: Unit, layout: Layout) -> int:

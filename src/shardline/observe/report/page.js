@@ -128,10 +128,11 @@
     if (!xs.length || !ys.length) return;
     let [x0, x1] = [Math.min(...xs), Math.max(...xs)];
     if (x0 === x1) { x0 -= 1; x1 += 1; }
-    let low = Math.min(...ys), high = Math.max(...ys);
+    let low = Math.min(...ys), high = Math.max(...ys), isCut = false;
     if (ys.length > 60) { // a few outliers, such as the first step, do not decide the scale
       const cut = quantile(ys, 0.97), floor = quantile(ys, 0.5);
-      if (high - floor > 3 * (cut - floor) && cut > floor) high = cut + 0.35 * (cut - floor);
+      isCut = high - floor > 3 * (cut - floor) && cut > floor;
+      if (isCut) high = cut + 0.35 * (cut - floor);
     }
     if (chart.log) { low = Math.log2(low); high = Math.log2(high); }
     if (chart.zero || areas) low = Math.min(0, low);
@@ -151,6 +152,8 @@
       node("text", { x: left - 8, y: y + 4, "text-anchor": "end" }, svg, label(chart.log ? 2 ** tick : tick, chart.unit));
     }
     node("text", { x: 0, y: 11 }, svg, chart.y);
+    const most = `up to ${label(Math.max(...ys), chart.unit)}`;
+    if (isCut) node("text", { x: width - right, y: 11, "text-anchor": "end" }, svg, `a few steps reach further, ${most}`);
     node("text", { x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle" }, svg, chart.x);
     const unit = chart.x === "step" ? "" : "s";
     const every = ticks(x0, x1, Math.max(2, Math.floor(width / 110))).filter((t) => unit || Number.isInteger(t));
