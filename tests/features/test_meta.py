@@ -71,12 +71,15 @@ class Store:
     def fetch(self, name: str) -> torch.Tensor:
         return self.values[name]
 
+    def put(self, name: str, start: int, elements: torch.Tensor) -> None:
+        self.values[name].view(-1)[start : start + elements.numel()] = elements
+
 
 def fill_from(model, init_fn=None):
     """The values of the parameters of ``model`` after it was filled, by name."""
     kept = Store(model)
     torch.manual_seed(0)
-    fill(model, {param: name for name, param in kept.params.items()}, kept.store, kept.fetch, init_fn)
+    fill(model, {param: name for name, param in kept.params.items()}, kept.store, kept.fetch, kept.put, init_fn)
     assert not is_on_meta(model)
     return kept.values
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import shardline
 from shardline.errors import ModelError, UsageError
-from tests.harness import Setup, assert_identical, peak_bytes, seeded
+from tests.harness import Setup, assert_identical, most_bytes, seeded
 
 WIDTH, LAYERS = 64, 8
 
@@ -93,27 +93,18 @@ class OneByOne(dict):
 
 
 def most_at_once():
-    """Peak of ``initialize`` beyond what was there; a first run warms up what is made once."""
     config = Setup().config(3) | {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
-
-    def load():
-        model = on_meta(Net)
-        engine, *_ = shardline.initialize(model=model, config=config, init_fn=OneByOne(model))
-        engines.append(engine)
-
-    engines = []
-    load()
-    peak = peak_bytes(load)
-    for engine in engines:
-        engine.destroy()
-    return peak
+    model = on_meta(Net)
+    engine, most = most_bytes(lambda: shardline.initialize(model=model, config=config, init_fn=OneByOne(model))[0])
+    engine.destroy()
+    return most
 
 
-def test_no_rank_holds_more_than_its_shard_and_a_few_weights(ranks):
+def test_no_rank_holds_more_than_its_shard_and_the_largest_weight(ranks):
     weight = 4 * WIDTH * WIDTH
     whole = (LAYERS + 1) * (weight + 4 * WIDTH)
-    for peak in ranks(most_at_once, 2):
-        assert peak <= whole / 2 + 4 * weight, (peak, whole)
+    for most in ranks(most_at_once, 2):
+        assert most <= whole / 2 + 1.2 * weight, (most, whole)
 
 
 def refusals():

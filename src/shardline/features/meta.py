@@ -90,6 +90,7 @@ def fill(
     names: dict[nn.Parameter, str],
     store: Callable[[str], None],
     fetch: Callable[[str], Tensor],
+    put: Callable[[str, int, Tensor], None],
     init_fn: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Give everything on ``meta`` its values. Parameters are left without theirs, which ``store`` has taken.
@@ -98,6 +99,7 @@ def fill(
         names: the first name of every parameter. The values of those that are not on ``meta`` are stored already.
         store: takes the values of a parameter that is whole now.
         fetch: gives the values that are stored of a parameter, whole, in any dtype and on any device.
+        put: takes a part of a parameter's values, with its first element in the order of storage.
         init_fn: gets every module once all are filled, in the order of ``nn.Module.apply``.
 
     Raises:
@@ -107,6 +109,8 @@ def fill(
     filling = _Filling(model, names, store, fetch)
     filling.rehearse()
     filling.construct(init_fn.names if isinstance(init_fn, StreamedWeights) else frozenset())
+    if isinstance(init_fn, StreamedWeights):
+        filling.stream(init_fn, put)
     if init_fn is not None:
         filling.let(init_fn)
     filling.finish()
@@ -373,6 +377,17 @@ class _Filling:
             with torch.no_grad():
                 tensor.copy_(value)
         self._place_params(lambda state: not state.real)
+
+    def stream(self, values: StreamedWeights, put: Callable[[str, int, Tensor], None]) -> None:
+        """Let the parameters that ``values`` holds have theirs, a part at a time. Collective."""
+        for module in _post_order(self._model):
+            for name, param in values.params_of(module):
+                state = self._params[param]
+                like = state.like
+                if torch.empty_like(like).stride() != like.stride():  # it will be stored dense
+                    like = like.contiguous()
+                values.stream(name, like, partial(put, state.name))
+                state.stored = state.written = state.final = True
 
     def let(self, init_fn: Callable[[nn.Module], Any]) -> None:
         """Show every module to ``init_fn``."""

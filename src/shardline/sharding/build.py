@@ -46,9 +46,11 @@ __all__ = [
 
 ParamGroups = list[dict[str, Any]]
 
-Fill = Callable[[dict[nn.Parameter, str], Callable[[str], None], Callable[[str], Tensor]], None]
+Fill = Callable[
+    [dict[nn.Parameter, str], Callable[[str], None], Callable[[str], Tensor], Callable[[str, int, Tensor], None]], None
+]
 """Gives a model on ``meta`` its values: takes the first name of every parameter; what stores the values of the
-parameter of a name, which is whole; and what returns them."""
+parameter of a name, which is whole; what returns them; and what stores a part of them, which begins at an element."""
 
 
 @dataclass
@@ -233,6 +235,11 @@ def load_model(
         if held and held[0][0] is bucket:
             view(held[0][1], entry).copy_(value)
 
+    def put(name: str, start: int, elements: Tensor) -> None:
+        _, bucket, entry = layout.where(name)
+        held.clear()
+        bucket.weights.store_range(entry, start, elements)
+
     def fetch(name: str) -> Tensor:
         unit, bucket, entry = layout.where(name)
         if not held or held[0][0] is not bucket:
@@ -263,7 +270,7 @@ def load_model(
             before = work
     before.wait()
     if fill is not None:
-        fill({param: name for name, param in layout.params.items()}, store, fetch)
+        fill({param: name for name, param in layout.params.items()}, store, fetch, put)
         held.clear()
         for name in layout.params:
             unit, bucket, entry = layout.where(name)
