@@ -24,6 +24,7 @@ from shardline.runtime import network, patience
 from shardline.runtime.network import open_store
 from shardline.runtime.process_group import init_distributed
 from tests.sockets import descendants, listening
+from tests.watch.documented import documented
 
 LIMIT = 90
 SECRET = b"a secret of enough letters"
@@ -213,12 +214,14 @@ def test_nodes_that_do_not_fit_say_so(monkeypatch, capsys):
     assert f"1 of 2 nodes is at 127.0.0.1:{port}: node 1 did not come" in str(answers[0]), answers
 
     monkeypatch.setattr(patience, "_WORD_SECONDS", 0.1)
+    meet(*(lambda rank=rank: fixed(port, rank, 4, seconds=1) for rank in (0, 2)))
+    assert re.search(documented("nodes are at"), capsys.readouterr().err)
     port = free_port()
     (answer,) = meet(lambda: fixed(port, 1, seconds=0.5))
     nobody = f"o launcher of node 0 answers at 127.0.0.1:{port} (Connection refused)"
     assert answer.message == f"N{nobody} in 0.5 s (--join-timeout)."
     said = capsys.readouterr().err.splitlines()
-    assert len(said) > 1
+    assert len(said) > 1 and re.search(documented("no launcher of node 0"), said[0])
     for line in said:
         assert re.fullmatch(
             rf"shardline run: n{re.escape(nobody)} yet; waiting until \d\d:\d\d:\d\d \(--join-timeout\)\.", line

@@ -19,6 +19,7 @@ from shardline.runtime import patience, process_group, topology
 from shardline.runtime.patience import Patience
 from shardline.testing import run_distributed
 from tests.sockets import listening
+from tests.watch.documented import documented
 
 
 def test_init_distributed_chooses_the_device_for_what_comes(environment, accelerators, monkeypatch):
@@ -142,7 +143,7 @@ def wait_for_more(world, port):
     return found, said.getvalue().splitlines()
 
 
-def test_ranks_that_do_not_come_are_named_meanwhile_and_at_the_limit():
+def test_ranks_that_do_not_come_are_named():
     port = free_port()
     (found, lines), (other, silent) = run_distributed(wait_for_more, 2, 4, port, timeout=90)
     absent = "2 of 4 ranks are here: ranks 2, 3 did not come"
@@ -153,6 +154,7 @@ def test_ranks_that_do_not_come_are_named_meanwhile_and_at_the_limit():
     assert re.match(
         r"No store of rank 0 answers at 127\.0\.0\.1:\d+ \(Connection refused\) in 0\.6 s \(init_di", found[1]
     )
+    assert re.fullmatch(documented("ranks are here"), lines[0])
     assert silent == []
 
 

@@ -9,12 +9,33 @@ from pathlib import Path
 
 import pytest
 
+from tests.watch.documented import CLAIMED, documented, messages
 from tests.watch.processes import Ended, Processes
 from tests.watch.situations import train
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks see each other under /proc")
 
 HUNG = ("endless loop", "stopped")
+
+DOCUMENTED = {
+    "sys.exit(0)": "It ended by itself",
+    "os._exit(0)": "It left no word",
+    "killed": "It left no word",
+    "abort": "It left no word",
+    "exception": "It said: ValueError",
+    "state dict": "in full_state_dict().",
+    "save": "in save_checkpoint() after",
+    "fewer batches": "did one have fewer batches?",
+    "no step": "the comparison of the ranks",
+}
+"""A part of what docs/failures.md says of each; the page shows what is seen over shared memory."""
+
+
+def test_each_message_of_the_page_is_produced_by_a_test():
+    for message in messages():
+        assert [part for part in CLAIMED if part in message], f"no test produces what docs/failures.md shows: {message}"
+    for part in CLAIMED:
+        documented(part)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +91,7 @@ def test_a_rank_that_ends(processes, tmp_path, what, transport, words):
     assert ended.codes[0] == 1
     last = ended.said[0].splitlines()[-1]
     assert re.search(r"^shardline: rank 1 \(process \d+\) " + words, last) and last.endswith("[SL701]")
+    assert re.search(documented(DOCUMENTED[what]), last), last
     assert "Traceback" not in ended.said[0], "the stack that helps is that of the rank that failed"
 
 
@@ -102,6 +124,7 @@ def test_ranks_out_of_step(processes, tmp_path, what, transport, words):
     assert ended.codes == [1, 1]
     for said in ended.said:
         assert re.search(r"DisagreementError: .*" + words, said), said
+        assert transport != "auto" or what not in DOCUMENTED or re.search(documented(DOCUMENTED[what]), said), said
         assert "initialized" in said and "ended" not in said.splitlines()
 
 
@@ -117,6 +140,7 @@ def test_a_rank_that_hangs(processes, tmp_path, transport):
         re.MULTILINE,
     )
     assert paragraph and said.count("nothing has moved") == 1, said
+    assert re.search(documented("nothing has moved"), paragraph[0])
     assert paragraph[0].splitlines()[0].removeprefix("shardline: ") in (tmp_path / "incidents.txt").read_text()
     assert re.search(
         r"^shardline: rank 0 waited 6 s for rank 1, which runs but does not come, in the gather of unit 'blocks\.0' in "
@@ -131,7 +155,7 @@ def test_a_process_that_is_stopped(processes, tmp_path, transport):
     assert re.search(
         r"Rank 1 is stopped, as by SIGSTOP or a debugger: `kill -CONT \d+` on its host lets it go on\.", said
     )
-    assert "Stack" not in said
+    assert "Stack" not in said and re.search(documented("is stopped, as by SIGSTOP"), said)
 
 
 @pytest.mark.parametrize("transport", ["auto", pytest.param("gloo", marks=pytest.mark.slow)])
@@ -141,7 +165,14 @@ def test_a_rank_that_is_slow_is_named_and_the_incident_withdrawn(processes, tmp_
     lines = [line for line in ended.said[0].splitlines() if line.startswith("shardline: ")]
     assert len(lines) == 2 and "nothing has moved" in lines[0]
     assert re.fullmatch(r"shardline: rank 1 has come after \d+ s, and the job goes on\.", lines[1])
+    assert re.search(documented("has come after"), lines[1])
     assert "nothing has moved" not in ended.said[1]
+
+
+def test_a_backward_that_one_rank_leaves_out(processes, tmp_path):
+    ended = run(processes, tmp_path, "no backward", 3, "auto")
+    assert ended.codes == [0, 0]
+    assert re.search(documented("had no backward"), ended.said[0]), ended.said[0]
 
 
 @pytest.mark.slow

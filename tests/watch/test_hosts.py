@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.watch.documented import documented
 from tests.watch.processes import Processes
 from tests.watch.situations import train_apart
 
@@ -61,6 +62,7 @@ def test_a_rank_of_another_host_that_ends(processes, tmp_path, hosts, what, word
     ended = run(processes, tmp_path, what, hosts.split())
     assert ended.codes[0] == 1
     assert re.search(words, ended.said[0].splitlines()[-1]), ended.said[0]
+    assert SILENT not in words or re.search(documented("Nothing has come from"), ended.said[0])
     assert "Traceback" not in ended.said[0]
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.watch.documented import documented
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks see each other under /proc")
 
 SCRIPT = "from tests.watch.situations import train\ntrain({what!r}, 3, {transport!r}, {folder!r})\n"
@@ -120,6 +122,7 @@ def test_ranks_end_with_a_torchrun_that_is_killed(tmp_path, busy):
         said = stderr.read()
     for rank in range(2):
         assert f"shardline: the launcher (process {launcher.pid}) has ended, so rank {rank} ends too." in said
+    assert re.search(documented("the launcher (process"), said)
 
 
 def wait_until(done) -> None:
