@@ -214,6 +214,7 @@ def test_nodes_that_do_not_fit_say_so(monkeypatch, capsys):
     assert f"1 of 2 nodes is at 127.0.0.1:{port}: node 1 did not come" in str(answers[0]), answers
 
     monkeypatch.setattr(patience, "_WORD_SECONDS", 0.1)
+    port = free_port()
     meet(*(lambda rank=rank: fixed(port, rank, 4, seconds=1) for rank in (0, 2)))
     assert re.search(documented("nodes are at"), capsys.readouterr().err)
     port = free_port()

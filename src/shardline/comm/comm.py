@@ -9,6 +9,7 @@ logged, so that a step notices ranks that did not start the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import astuple, replace
 from datetime import timedelta
 from functools import partial
@@ -26,7 +27,7 @@ from shardline.comm.transport import CLOSED, SINGLE_PROCESS, Transport, choose, 
 from shardline.errors import DisagreementError, ShardlineError
 from shardline.runtime.device import RankDevice, choose_backend
 from shardline.runtime.process_group import rendezvous_store
-from shardline.watch import CHANNELS, Channel, Operation, Watch, Watchdog, WatchSettings
+from shardline.watch import CHANNELS, Channel, Operation, Ticket, Watch, Watchdog, WatchSettings
 
 __all__ = ["Comm"]
 
@@ -65,6 +66,7 @@ class Comm:
         self._staged = self._closed = False
         self._asking: Channel | None = None  # on the process group of integers, and on that of rows
         self._comparing: Channel | None = None
+        self._compared: Ticket | None = None  # the last comparison that runs on the device
         self._watchdog: Watchdog | None = None
         self.watch = Watch(self.data.rank, watch or WatchSettings())
         self.gathers: Transport = SINGLE_PROCESS
@@ -229,4 +231,22 @@ class Comm:
             if mine.device.type == "cpu":
                 channel.finish(handle, ticket)
             else:
+                self._compared = ticket
                 handle.wait()
+
+    def waiting_for_device(self) -> AbstractContextManager[None]:
+        """Within it the host waits for the device, on which the ranks compare their vectors.
+
+        Raises:
+            ShardlineError: as waits on the host do. The communicators are aborted then, without which that never ends.
+        """
+        if self._comparing is None or self._compared is None:
+            return nullcontext()
+        return self.watch.waiting_for_device(self._comparing, self._compared, self._abort)
+
+    def _abort(self) -> None:
+        """End what runs on the device between ranks."""
+        for group in self._groups.made if self._groups is not None else ():
+            if group is not self._host:
+                with suppress(RuntimeError):  # a backend that cannot
+                    group.abort()

@@ -195,7 +195,9 @@ class Boundary:
             check=self._check,
         )
         verdict.send()
-        return JudgedStep(verdict, statement, log, late, verdict.read() if reads else None)
+        return JudgedStep(
+            verdict, statement, log, late, verdict.read(self.update.comm.waiting_for_device) if reads else None
+        )
 
     def read(self) -> HostVerdict | None:
         """Read what became of the last step. A rank may do so without the others: nothing that they share changes.
@@ -207,7 +209,7 @@ class Boundary:
         if judged is None or judged.counted:
             return None
         judged.counted = True
-        judged.host = host = judged.verdict.read() if judged.host is None else judged.host
+        judged.host = host = judged.host or judged.verdict.read(self.update.comm.waiting_for_device)
         progress.norm = host.norm
         progress.applied = progress.applied and not host.skipped
         if not host.refused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from weakref import proxy
@@ -132,11 +133,12 @@ class Verdict:
         self._host = host
         return host
 
-    def read(self) -> HostVerdict:
-        """The host's part. On an accelerator this waits for what was queued before :meth:`send`."""
+    def read(self, waiting: Callable[[], AbstractContextManager[None]] = nullcontext) -> HostVerdict:
+        """The host's part. An accelerator is waited for, within ``waiting``, for what came before :meth:`send`."""
         host = self.send() if self._host is None else self._host
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        if self._arrived is not None and not self._arrived.query():
+            with waiting():
+                self._arrived.synchronize()
         *numbers, norm, found_inf, average, scale = host.tolist()
         columns = [numbers[index :: self.reports.shape[1]] for index in range(self.reports.shape[1])]
         column = {name: columns[index] for name, index in _COLUMN.items()}

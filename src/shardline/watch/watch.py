@@ -80,6 +80,7 @@ class Watch:
         self.names: Sequence[str] = ()
         self.lost = ""
         self.incident: Incident | None = None
+        self._device_wait: _DeviceWait | None = None
 
     @classmethod
     def join(
@@ -249,6 +250,39 @@ class Watch:
                 raise self.lose(self.how_it_ended(each.rank, each.pid))
         self.check_certain(waited, [each.rank for each in late])
 
+    @contextmanager
+    def waiting_for_device(self, channel: Channel, ticket: Ticket, abort: Callable[[], object]) -> Iterator[None]:
+        """Within it the main thread waits for a device, which waits for a transfer: nothing here can look meanwhile.
+
+        So the watching thread does. Where the transfer will not come it calls ``abort``, which ends the device's wait,
+        and what it found is raised here.
+
+        Raises:
+            ShardlineError: as :meth:`check`.
+        """
+        self._device_wait = wait = _DeviceWait(channel.index, ticket.number, abort, time.monotonic())
+        try:
+            with channel.waiting(ticket):
+                yield
+        except RuntimeError:  # what the device says of an abort
+            if wait.found is None:
+                raise
+        finally:
+            self._device_wait = None
+        if wait.found is not None:
+            raise wait.found
+
+    def look_at_device(self) -> None:
+        """Of the watching thread: abort what the device waits for, where that will not come."""
+        wait = self._device_wait
+        if wait is None or wait.found is not None:
+            return
+        try:
+            self.check(wait.channel, wait.number, time.monotonic() - wait.begin)
+        except ShardlineError as error:
+            wait.found = error
+            wait.abort()
+
     def look(self) -> list[Seen]:
         """What the ranks do now, as far as it can be known here."""
         return [seen for seen in (each.look() for each in self.members) if seen is not None]
@@ -277,6 +311,15 @@ class Watch:
         """Where this rank is."""
         seen = Seen(self.rank, "", 0, "runs", tuple(self.status.cells[:HEAD]), 0.0)
         return f"in {transfer(seen.cells[Cell.LABEL], self.names)} {position(seen, self.names)}"
+
+
+@dataclass
+class _DeviceWait:
+    channel: int
+    number: int
+    abort: Callable[[], object]
+    begin: float
+    found: ShardlineError | None = None
 
 
 class Ticket(NamedTuple):

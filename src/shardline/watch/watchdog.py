@@ -40,6 +40,7 @@ class Watchdog:
             self._watch.status.cells[Cell.THREAD] += 1
             with contextlib.suppress(OSError, ValueError):  # a page that is closed meanwhile
                 self._look()
+                self._watch.look_at_device()
         if self._watch.incident is not None and not self._watch.lost:
             self._withdraw(self._watch.incident, time.monotonic())
 
