@@ -299,7 +299,9 @@ def is_whole(p: nn.Parameter) -> bool:
 
 def peak_bytes(work: Callable[[], object]) -> int:
     """The most that ``work`` held at once on the CPU beyond what was there before, by torch's own allocator."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
         work()
     held = peak = 0
     for event in profile.profiler.kineto_results.events():

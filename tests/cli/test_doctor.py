@@ -143,6 +143,7 @@ def test_no_loopback_and_a_wrong_interface(monkeypatch):
 
 def test_devices_that_do_not_reach_each_other(monkeypatch):
     class Module:
+        is_available = staticmethod(lambda: False)
         can_device_access_peer = staticmethod(lambda one, other: (one, other) != (1, 2))
 
     class Here:

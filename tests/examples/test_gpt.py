@@ -177,7 +177,9 @@ def test_a_few_steps_of_the_script_lower_the_loss_leave_a_picture_and_are_not_do
     found = re.search(r"held-out loss +([\d.]+) -> ([\d.]+)", done.stdout)
     assert found, done.stdout
     first, last = map(float, found.groups())
-    assert 4 < first < 5  # an untrained model guesses among about 90 characters: ln 90 = 4.5
+    assert (
+        4 < first < 5.5
+    )  # an untrained model guesses among 90 to 170 characters, by the version of Python: ln 90 = 4.5
     assert last < first - 0.3
     assert re.search(r"^steps +8$", done.stdout, re.MULTILINE)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

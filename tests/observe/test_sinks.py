@@ -19,7 +19,7 @@ ENDS = {
     "destroy": {"steps": LAST, "at": 0, "expect": 0},
     "exit": {"end": "exit", "expect": 0},
     "error": {"end": "error", "expect": 1, "more": trackers()},
-    "asked to end": {"end": "SIGTERM", "expect": 0, "more": SAVING},
+    "asked to end": {"end": "SIGTERM", "expect": 75, "more": SAVING},
     "ended": {"end": "SIGTERM", "expect": -signal.SIGTERM},
     "a peer crashes": {"end": "crash", "expect": 7, "ranks": ("--nproc", "2"), "rank": 1},
     "a peer fails": {"end": "error", "expect": 1, "ranks": ("--nproc", "2"), "rank": 1},

@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from shardline.optim.kinds import builder
+from shardline.optim.muon import MuonAdamW
 
 __all__ = ["step_from"]
 
@@ -27,13 +28,15 @@ def step_from(
     build = builder(type(optimizer), optimizer.defaults, {k: v for k, v in options.items() if k != "params"})
 
     def step(state: dict[str, Any]) -> Exception | None:
-        param = torch.zeros(tuple(shape), device="cpu", requires_grad=True)
+        param = torch.zeros(tuple(shape), dtype=torch.float32, device="cpu", requires_grad=True)
         param.grad = torch.ones_like(param)
         try:
             with torch.random.fork_rng(devices=[]):
                 tried = build([param])
                 if state:
                     tried.state[param] = state
+                if isinstance(tried, MuonAdamW):
+                    tried.drop_foreign_state()  # as a load does
                 tried.step()
         except Exception as error:
             return error
