@@ -2,7 +2,7 @@
 
     make bench-trainer                                                  # all of it, into docs/performance.md
     python benchmarks/trainer.py [--rounds 5] [--in-place 0 1 2 3] [--stages 2 3] [--write]
-    python benchmarks/trainer.py --read runs/trainer/rounds.json --write  # figures of another machine
+    python benchmarks/trainer.py --read ROUNDS.json ... --write            # figures of another machine
 
 `in-place-N` is shardline.integrations.transformers.Trainer at stage N, `shardline-N` the stand-in for DeepSpeed,
 `deepspeed-N` DeepSpeed itself; without it these are left out.
@@ -30,6 +30,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -217,19 +218,27 @@ def table(rounds: list[dict[str, dict[str, Any]]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def section(result: dict[str, Any]) -> str:
-    """What stands between the markers of docs/performance.md."""
-    rounds, machine = result["rounds"], result["machine"]
+def section(results: Sequence[dict[str, Any]]) -> str:
+    """What stands between the markers of docs/performance.md: a table for each set of ways."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault(tuple(result["rounds"][0]), []).append(result)
+    return "\n".join(map(_with_table, groups.values()))
+
+
+def _with_table(results: Sequence[dict[str, Any]]) -> str:
+    """The table of runs of the same ways, and where they were."""
+    rounds, machine = [each for result in results for each in result["rounds"]], results[0]["machine"]
     where = ", ".join([machine["cpu"], *(f"{name} {machine[name]}" for name in ("torch", "transformers"))])
-    said = f"{result['date']}, {where}, Python {machine['python']}, load before {machine['load before']}; "
+    said = f"{results[0]['date']}, {where}, Python {machine['python']}, load before {machine['load before']}; "
     return f"{said}{len(rounds)} rounds.\n\n{table(rounds)}"
 
 
-def written(page: str, result: dict[str, Any]) -> str:
-    """``page`` with the section of ``result``."""
+def written(page: str, results: Sequence[dict[str, Any]]) -> str:
+    """``page`` with the section of ``results``."""
     before, _, rest = page.partition(BEGIN)
     after = rest.partition(END)[2]
-    return before + BEGIN + section(result) + END + after
+    return before + BEGIN + section(results) + END + after
 
 
 def peer_python() -> str | None:
@@ -265,7 +274,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="*", default=[2, 3], help="of DeepSpeed and its stand-in")
     parser.add_argument("--in-place", type=int, nargs="*", default=[0, 1, 2, 3], help="stages of Shardline in place")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/trainer", help="where rounds.json is kept")
-    parser.add_argument("--read", type=Path, help="take the figures of this rounds.json, and measure nothing")
+    parser.add_argument("--read", type=Path, nargs="+", help="take the figures of these files, and measure nothing")
     parser.add_argument("--write", action="store_true", help="write the table into docs/performance.md")
     parser.add_argument("--quick", action="store_true", help="a tiny model: does the benchmark itself work?")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -275,10 +284,10 @@ def main() -> None:
     if args.job:
         train(args.job, args.steps, args.quick, str(args.out))
         return
-    result = json.loads(args.read.read_text()) if args.read else measured(args)
-    print(section(result), end="")
+    results = [json.loads(path.read_text()) for path in args.read] if args.read else [measured(args)]
+    print(section(results), end="")
     if args.write:
-        PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), result), encoding="utf-8")
+        PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def result(*walls):
 
 def test_ratios_are_taken_within_a_round(trainer) -> None:
     """Ratios of medians would be 2.00 of DDP, and 1.00 of DeepSpeed."""
-    shown = trainer.section(result((1, 1, 2, 4, 3), (1, 2, 1, 1, 2), (1, 3, 6, 9, 1)))
+    shown = trainer.section([result((1, 1, 2, 4, 3), (1, 2, 1, 1, 2), (1, 3, 6, 9, 1))])
     cells = [[cell.strip() for cell in line.split("|")] for line in shown.splitlines() if line[:1] == "|"]
     rows = {row[1]: row for row in cells}
     assert rows["Shardline in place, stage 2"][2:6] == ["2000", "2.00", "2.00", "0.67"]
@@ -46,10 +46,10 @@ def test_ratios_are_taken_within_a_round(trainer) -> None:
 def test_the_page_takes_the_figures(trainer) -> None:
     page = trainer.PAGE.read_text(encoding="utf-8")
     assert page.count(trainer.BEGIN) == page.count(trainer.END) == 1
-    changed = trainer.written(page, result((1, 1, 2, 4, 3)))
-    assert trainer.section(result((1, 1, 2, 4, 3))) in changed and changed.count("in place, stage 2 |") == 1
+    changed = trainer.written(page, [result((1, 1, 2, 4, 3))])
+    assert trainer.section([result((1, 1, 2, 4, 3))]) in changed and changed.count("in place, stage 2 |") == 1
     assert (
-        trainer.written(changed, result((2, 1, 2, 4, 3))).partition(trainer.BEGIN)[0]
+        trainer.written(changed, [result((2, 1, 2, 4, 3))]).partition(trainer.BEGIN)[0]
         == page.partition(trainer.BEGIN)[0]
     )
 
