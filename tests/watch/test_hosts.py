@@ -126,3 +126,12 @@ def test_a_slow_rank_of_another_host_is_withdrawn(processes, tmp_path):
     assert len(lines) == 2 and "rank 0 waits in the gather" in lines[0], lines
     assert re.fullmatch(r"shardline: rank 1 has come after \d+ s, and the job goes on\.", lines[1])
     assert "nothing has moved" not in ended.said[1]
+
+
+@pytest.mark.slow
+def test_a_host_of_which_nothing_comes_though_its_connections_are_open(processes, tmp_path):
+    """As where the network between hosts is gone."""
+    ended = run(processes, tmp_path, "stopped", ["a", "b"], timeout=8.0)
+    last = ended.said[0].splitlines()[-1]
+    assert last.startswith("shardline: rank 0 waited 8 s for rank 1, in the gather"), last
+    assert re.search(SILENT, last) and "runs but does not come" not in last
