@@ -6,8 +6,12 @@ import json
 import logging
 import multiprocessing
 import random
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -554,6 +558,36 @@ def test_a_length_that_is_too_long_is_told_with_index_and_rank(workers: int, opt
             pass
     assert "Its len() is 40" in str(caught.value)
     loader.close()
+
+
+STUCK = """
+import os, signal, time
+from shardline.data import Loader
+
+class Stuck:
+    def __len__(self):
+        return 8
+    def __getitem__(self, index):
+        if index > 1:
+            time.sleep(600)
+        return index
+
+sizes = {"global_batch": 2, "micro_batch": 2, "accumulation": 1, "rank": 0, "world_size": 1}
+batches = iter(Loader(Stuck(), seed=0, shuffle=False, num_workers=1, **sizes))
+next(batches)
+print(open(f"/proc/self/task/{os.getpid()}/children").read(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process ends with its parent on Linux only")
+def test_a_worker_in_the_middle_of_a_sample_ends_with_a_rank_that_is_killed() -> None:
+    done = subprocess.run([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True, timeout=60)
+    (worker,) = map(int, done.stdout.split())
+    deadline = time.monotonic() + 20
+    while (gone := not Path(f"/proc/{worker}").exists()) is False and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert gone
 
 
 @pytest.mark.gpu

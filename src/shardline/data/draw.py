@@ -16,6 +16,7 @@ from shardline.data.order import length_of
 from shardline.data.seeds import derive, outer_states_kept, seed_all
 from shardline.data.split import Position, Split
 from shardline.errors import DataError, shown
+from shardline.runtime.ending import end_with_parent
 
 __all__ = ["Drawn", "Indexed", "Request", "StreamEnd", "Streamed", "introduce"]
 
@@ -55,6 +56,8 @@ class _Source(Dataset[Drawn | StreamEnd]):
         self.collate = collate
         self.seed = seed
         self.epoch: int | None = None
+        self.from_main_thread = False
+        """Whether the main thread starts the workers, which end with the thread that started them."""
 
     def __getitem__(self, request: Request) -> Drawn | StreamEnd:
         try:
@@ -182,6 +185,8 @@ def introduce(worker: int) -> None:
     if info is None:
         raise AssertionError("this is no worker process of a loader")
     source: Any = info.dataset
+    if source.from_main_thread:
+        end_with_parent()  # torch's own watch does not see a parent that was killed while a sample is drawn
     known = {"dataset": source.dataset}
     if isinstance(source, Streamed):
         known |= {"id": 0, "num_workers": 1, "seed": derive(source.seed)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,6 +48,7 @@ class Fetcher:
     def start(self, position: Position) -> Iterator[Drawn | StreamEnd]:
         """Begin to fetch, from ``position`` to the end of its epoch."""
         self._requests.start = position
+        self._source.from_main_thread = threading.current_thread() is threading.main_thread()
         self._running = iter(self._loader)
         return self._running
 

@@ -6,7 +6,6 @@ python -m shardline.launch.runner [-m] SCRIPT ARGS...
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import io
 import json
@@ -20,7 +19,7 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from shardline.runtime.ending import end_with
+from shardline.runtime.ending import end_with, end_with_parent
 
 _LOSS = re.compile("Connection (closed|reset) by peer|Broken pipe|remote process exited|[Cc]ommunicator was aborted")
 _CAUSE_SECONDS = 3.0  # from the loss of a peer, which is closing files and groups, to its own message
@@ -29,7 +28,7 @@ _EXIT_SECONDS = 30.0  # for a failed rank's exit handlers; a thread or destructo
 
 def main(arguments: list[str]) -> None:
     """Run the script as if it were started by itself; its exit code is this process's."""
-    _end_with_the_launcher()
+    end_with_parent()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # whole lines, so that the launcher's prefixes do not cut into them
             stream.reconfigure(line_buffering=True)
@@ -161,13 +160,6 @@ def _is_lost_rank(error: BaseException) -> bool:
 
 def _is_machinery(trace: TracebackType) -> bool:
     return trace.tb_frame.f_code.co_filename in (__file__, "<frozen runpy>")
-
-
-def _end_with_the_launcher() -> None:
-    """Ask the kernel (Linux) to kill this process when the launcher dies, however it dies."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -13,16 +13,25 @@ import ctypes
 import gc
 import io
 import os
+import signal
 import sys
 from contextlib import suppress
 from functools import cache
 from types import TracebackType
 from weakref import WeakSet
 
-__all__ = ["GO_ON", "end_after_uncaught_errors", "end_with", "has_failed", "note_lost_ranks"]
+__all__ = ["GO_ON", "end_after_uncaught_errors", "end_with", "end_with_parent", "has_failed", "note_lost_ranks"]
 
 GO_ON = 75
 """The exit code of a job that was asked to end and has saved: start it again. EX_TEMPFAIL of sysexits.h."""
+
+
+def end_with_parent() -> None:
+    """Ask the kernel (Linux) to kill this process when the thread that started it ends, however it ends."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
 
 _LOST: WeakSet[object] = WeakSet()
 
