@@ -192,6 +192,7 @@ class Piece:
             value = _dense(param.detach())
             self.ranks.messages.broadcast([value], source)
             self._note(value)
+            self.elements = None  # those of before, if they were kept, are not there beside the new ones
             self.elements = flat(value)[self.own].clone()
             self._seal(value)
             return True
