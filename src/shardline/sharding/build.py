@@ -221,57 +221,25 @@ def load_model(
     Raises:
         ModelError: for a parameter or buffer that nothing gives a value, or another one than its constructor did.
     """
-
-    held: list[
-        tuple[Bucket, Tensor]
-    ] = []  # the bucket that was read last, whole: neighbours are read one after another
-
-    def store(name: str) -> None:
-        _, bucket, entry = layout.where(name)
-        value = layout.params[name].detach()
-        comm.messages.broadcast([value])
-        comm.wait_for_readers()  # all have read what was sent, so it is freed before the next
-        bucket.weights.store(entry, value)
-        if held and held[0][0] is bucket:
-            view(held[0][1], entry).copy_(value)
-
-    def put(name: str, start: int, elements: Tensor) -> None:
-        _, bucket, entry = layout.where(name)
-        held.clear()
-        bucket.weights.store_range(entry, start, elements)
-
-    def fetch(name: str) -> Tensor:
-        unit, bucket, entry = layout.where(name)
-        if not held or held[0][0] is not bucket:
-            held.clear()
-            held.append((bucket, bucket.weights.gather_authoritative(unit.index)))
-        return view(held[0][1], entry)
-
+    values = _Values(layout, comm)
     before = DONE  # rank 0 packs the next bucket while the others still copy this one
     for unit in layout.units:
         unit.allocate()
         for bucket in unit.buckets:
             drop_grads(bucket.params)
             if any(param.is_meta or piece_of(param) is not None for param in bucket.params):
-                for param, entry in zip(bucket.params, bucket.plan.entries, strict=True):
-                    piece = piece_of(param)
-                    if piece is not None:
-                        piece.pour(comm, partial(bucket.weights.store_range, entry))
-                    elif not param.is_meta:
-                        store(entry.param.name)
-                    if fill is None:
-                        unit.seal_or_bind(bucket, entry)
-                continue
-            work = bucket.weights.load(bucket.params)
+                values.take_over(bucket)
+            else:
+                work = bucket.weights.load(bucket.params)
+                before.wait()
+                before = work
             if fill is None:
                 for entry in bucket.plan.entries:
                     unit.seal_or_bind(bucket, entry)
-            before.wait()
-            before = work
     before.wait()
     if fill is not None:
-        fill({param: name for name, param in layout.params.items()}, store, fetch, put)
-        held.clear()
+        fill({param: name for name, param in layout.params.items()}, values.store, values.fetch, values.put)
+        values.forget()
         for name in layout.params:
             unit, bucket, entry = layout.where(name)
             unit.seal_or_bind(bucket, entry)
@@ -279,6 +247,54 @@ def load_model(
         unit.finish_load()
     layout.pool.clear()
     _move_buffers(model, precision, comm)
+
+
+class _Values:
+    """The values of single parameters in the units, to be stored and read while a model is loaded.
+
+    The bucket that was read last stays here whole: neighbours are read one after another.
+    """
+
+    def __init__(self, layout: Layout, comm: Comm) -> None:
+        self._layout, self._comm = layout, comm
+        self._held: tuple[Bucket, Tensor] | None = None
+
+    def take_over(self, bucket: Bucket) -> None:
+        """Store what ``bucket``'s parameters have, whole or divided. Those on ``meta`` have nothing."""
+        for param, entry in zip(bucket.params, bucket.plan.entries, strict=True):
+            piece = piece_of(param)
+            if piece is not None:
+                piece.pour(self._comm, partial(bucket.weights.store_range, entry))
+            elif not param.is_meta:
+                self.store(entry.param.name)
+
+    def store(self, name: str) -> None:
+        """Store the parameter's value of rank 0."""
+        _, bucket, entry = self._layout.where(name)
+        value = self._layout.params[name].detach()
+        self._comm.messages.broadcast([value])
+        self._comm.wait_for_readers()  # all have read what was sent, so it is freed before the next
+        bucket.weights.store(entry, value)
+        if self._held is not None and self._held[0] is bucket:
+            view(self._held[1], entry).copy_(value)
+
+    def put(self, name: str, start: int, elements: Tensor) -> None:
+        """Store ``elements`` from the parameter's element ``start`` on."""
+        _, bucket, entry = self._layout.where(name)
+        self.forget()
+        bucket.weights.store_range(entry, start, elements)
+
+    def fetch(self, name: str) -> Tensor:
+        """The parameter's value, whole."""
+        unit, bucket, entry = self._layout.where(name)
+        if self._held is None or self._held[0] is not bucket:
+            self.forget()
+            self._held = bucket, bucket.weights.gather_authoritative(unit.index)
+        return view(self._held[1], entry)
+
+    def forget(self) -> None:
+        """Free the bucket that was read last."""
+        self._held = None
 
 
 def _move_buffers(model: nn.Module, precision: Precision, comm: Comm) -> None:
