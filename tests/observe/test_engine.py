@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import shardline.observe.csv_files
 from shardline.config import load_config
 from shardline.errors import ConfigError, UsageError
 from shardline.events import Event, MemoryOverStep, StepDone
@@ -124,36 +123,37 @@ def count_calls(tmp: str):
         config["tensorboard"] = {"enabled": True, "output_path": tmp, "job_name": "events"}
     engine = start(Mlp, config)
     train(engine, 4)
-    patch = pytest.MonkeyPatch()
-    patch.setattr(shardline.observe.csv_files, "_FLUSH_SECONDS", 3600)
     threads = sorted(thread.name for thread in threading.enumerate())
     events: list[Event] = []
     engine.events.subscribe(events.append)
     collectives = []
     gather = engine.comm.all_gather_vector
     engine.comm.all_gather_vector = lambda vector: collectives.append(vector.numel()) or gather(vector)
-    before = writes()
+    before, rows = writes(), rows_of_csv(tmp)
     train(engine, 10)
-    written = writes() - before
-    patch.undo()
+    written, rows = writes() - before, rows_of_csv(tmp) - rows
     assert sorted(thread.name for thread in threading.enumerate()) == threads
     del engine.comm.all_gather_vector
     lines = len((Path(tmp) / "run" / "events.jsonl").read_text().splitlines()) if engine.global_rank == 0 else 0
     engine.destroy()
-    return len(events), collectives, lines, written
+    return len(events), collectives, lines, written, rows
 
 
 def test_what_it_costs_to_be_looked_at(ranks, tmp_path) -> None:
-    """Two events a step, a write of each to the run log and to TensorBoard, no thread and no collective more.
+    """Two events a step. A write of each to the run log and to TensorBoard, and of each value to its CSV file.
 
-    CSV files are written once a second, all together, which does not happen here.
+    No thread and no collective more.
     """
-    (events, collectives, lines, written), (_, other, nothing, none) = ranks(count_calls, 2, str(tmp_path))
+    (events, collectives, lines, written, rows), (_, other, nothing, none, _) = ranks(count_calls, 2, str(tmp_path))
     assert events == 20 and len(collectives) == 10 and len(set(collectives)) == 1 and other == collectives
     assert nothing == 0 and lines <= 2 * 14 + 4
     if sys.platform == "linux":
         files = 2 if find_spec("tensorboard") else 1
-        assert written == files * events and none == 0
+        assert written == files * events + rows and none == 0
+
+
+def rows_of_csv(folder: str) -> int:
+    return sum(len(path.read_text().splitlines()) for path in Path(folder).rglob("*.csv"))
 
 
 def writes() -> int:

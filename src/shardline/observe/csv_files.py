@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -14,8 +12,6 @@ from shardline.observe.values import values_of
 
 __all__ = ["CsvFiles"]
 
-_FLUSH_SECONDS = 1  # what a kill may take
-
 
 class CsvFiles(Sink):
     """Appends to files such as ``train_loss.csv`` in ``folder``."""
@@ -24,7 +20,6 @@ class CsvFiles(Sink):
         self._folder = folder
         self._files: dict[str, TextIO] = {}
         self._step = 0
-        self._flushed = time.monotonic()
 
     def open(self, run: Run) -> None:
         self._step = run.step
@@ -35,20 +30,8 @@ class CsvFiles(Sink):
             if name not in self._files:
                 stem = name.replace("/", "_")
                 path = self._folder / f"{stem}.csv"
-                self._files[name] = go_on(path, self._step, _step_of, head=f"step,{stem}", at_once=False)
+                self._files[name] = go_on(path, self._step, _step_of, head=f"step,{stem}")
             self._files[name].write(f"{step},{value!r}\n")
-        now = time.monotonic()
-        if now - self._flushed > _FLUSH_SECONDS:
-            self._flushed = now
-            self._flush()
-
-    def _flush(self) -> None:
-        for file in self._files.values():
-            file.flush()
-
-    def save(self) -> Mapping[str, str]:
-        self._flush()
-        return {}
 
     def close(self) -> None:
         while self._files:

@@ -10,16 +10,16 @@ from typing import TextIO
 __all__ = ["go_on"]
 
 
-def go_on(path: Path, step: int, step_of: Callable[[str], int | None], head: str = "", *, at_once: bool) -> TextIO:
+def go_on(path: Path, step: int, step_of: Callable[[str], int | None], head: str = "") -> TextIO:
     """Open ``path`` to append lines of steps after ``step``.
 
     At step 0 a file that is there belongs to another run, and gets a number in its name. Else its lines of later steps
-    are taken out, with a last one that is not complete.
+    are taken out, with a last one that is not complete. The system has each line as soon as it is written, so a kill
+    loses none.
 
     Args:
         step_of: the step of a line, or None for one that stays.
         head: the first line of a new file.
-        at_once: whether the system has each line as soon as it is written, so that a kill loses none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and step == 0:
@@ -32,7 +32,7 @@ def go_on(path: Path, step: int, step_of: Callable[[str], int | None], head: str
         draft.write_text("".join(kept), encoding="utf-8")
         os.replace(draft, path)
     is_new = not path.exists()
-    file = path.open("a", encoding="utf-8", buffering=1 if at_once else -1)
+    file = path.open("a", encoding="utf-8", buffering=1)
     if is_new and head:
         file.write(f"{head}\n")
     return file

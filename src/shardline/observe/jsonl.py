@@ -29,7 +29,7 @@ class JsonLines(Sink):
         self._file: TextIO | None = None
 
     def open(self, run: Run) -> None:
-        self._file = go_on(self._path, run.step, _step_of, at_once=True)
+        self._file = go_on(self._path, run.step, _step_of)
 
     def receive(self, event: Event) -> None:
         if self._file is not None:
