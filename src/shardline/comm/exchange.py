@@ -119,21 +119,21 @@ class Exchange:
             work = work.then(lambda: tensor.detach().copy_(stored))
         return work
 
-    def gather(self, buffer: Tensor, boundaries: Sequence[int]) -> None:
+    def gather(self, buffer: Tensor, cuts: Sequence[int]) -> None:
         """Fill ``buffer`` (1-D, any dtype, any device) with every rank's range; this rank's is there.
 
         Args:
-            boundaries: of the ranges, one more than ranks.
+            cuts: of the ranges, one more than ranks.
         """
         if self._closed:
             raise closed_error()
         if self._host is not None and buffer.numel():
-            self._start(buffer.detach(), boundaries).wait()
+            self._start(buffer.detach(), cuts).wait()
 
-    def _start(self, flat: Tensor, boundaries: Sequence[int]) -> Work:
+    def _start(self, flat: Tensor, cuts: Sequence[int]) -> Work:
         stored, size = flat.view(torch.uint8), flat.element_size()
         sent = stored.to(self.device)
-        work = self._transport.gather(None, sent, [size * each for each in boundaries], operation=Operation.BROADCAST)
+        work = self._transport.gather(None, sent, [size * each for each in cuts], operation=Operation.BROADCAST)
         return work if sent.data_ptr() == stored.data_ptr() else work.then(lambda: stored.copy_(sent))
 
     def close(self) -> None:

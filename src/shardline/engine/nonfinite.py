@@ -99,14 +99,9 @@ class NonFiniteSearch:
             self._kept.clear()
 
     def _search(self, loss: float | None, step: int, backwards: Backwards, calls: Calls) -> str:
-        was = (
-            ""
-            if loss is None
-            else f", of a finite loss ({loss:.6g})"
-            if math.isfinite(loss)
-            else ", and so was the loss"
-        )
-        head = f"the gradients of step {step} were not finite{was}"
+        head = f"the gradients of step {step} were not finite"
+        if loss is not None:
+            head += f", of a finite loss ({loss:.6g})" if math.isfinite(loss) else ", and so was the loss"
         self._searching = True
         try:
             for number in range(min(self._exchange(len(self._kept)))):

@@ -103,7 +103,6 @@ class Piece:
         ranks: among which it is divided.
         may_gather: whether a use of the sealed parameter gathers it now, on all ranks alike; it has done so if it
             returns True.
-        on_copy: is given a deep copy that was made of the parameter.
 
     Attributes:
         index: the same on every rank.
@@ -153,7 +152,7 @@ class Piece:
         return self.param in _WHOLE
 
     @property
-    def boundaries(self) -> list[int]:
+    def cuts(self) -> list[int]:
         """Of the ranges, one more than ranks."""
         size, numel = len(self.ranks.members), self.shape.numel()
         return [numel * rank // size for rank in range(size + 1)]
@@ -161,7 +160,7 @@ class Piece:
     @property
     def own(self) -> slice:
         """This rank's range."""
-        low, high = self.boundaries[self.ranks.messages.rank :][:2]
+        low, high = self.cuts[self.ranks.messages.rank :][:2]
         return slice(low, high)
 
     # -- divided and gathered ---------------------------------------------------------------------------------------
@@ -216,7 +215,7 @@ class Piece:
         with torch.no_grad():
             full = torch.empty(self.shape.numel(), dtype=self.dtype, device=self.device)
             full[self.own].copy_(self.elements)
-            self.ranks.messages.gather(full, self.boundaries)
+            self.ranks.messages.gather(full, self.cuts)
             if not keep:
                 self.elements = None
             make_ordinary(self.param, full.as_strided(self.shape, self.stride))
@@ -239,7 +238,7 @@ class Piece:
         """Give every range to ``store``, with its first element, and keep nothing. Collective."""
         if self.elements is None:
             raise AssertionError(f"{self.name} has no elements to give")
-        for rank, (start, stop) in enumerate(pairwise(self.boundaries)):
+        for rank, (start, stop) in enumerate(pairwise(self.cuts)):
             mine = rank == comm.data.rank
             part = self.elements if mine else torch.empty(stop - start, dtype=self.dtype, device=self.device)
             comm.messages.broadcast([part], rank)
