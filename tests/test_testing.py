@@ -61,6 +61,8 @@ def leave(what):
         dist.all_reduce(torch.zeros(1), async_op=True)
     if what == "thread":
         threading.Thread(target=time.sleep, args=(600,), daemon=True, name="forgotten").start()
+    if what == "thread that ends":
+        threading.Thread(target=time.sleep, args=(0.3,), daemon=True).start()
     if what == "group":
         dist.destroy_process_group()
     if what == "hooks":
@@ -176,6 +178,10 @@ def test_a_hang_ends_at_the_limit_and_says_where(pool):
 def test_a_case_that_leaves_something_fails(pool, what, words):
     with pytest.raises(RankFailed, match=words):
         pool.run(leave, what)
+
+
+def test_a_thread_that_ends_by_itself_is_not_left(pool):
+    pool.run(leave, "thread that ends")
 
 
 def test_nothing_survives_the_pool():

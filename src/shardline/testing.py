@@ -490,8 +490,23 @@ def _import_from(name: str, file: str) -> None:
         raise
 
 
+def _threads_left(known: set[threading.Thread]) -> list[str]:
+    """The names of the threads that are not in ``known`` and do not end.
+
+    An engine's own thread may be the one in which the garbage collector finds the engine. That thread then ends by
+    itself, a moment later, and meanwhile a collection in this thread does nothing.
+    """
+    give_up = time.monotonic() + _CHECK_SECONDS
+    while True:
+        left = [t.name for t in threading.enumerate() if t not in known and type(t).__name__ != "TMonitor"]  # tqdm's
+        if not left or time.monotonic() > give_up:
+            return left
+        time.sleep(0.02)
+        gc.collect()
+
+
 def _check_nothing_left(threads: set[threading.Thread]) -> None:
-    left = [t.name for t in threading.enumerate() if t not in threads and type(t).__name__ != "TMonitor"]  # tqdm's
+    left = _threads_left(threads)
     if left:
         raise RuntimeError(f"The case returned but left threads running: {', '.join(left)}.")
     children = multiprocessing.active_children()
