@@ -36,7 +36,7 @@ def test_marks_and_groups():
     assert deepspeed.moe.utils.is_moe_param_group(groups[1])
 
 
-@differs("`MoE` with `ep_size` above 1", "experts in groups of ranks", "refused: stage 3 divides them over all ranks")
+@differs("`MoE` with `ep_size` above 1", "experts in groups of ranks", "refused: stage 3 shards them over all ranks")
 def test_refusals():
     with pytest.raises(ModelError, match="ep_size=2"):
         make(ep_size=2)

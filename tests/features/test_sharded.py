@@ -1,4 +1,4 @@
-"""Models that are divided over the ranks while they are made, against the same models made plainly."""
+"""Models that are sharded over the ranks while they are made, against the same models made plainly."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def plainly(build, seed=3):
     return build()
 
 
-def divided(build, seed=3):
+def sharded(build, seed=3):
     torch.manual_seed(seed)
     with shardline.sharded_weights():
         return build()
@@ -73,7 +73,7 @@ def values_of(model):
 def same_values():
     expected = plainly(Inits)
     drawn = torch.rand(3)
-    model = divided(Inits, seed=3 if dist.get_rank() == 0 else 4)  # rank 0's values count
+    model = sharded(Inits, seed=3 if dist.get_rank() == 0 else 4)  # rank 0's values count
     if dist.get_rank() == 0:
         assert torch.equal(torch.rand(3), drawn)
     several = dist.get_world_size() > 1
@@ -86,7 +86,7 @@ def same_values():
     assert_identical(values_of(model), expected.state_dict())
     for stage in (3, 1, 0):
         config = Setup().config(stage)
-        model = divided(Inits)
+        model = sharded(Inits)
         engine, *_ = shardline.initialize(model=model, config=config)
         assert_identical(
             engine.full_state_dict(),
@@ -124,7 +124,7 @@ class Tall(nn.Module):
 def peaks():
     world = dist.get_world_size()
     config = Setup().config(3) | {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
-    model, made = most_bytes(lambda: divided(Tall))
+    model, made = most_bytes(lambda: sharded(Tall))
     engine, begun = most_bytes(lambda: shardline.initialize(model=model, config=config)[0])
     whole = 4 * sum(param.numel() for param in model.parameters())
     engine.destroy()
@@ -161,7 +161,7 @@ def error_of(call):
 
 
 def edits_and_refusals():
-    model, expected = divided(Small), plainly(Small).state_dict()
+    model, expected = sharded(Small), plainly(Small).state_dict()
     weight = model.first.weight
     for call, wanted in (
         (lambda: weight.sum(), "sum: parameter 'Linear.weight' is sharded and not gathered here. Read or change it"),
@@ -226,7 +226,7 @@ class Fails(Small):
 
 def ranks_that_differ():
     rank = dist.get_rank()
-    said = [error_of(lambda build=build: divided(build)) for build in (
+    said = [error_of(lambda build=build: sharded(build)) for build in (
         lambda: Fails([1]), lambda: Fails([0, 1]), lambda: Small(4 + rank), lambda: Small() if rank else Fails([])
     )]  # fmt: skip
     with shardline.sharded_weights(), shardline.sharded_weights():
@@ -265,7 +265,7 @@ class Shares(Small):
 
 
 def shared_memory():
-    model = divided(Shares)
+    model = sharded(Shares)
     assert is_whole(model.first.weight) and bool((model.first.weight == 7.0).all())
     assert not is_whole(model.large)
     with pytest.raises(ModelError, match="share memory"):

@@ -1,4 +1,4 @@
-"""Pretrained models that are divided as they are read: what ``from_pretrained`` gives, never whole on a rank."""
+"""Pretrained models that are sharded as they are read: what ``from_pretrained`` gives, never whole on a rank."""
 
 from __future__ import annotations
 

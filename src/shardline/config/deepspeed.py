@@ -314,7 +314,7 @@ UNSUPPORTED: dict[str, Unsupported] = {
         'it is DeepSpeed\'s old name of offload_optimizer; write "offload_optimizer": {"device": "cpu"} instead'
     ),
     "zero_optimization.cpu_offload_param": Unsupported(
-        "it is DeepSpeed's old name of offload_param, and weights stay on the device; stage 3 divides them"
+        "it is DeepSpeed's old name of offload_param, and weights stay on the device; stage 3 shards them"
     ),
     "zero_optimization.offload_optimizer.device": Unsupported(
         'optimizer state never goes to NVMe; "cpu" keeps it in host memory, and stages 1 to 3 divide it over the ranks',
@@ -323,7 +323,7 @@ UNSUPPORTED: dict[str, Unsupported] = {
     "zero_optimization.offload_optimizer.ratio": Unsupported("there is no partial offload", off=(1.0,)),
     "zero_optimization.offload_optimizer.super_offload": Unsupported("there is no partial offload"),
     "zero_optimization.offload_param.device": Unsupported(
-        "weights never go to NVMe; stage 3 divides them over the ranks", refused=("nvme",)
+        "weights never go to NVMe; stage 3 shards them over the ranks", refused=("nvme",)
     ),
     "zero_optimization.mics_shard_size": Unsupported(f"MiCS: {_TWO_HOPS}", off=(-1, 0)),
     "zero_optimization.mics_hierarchical_params_gather": Unsupported(f"MiCS: {_TWO_HOPS}"),

@@ -102,7 +102,7 @@ class OffloadParam(Section):
 
 class ZeroOptimization(Section):
     stage: Integer = key(
-        0, "What is divided over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too.", ge=0, le=3
+        0, "What is sharded over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too.", ge=0, le=3
     )
     reshard_after_forward: bool = key(True, "Stage 3: release a unit's weights between forward and backward.", own=True)
     stage3_param_persistence_threshold: Integer = key(
@@ -246,7 +246,7 @@ class Config(Section):
     bf16: BF16 = key(BF16, 'Training in bf16; "bfloat16" is the same section.')
     torch_autocast: TorchAutocast = key(TorchAutocast, "Training under torch.autocast.")
     data_types: DataTypes = key(DataTypes, "Dtypes of accumulation, buffers and single modules.")
-    zero_optimization: ZeroOptimization = key(ZeroOptimization, "What is divided over the ranks, and in which units.")
+    zero_optimization: ZeroOptimization = key(ZeroOptimization, "What is sharded over the ranks, and in which units.")
     data_loader: DataLoader = key(DataLoader, "The loader that initialize builds from training_data.", own=True)
     checkpoint: Checkpoint = key(Checkpoint, "Saving and resuming.")
     activation_checkpointing: ActivationCheckpointing = key(ActivationCheckpointing, "Recomputing activations.")

@@ -416,7 +416,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
             rank0_only: other ranks take part and get an empty dict.
 
         Raises:
-            OptimizerError: on every rank, for state whose shape is not its parameter's (Adafactor's), where divided.
+            OptimizerError: on every rank, for state whose shape is not its parameter's (Adafactor's), if sharded.
         """
         self.trainables.check_trains("full_optimizer_state_dict()")
         self._outcome.act_on_verdict()

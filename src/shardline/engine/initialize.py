@@ -56,8 +56,8 @@ from shardline.sharding.build import (
     sample_optimizer,
     take_over,
 )
-from shardline.sharding.piece import check_pieces
 from shardline.sharding.precision import Precision
+from shardline.sharding.sharded_param import check_sharded_params
 from shardline.sharding.unit import Unit
 from shardline.watch import WatchSettings
 
@@ -134,7 +134,7 @@ def initialize(
     if hasattr(args, "local_rank"):
         args.local_rank = topology.local_rank
     group = _group(mesh)
-    check_pieces(model.parameters(), group)
+    check_sharded_params(model.parameters(), group)
     world = 1 if group is None else dist.get_world_size(group)
     settings = load_config(source, world, batches=training_data is not None, changing=nodes_may_change())
     comm = _connect(group, topology.device, settings)
@@ -342,7 +342,7 @@ def _refuse_offload_param(settings: Config, device: torch.device) -> None:
     if zero.offload_param.device == "cpu" and STAGES[zero.stage].weights is Placement.SHARDED and device.type != "cpu":
         raise ConfigError(
             f'zero_optimization.offload_param.device is "cpu", and weights stay on the {device.type} device here, '
-            f"divided over the ranks. If the model fits, deleting offload_param from the file is all there is to do."
+            f"sharded over the ranks. If the model fits, deleting offload_param from the file is all there is to do."
         )
 
 

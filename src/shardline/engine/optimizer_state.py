@@ -56,12 +56,12 @@ class OptimizerState:
         """What a plain optimizer's holds; copies. No communication.
 
         Raises:
-            OptimizerError: where states are divided over ranks.
+            OptimizerError: where states are sharded over ranks.
         """
         units = self.layout.units
         if self.comm.data.size > 1 and any(unit.stage.states is Placement.SHARDED for unit in units):
             raise OptimizerError(
-                "optimizer.state_dict(): the optimizer's state is divided over the ranks, and this rank holds a part "
+                "optimizer.state_dict(): the optimizer's state is sharded over the ranks, and this rank holds a part "
                 "of it. Call engine.full_optimizer_state_dict() on every rank (rank0_only=True leaves it on rank 0 "
                 "alone), or engine.save_checkpoint(), which writes all that a resume needs."
             )

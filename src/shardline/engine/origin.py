@@ -10,7 +10,7 @@ from shardline.plan.describe import first_names
 from shardline.sharding.build import Layout
 from shardline.sharding.fragments import full_weights
 from shardline.sharding.parameter import make_ordinary, record_of
-from shardline.sharding.piece import piece_of
+from shardline.sharding.sharded_param import sharded_param_of
 
 __all__ = ["Origin"]
 
@@ -24,8 +24,8 @@ class Origin:
             for param, names in first_names(model).items()
             if not param.is_meta
         }
-        found = {name: piece_of(param) for name, (param, _, _) in self._params.items()}
-        self._pieces = {name: piece for name, piece in found.items() if piece is not None}
+        found = {name: sharded_param_of(param) for name, (param, _, _) in self._params.items()}
+        self._sharded = {name: param for name, param in found.items() if param is not None}
         self._on_meta = [
             (param, param.shape, param.stride(), param.dtype) for param in model.parameters() if param.is_meta
         ]
@@ -64,8 +64,8 @@ class Origin:
                 if name in managed:
                     param, dtype, device = self._params[name]
                     make_ordinary(param, value.to(device, dtype, copy=True))
-                    if name in self._pieces:
-                        self._pieces[name].divide(shared=True)
+                    if name in self._sharded:
+                        self._sharded[name].shard(shared=True)
                     if torch.promote_types(dtype, value.dtype) != value.dtype:
                         rounded.append(name)
         for param, shape, stride, dtype in self._on_meta:
@@ -81,6 +81,6 @@ class Origin:
 
     def _is_taken(self, name: str) -> bool:
         """Whether the values of a parameter are the engine's, or its parameter shows them."""
-        if name in self._pieces:
-            return self._pieces[name].elements is None
+        if name in self._sharded:
+            return self._sharded[name].elements is None
         return record_of(self._params[name][0]) is not None

@@ -1,16 +1,16 @@
-"""A model that is divided over the ranks while it is made, before there is an engine.
+"""A model that is sharded over the ranks while it is made, before there is an engine.
 
-Constructors run as ever, on whole tensors and with their own random numbers. What is whole at one time is bounded:
-before a tensor is allocated that would take more, the parameters that were used longest ago are divided, and one that
-is used again is gathered again. Three hooks are enough for that:
+Constructors run unchanged, on whole tensors and with their own random numbers. The memory of whole parameters is
+bounded: before an allocation would exceed the bound, the parameters that were used longest ago are sharded, and one
+that is used again is gathered again. Three hooks are enough for that:
 
-* one of ``nn.Module`` on the registration of parameters, which gives each a :class:`shardline.sharding.piece.Piece`,
-  and one on their deep copies, which are registered nowhere;
-* a function mode, which tells which parameters an operation in progress uses: these stay;
-* a dispatch mode, which tells of an allocation before it is made.
+* one of ``nn.Module`` on the registration of parameters, which makes each a
+  :class:`shardline.sharding.sharded_param.ShardedParam`, and one on their deep copies, which are registered nowhere;
+* a function mode, which sees the parameters that an operation in progress uses: these stay;
+* a dispatch mode, which sees an allocation before it is made.
 
-A parameter in whose memory another tensor lies (a view, a ``.data`` that somebody holds, what autograd saved) stays
-whole as long as that tensor exists, so nothing that is written to it is lost.
+A parameter whose memory another tensor uses (a view, a ``.data``, what autograd saved) stays whole as long as that
+tensor exists, so nothing that is written to it is lost.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, wraps
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -34,14 +35,14 @@ from shardline.runtime.modes import outside_modes
 from shardline.runtime.process_group import init_distributed
 from shardline.sharding.containers import tensors_in
 from shardline.sharding.parameter import HARMLESS, record_of
-from shardline.sharding.piece import Piece, Ranks, piece_of
+from shardline.sharding.sharded_param import ShardedParam, ShardGroup, sharded_param_of
 
 __all__ = ["edited", "gathered_parameters", "make_room", "shard_parameters", "sharded_weights"]
 
 
 @contextmanager
 def sharded_weights(mesh: Any = None) -> Iterator[None]:
-    """Within it, models are made that are divided over the ranks from the beginning. Collective.
+    """Within it, models are made that are sharded over the ranks from the beginning. Collective.
 
     Each rank keeps its part of every parameter, and at most one large parameter whole::
 
@@ -50,10 +51,10 @@ def sharded_weights(mesh: Any = None) -> Iterator[None]:
         engine, *_ = shardline.initialize(model=model, config="config.json")
 
     Constructors run as without it, on whole tensors on the device on which they make them, with the same random
-    numbers; all ranks run them alike, and rank 0's values count. What they do to a parameter that was divided already
+    numbers; all ranks run them alike, and rank 0's values count. What they do to a parameter that was sharded already
     (``self.apply(self._init_weights)``, ``.to(dtype)``, a deep copy, ``load_state_dict``) gathers it for as long as it
     takes. After the block parameters are sealed: shape, dtype and device are true, a use raises :class:`SealedError`,
-    and :func:`gathered_parameters` makes them whole for a while. Not divided are lazy parameters, those on ``meta`` and
+    and :func:`gathered_parameters` makes them whole for a while. Not sharded are lazy parameters, those on ``meta`` and
     those that share their memory with another tensor. On one rank nothing is.
 
     Args:
@@ -72,7 +73,7 @@ def sharded_weights(mesh: Any = None) -> Iterator[None]:
 
 
 def make_room(size: int) -> None:
-    """Within :func:`sharded_weights`, divide parameters before ``size`` bytes come that torch does not allocate.
+    """Within :func:`sharded_weights`, shard parameters before ``size`` bytes come that torch does not allocate.
 
     Collective: every rank calls it alike.
     """
@@ -82,7 +83,7 @@ def make_room(size: int) -> None:
 
 
 def shard_parameters(params: Iterable[nn.Parameter], mesh: Any = None) -> None:
-    """Divide parameters that exist over the ranks, as :func:`sharded_weights` does. Collective."""
+    """Shard parameters that exist over the ranks, as :func:`sharded_weights` does. Collective."""
     ranks = _ranks(mesh)
     if ranks is None:
         return
@@ -92,11 +93,11 @@ def shard_parameters(params: Iterable[nn.Parameter], mesh: Any = None) -> None:
         construction.finish()
 
 
-def _ranks(mesh: Any) -> Ranks | None:
-    """Those of ``mesh``, or all; None for a single one."""
+def _ranks(mesh: Any) -> ShardGroup | None:
+    """The ranks of ``mesh``, or all; None for a single one."""
     init_distributed()
     group = dist.group.WORLD if mesh is None else mesh.get_group()
-    return None if group is None or dist.get_world_size(group) == 1 else Ranks(group)
+    return None if group is None or dist.get_world_size(group) == 1 else ShardGroup(group)
 
 
 @contextmanager
@@ -118,7 +119,9 @@ def gathered_parameters(
     """
     found: list[nn.Parameter] = list(params.parameters() if isinstance(params, nn.Module) else
                                      [params] if isinstance(params, nn.Parameter) else params)  # fmt: skip
-    managed = [record for param in found if (record := record_of(param)) is not None and piece_of(param) is None]
+    managed = [
+        record for param in found if (record := record_of(param)) is not None and sharded_param_of(param) is None
+    ]
     if managed:
         raise UsageError(
             f"parameter {managed[0].name!r} is managed by an engine. Gather it by `with engine.gathered_parameters():`."
@@ -129,41 +132,43 @@ def gathered_parameters(
 
 @contextmanager
 def edited(params: Iterable[Tensor], source: int | None) -> Iterator[None]:
-    """Within it those of ``params`` that have pieces are whole. Rank ``source``'s values win at the end. Collective.
+    """Within it those of ``params`` that are sharded without an engine are whole. Collective.
+
+    At its end the values of rank ``source`` are kept on every rank.
 
     Raises:
         UsageError: for a change without a ``source``.
     """
     held = list(params)  # they live on, also where the block replaces them in their modules
-    pieces = {piece for param in held if (piece := piece_of(param)) is not None and not piece.is_whole}
-    hidden = sorted(pieces, key=_index)  # the same order on every rank
-    everyone = dict.fromkeys(piece.ranks for piece in hidden)
+    found = {sharded for param in held if (sharded := sharded_param_of(param)) is not None and not sharded.is_whole}
+    hidden = sorted(found, key=attrgetter("index"))  # the same order on every rank
+    groups = dict.fromkeys(sharded.ranks for sharded in hidden)
     construction = _Construction.here()
     with ExitStack() as around:
         if construction is not None:
             around.enter_context(construction.suspended())
-        for ranks in everyone:
-            around.enter_context(ranks.together())
+        for ranks in groups:
+            around.enter_context(ranks.propagate_errors())
         around.callback(_seal_again, hidden)
-        for piece in hidden:
-            piece.gather(keep=True)
-        versions = [piece.param._version for piece in hidden]
+        for sharded in hidden:
+            sharded.gather(keep=True)
+        versions = [sharded.param._version for sharded in hidden]
         yield
         if source is not None:
-            for piece in hidden:
-                piece.divide(source=source, shared=True)
+            for sharded in hidden:
+                sharded.shard(source=source, shared=True)
             return
         changed = [
-            piece
-            for piece, version in zip(hidden, versions, strict=True)
-            if piece.param._version != version or piece.differs()
+            sharded
+            for sharded, version in zip(hidden, versions, strict=True)
+            if sharded.param._version != version or sharded.has_changed()
         ]
-        for ranks in everyone:
-            names = ranks.meet(
+        for ranks in groups:
+            names = ranks.agree_on(
                 "end gathered_parameters()", next((each.name for each in changed if each.ranks is ranks), "")
             )
             if any(names):
-                raise ranks.known(
+                raise ranks.mark_raised(
                     UsageError(
                         f"parameter {next(filter(None, names))!r} was changed inside gathered_parameters(). Pass "
                         f"write=True to keep changes on every rank."
@@ -171,18 +176,14 @@ def edited(params: Iterable[Tensor], source: int | None) -> Iterator[None]:
                 )
 
 
-def _seal_again(pieces: Iterable[Piece]) -> None:
-    for piece in pieces:
-        if piece.is_whole:
-            piece.seal()
-
-
-def _index(piece: Piece) -> int:
-    return piece.index
+def _seal_again(gathered: Iterable[ShardedParam]) -> None:
+    for sharded in gathered:
+        if sharded.is_whole:
+            sharded.seal()
 
 
 class _Construction:
-    """What this thread makes within :func:`sharded_weights`.
+    """The parameters that this thread constructs within :func:`sharded_weights`.
 
     Attributes:
         in_use: the parameters of operations in progress, innermost last.
@@ -190,9 +191,9 @@ class _Construction:
 
     _threads = threading.local()
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: ShardGroup) -> None:
         self._ranks = ranks
-        self._whole: dict[Piece, int] = {}  # with their bytes, in the order of their last gather
+        self._whole: dict[ShardedParam, int] = {}  # with their bytes, in the order of their last gather
         self._largest = 0
         self._waits = False
         self.in_use: list[Sequence[Tensor]] = []
@@ -204,25 +205,25 @@ class _Construction:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within it parameters are divided as they are made; at the end, all of them."""
+        """Within it parameters are sharded as memory is needed; at the end, all of them."""
         self._threads.construction = self
         handle = register_module_parameter_registration_hook(self._register)
         try:
-            with self._ranks.together():
+            with self._ranks.propagate_errors():
                 with _copies_tracked(), _Uses(self), _Allocations(self):
                     yield
-                self._ranks.meet("end sharded_weights()")
+                self._ranks.agree_on("end sharded_weights()")
                 self.finish()
         finally:
             handle.remove()
             self._threads.construction = None
-            for piece in self._whole:
-                piece.leave()
+            for sharded in self._whole:
+                sharded.unmanage()
             self._whole.clear()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Within it nothing is divided, and no use gathers: ranks may do different things."""
+        """Within it nothing is sharded, and no use gathers: ranks may do different things."""
         before, self._waits = self._waits, True
         try:
             yield
@@ -235,53 +236,53 @@ class _Construction:
 
     @outside_modes
     def track(self, param: nn.Parameter, name: str) -> None:
-        """Divide ``param`` when there is need."""
+        """Shard ``param`` when its memory is needed."""
         lazy = isinstance(param, nn.parameter.UninitializedParameter)
         if lazy or param.is_meta or is_traceable_wrapper_subclass(param):
             return
-        if record_of(param) is not None or piece_of(param) is not None:
+        if record_of(param) is not None or sharded_param_of(param) is not None:
             return
         if param.layout is not torch.strided or param.is_complex():
-            return  # initialize says so
-        self._hold(Piece(param, name, self._ranks, self._gather))
+            return  # initialize raises an error for these
+        self._hold(ShardedParam(param, name, self._ranks, self._gather))
 
-    def _hold(self, piece: Piece) -> None:
-        self._whole[piece] = piece.param.nbytes
-        self._largest = max(self._largest, piece.param.nbytes)
+    def _hold(self, sharded: ShardedParam) -> None:
+        self._whole[sharded] = sharded.param.nbytes
+        self._largest = max(self._largest, sharded.param.nbytes)
 
-    def _gather(self, piece: Piece) -> bool:
-        """Gather ``piece`` for a use, if the ranks are alike here."""
+    def _gather(self, sharded: ShardedParam) -> bool:
+        """Gather ``sharded`` for a use, if the ranks are alike here."""
         if self._waits or _Construction.here() is not self:
             return False
-        self.make_room(piece.param.nbytes)
-        piece.gather()
-        self._hold(piece)
+        self.make_room(sharded.param.nbytes)
+        sharded.gather()
+        self._hold(sharded)
         return True
 
     @outside_modes
     def make_room(self, size: int) -> None:
-        """Divide what was used longest ago, for ``size`` bytes. Biases and the like may stay beside a large tensor."""
+        """Shard what was used longest ago, for ``size`` bytes. Biases and the like may stay beside a large tensor."""
         if self._waits:
             return
         total = sum(self._whole.values())
         limit = max(self._largest, size) * 9 // 8
-        used = {piece_of(tensor) for tensors in self.in_use for tensor in tensors}
-        for piece, held in list(self._whole.items()):
+        used = {sharded_param_of(tensor) for tensors in self.in_use for tensor in tensors}
+        for sharded, held in list(self._whole.items()):
             if total + size <= limit:
                 break
-            if piece not in used and piece.divide():
-                del self._whole[piece]
+            if sharded not in used and sharded.shard():
+                del self._whole[sharded]
                 total -= held
 
     @outside_modes
     def finish(self) -> None:
-        """Divide all; what shares its memory is left as it is."""
-        left = [piece for piece in self._whole if not piece.divide()]
+        """Shard all; what shares its memory is left as it is."""
+        left = [sharded for sharded in self._whole if not sharded.shard()]
         if left:
             gc.collect()
-        for piece in left:
-            if not piece.divide():
-                piece.leave()
+        for sharded in left:
+            if not sharded.shard():
+                sharded.unmanage()
         self._whole.clear()
 
 
@@ -307,7 +308,7 @@ def _copies_tracked() -> Iterator[None]:
 
 
 class _Uses(TorchFunctionMode):
-    """Tells a construction what operations in progress use."""
+    """Records which tensors the operations in progress use."""
 
     def __init__(self, construction: _Construction) -> None:
         super().__init__()
@@ -337,7 +338,7 @@ class _Allocations(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._construction.in_use and _allocates(func):  # else a use may be in progress that is not known
+        if self._construction.in_use and _allocates(func):  # else an operation that was not recorded may be in progress
             self._construction.make_room(_size(func, args, kwargs))
         return func(*args, **kwargs)
 
@@ -349,7 +350,7 @@ def _allocates(func: Any) -> bool:
 
 
 def _size(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    """About the bytes that ``func`` allocates: as its ``size`` says, or as the largest of its arguments."""
+    """About the bytes that ``func`` allocates: from its argument ``size``, else those of its largest tensor."""
     if kwargs.get("device") == torch.device("meta"):
         return 0
     for index, argument in enumerate(func._schema.arguments):

@@ -1,4 +1,4 @@
-"""Transformers' pretrained models, divided over the ranks as they are read: rank 0 reads, all get their part."""
+"""Transformers' pretrained models, sharded over the ranks as they are read: rank 0 reads, all get their part."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ trainer = Trainer(model, arguments, train_dataset=data, shardline={"zero_optimiz
 
 class MyTrainer(ShardlineMixin, trl.SFTTrainer): ...
 
-model = from_pretrained(AutoModelForCausalLM, "folder")  # divided over the ranks as it is read
+model = from_pretrained(AutoModelForCausalLM, "folder")  # sharded over the ranks as it is read
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import transformers  # noqa: E402
 
 from shardline.integrations.accelerate import Accelerator, holds_engine, load_engines  # noqa: E402
 from shardline.integrations.pretrained import from_pretrained  # noqa: E402
-from shardline.sharding.piece import piece_of  # noqa: E402
+from shardline.sharding.sharded_param import sharded_param_of  # noqa: E402
 
 __all__ = ["ShardlineMixin", "Trainer", "from_pretrained"]
 
@@ -57,7 +57,9 @@ class ShardlineMixin:
         Accelerator.of(self.accelerator, self._shardline_config)
 
     def _move_model_to_device(self, model: Any, device: Any) -> None:
-        if not any(piece_of(param) is not None for param in model.parameters()):  # else the engine moves the parts
+        if not any(
+            sharded_param_of(param) is not None for param in model.parameters()
+        ):  # else the engine moves the parts
             super()._move_model_to_device(model, device)  # type: ignore[misc]
 
     # -- generating ---------------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def _check(num_experts: int, ep_size: int, k: int, noisy_gate_policy: str | None
     if ep_size != 1:
         raise ModelError(
             f"MoE was given ep_size={ep_size}. Groups of ranks for experts are not offered yet: leave ep_size at 1; "
-            f"stage 3 divides the experts over all ranks, as it does all weights."
+            f"stage 3 shards the experts over all ranks, as it does all weights."
         )
     if k not in (1, 2):
         raise ModelError(f"MoE was given k={k}. A token passes through 1 or 2 experts here.")

@@ -16,7 +16,7 @@ from shardline.errors import ModelError
 from shardline.names import join
 from shardline.plan.describe import first_names
 from shardline.sharding.parameter import is_sealed, record_of
-from shardline.sharding.piece import piece_of
+from shardline.sharding.sharded_param import sharded_param_of
 
 __all__ = ["HeldParameters", "check_model"]
 
@@ -43,7 +43,7 @@ def check_model(model: nn.Module) -> None:
                 where = f"module {path!r}" if path else "the model"
                 raise ModelError(f"{where} is wrapped by {kind.__name__}, which {reason}; the engine takes its place.")
     for name, param in model.named_parameters():
-        if record_of(param) is not None and piece_of(param) is None:
+        if record_of(param) is not None and sharded_param_of(param) is None:
             raise ModelError(
                 f"parameter {name!r} is managed by an engine already. Go on with that engine, or call its destroy() "
                 f"before the next initialize. What two models share is trained by one engine over both of them."

@@ -25,8 +25,8 @@ from shardline.sharding.buffer import BufferPool, view
 from shardline.sharding.fragments import ParamState, collect_states, full_weights, put_states
 from shardline.sharding.gradient import drop_grads
 from shardline.sharding.host import HostMemory
-from shardline.sharding.piece import piece_of
 from shardline.sharding.precision import Precision
+from shardline.sharding.sharded_param import sharded_param_of
 from shardline.sharding.unit import Unit
 
 __all__ = [
@@ -215,7 +215,7 @@ def load_model(
 ) -> None:
     """Move the model's values into the units, unit by unit, and its buffers to the device.
 
-    Rank 0's win on every rank. Where some of the model is on ``meta``, ``fill`` gives it its values. What is divided
+    Rank 0's win on every rank. Where some of the model is on ``meta``, ``fill`` gives it its values. What is sharded
     already comes a range at a time, from the rank that has it.
 
     Raises:
@@ -227,7 +227,7 @@ def load_model(
         unit.allocate()
         for bucket in unit.buckets:
             drop_grads(bucket.params)
-            if any(param.is_meta or piece_of(param) is not None for param in bucket.params):
+            if any(param.is_meta or sharded_param_of(param) is not None for param in bucket.params):
                 values.take_over(bucket)
             else:
                 work = bucket.weights.load(bucket.params)
@@ -260,11 +260,11 @@ class _Values:
         self._held: tuple[Bucket, Tensor] | None = None
 
     def take_over(self, bucket: Bucket) -> None:
-        """Store what ``bucket``'s parameters have, whole or divided. Those on ``meta`` have nothing."""
+        """Store what ``bucket``'s parameters have, whole or sharded. Those on ``meta`` have nothing."""
         for param, entry in zip(bucket.params, bucket.plan.entries, strict=True):
-            piece = piece_of(param)
-            if piece is not None:
-                piece.pour(self._comm, partial(bucket.weights.store_range, entry))
+            sharded = sharded_param_of(param)
+            if sharded is not None:
+                sharded.broadcast_ranges(self._comm, partial(bucket.weights.store_range, entry))
             elif not param.is_meta:
                 self.store(entry.param.name)
 

@@ -73,7 +73,7 @@ def safe_update_full_grad_vectorized(params: Iterable[nn.Parameter], update_func
 def safe_get_local_fp32_param(param: nn.Parameter) -> Tensor:
     """The fp32 masters of the elements of ``param`` that this rank updates: 1-D, in the order in which they are stored.
 
-    All ranks call these alike. In the order of the ranks, what they give is the whole parameter where it is divided
+    All ranks call these alike. In the order of the ranks, what they give is the whole parameter where it is sharded
     (stages 1 to 3); at stage 0 each has all of it. A rank has as many elements as lie in its shard: maybe none.
 
     Raises:

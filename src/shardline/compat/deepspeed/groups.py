@@ -34,5 +34,5 @@ def initialize(ep_size: int = 1, mpu: Any = None) -> None:
     if ep_size != 1 or mpu is not None:
         raise UsageError(
             "deepspeed.utils.groups.initialize was given ep_size or mpu. Groups of ranks for experts or for parts of a "
-            "model are not offered: leave both out; stage 3 divides all weights over all ranks."
+            "model are not offered: leave both out; stage 3 shards all weights over all ranks."
         )

@@ -35,9 +35,9 @@ def give_status() -> None:
 
 
 class Init(ContextDecorator):
-    """Within it models are divided over the ranks as they are made; see :func:`shardline.sharded_weights`.
+    """Within it models are sharded over the ranks as they are made; see :func:`shardline.sharded_weights`.
 
-    A ``module`` that exists is divided at once. Parameters stay in the dtype and on the device of their constructors.
+    A ``module`` that exists is sharded at once. Parameters stay in the dtype and on the device of their constructors.
     """
 
     def __init__(

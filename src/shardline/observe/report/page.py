@@ -364,7 +364,7 @@ def _environment(record: Record) -> str:
 _WORDS = {
     "rank": "One process of the job, with one device. They are numbered from 0, and rank 0 writes this log.",
     "step": "One update of the weights. It may be made of several micro-steps, each a forward and a backward.",
-    "stage": "What is divided among ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights (ZeRO).",
+    "stage": "What is sharded over ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights (ZeRO).",
     "unit": "Parameters that are gathered and reduced together: as a rule one block of the model.",
     "gather": "Ranks send each other the weights that they hold a part of.",
     "reduce": "Ranks add up their gradients, and each keeps the sum of its own part.",

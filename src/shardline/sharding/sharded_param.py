@@ -1,11 +1,11 @@
-"""A parameter that is divided over ranks before an engine has it: each rank keeps a range of its elements.
+"""A parameter that is sharded over ranks before an engine has it: each rank keeps a range of its elements.
 
-A :class:`Piece` owns the data of one parameter. While the parameter is made, or gathered, it is an ordinary one, whole
-on every rank; else it is sealed, as an engine's parameters are. ``initialize`` moves the ranges into its units one
-after the other, so the parameter is never whole there.
+A :class:`ShardedParam` owns the data of one parameter. While the parameter is constructed or gathered it is an
+ordinary one, whole on every rank; otherwise it is sealed, as an engine's parameters are. ``initialize`` moves the
+ranges into its units one after the other, so the parameter is never whole there.
 
-Ranks divide and gather the same parameters in the same order. Before each of these collectives they compare what they
-are about to do, so that ranks which differ raise instead of waiting for each other.
+Ranks shard and gather the same parameters in the same order. Before each of these collectives they compare what they
+are about to do, so ranks that differ raise an error instead of a deadlock.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from shardline.runtime.modes import outside_modes
 from shardline.sharding.buffer import flat, owns_its_memory
 from shardline.sharding.parameter import ParamRecord, make_ordinary, record_of, seal
 
-__all__ = ["Piece", "Ranks", "check_pieces", "piece_of"]
+__all__ = ["ShardGroup", "ShardedParam", "check_sharded_params", "sharded_param_of"]
 
 E = TypeVar("E", bound=Exception)
 
-_KNOWN = "_shardline_known"
-"""An attribute of an error that every rank has raised, or was told of."""
+_RAISED = "_shardline_raised_on_all_ranks"
+"""An attribute of an error that every rank raises, or that was sent to every rank."""
 
 
-class Ranks:
-    """The ranks of ``group``, which hold pieces of the same parameters.
+class ShardGroup:
+    """The ranks of ``group``, over which parameters are sharded.
 
     Attributes:
         members: the ranks of the job that they are.
         messages: between them, on a process group of their own.
-        count: of the pieces that were made.
+        count: how many parameters were sharded over them.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -50,64 +50,67 @@ class Ranks:
         self.count = 0
         weakref.finalize(self, self.messages.close).atexit = False  # then the job is over
 
-    def meet(self, act: str, state: str = "") -> list[str]:
-        """See that all ranks are about to do ``act``. Returns each one's ``state``. Collective.
+    def agree_on(self, action: str, state: str = "") -> list[str]:
+        """Check that all ranks are about to do ``action``. Returns each one's ``state``. Collective.
 
         Raises:
             DisagreementError: if ranks are about to do different things, or one of them failed.
         """
-        everyone = self._exchange({"act": act, "state": state})
-        for rank, said in enumerate(everyone):
-            if said["act"] != everyone[0]["act"]:
-                raise self.known(
+        messages = self._exchange({"action": action, "state": state})
+        first = messages[0]["action"]
+        for rank, message in enumerate(messages):
+            if message["action"] != first:
+                raise self.mark_raised(
                     DisagreementError(
                         f"ranks differ in what they do with a sharded model before initialize: rank 0 is about to "
-                        f"{everyone[0]['act']}, and rank {rank} to {said['act']}. Make the model alike on every rank; "
+                        f"{first}, and rank {rank} to {message['action']}. Make the model alike on every rank; "
                         f"what one rank does alone belongs inside `with shardline.gathered_parameters(...):`."
                     )
                 )
-        return [said["state"] for said in everyone]
+        return [message["state"] for message in messages]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Where this rank fails within it, let the others raise as well, at their next collective."""
+    def propagate_errors(self) -> Iterator[None]:
+        """An error within it is raised on the other ranks as well, at their next collective."""
         try:
             yield
         except Exception as error:
-            if not hasattr(error, _KNOWN):
-                self.known(error)
+            if not hasattr(error, _RAISED):
+                self.mark_raised(error)
                 self.messages.exchange({"failed": f"{type(error).__name__}: {text_of(error)}"})
             raise
 
-    def known(self, error: E) -> E:
-        """``error``, which every rank raises here."""
-        setattr(error, _KNOWN, True)
+    def mark_raised(self, error: E) -> E:
+        """``error``, which every rank raises here: :meth:`propagate_errors` does not send it."""
+        setattr(error, _RAISED, True)
         return error
 
-    def _exchange(self, said: dict[str, Any]) -> list[dict[str, Any]]:
-        everyone = self.messages.exchange(said)
-        for rank, each in enumerate(everyone):
-            if "failed" in each:
-                raise self.known(DisagreementError(f"rank {rank} failed while the model was made: {each['failed']}"))
-        return everyone
+    def _exchange(self, own: dict[str, Any]) -> list[dict[str, Any]]:
+        messages = self.messages.exchange(own)
+        for rank, message in enumerate(messages):
+            if "failed" in message:
+                raise self.mark_raised(
+                    DisagreementError(f"rank {rank} failed while the model was made: {message['failed']}")
+                )
+        return messages
 
 
-class Piece:
+class ShardedParam:
     """This rank's range of one parameter's elements, and the owner of its data.
 
-    The parameter stays whole at first, with the data that it has; :meth:`divide` follows.
+    The parameter stays whole at first, with the data that it has; :meth:`shard` follows.
 
     Args:
-        param: no engine has it.
-        name: what errors call it.
-        ranks: among which it is divided.
+        param: not managed by an engine.
+        name: its name in errors.
+        ranks: over which it is sharded.
         may_gather: whether a use of the sealed parameter gathers it now, on all ranks alike; it has done so if it
             returns True.
 
     Attributes:
         index: the same on every rank.
         elements: this rank's, 1-D, in the order of storage; None while there are none.
-        shape, stride, dtype, device: of the parameter, when it was divided.
+        shape, stride, dtype, device: of the parameter, when it was sharded.
     """
 
     detaches: ClassVar[bool] = True
@@ -123,8 +126,8 @@ class Piece:
         self,
         param: nn.Parameter,
         name: str,
-        ranks: Ranks,
-        may_gather: Callable[[Piece], bool],
+        ranks: ShardGroup,
+        may_gather: Callable[[ShardedParam], bool],
     ) -> None:
         self.name, self.ranks, self.index = name, ranks, ranks.count
         self.elements: Tensor | None = None
@@ -143,7 +146,7 @@ class Piece:
         """The parameter."""
         param = self._param()
         if param is None:
-            raise AssertionError(f"{self.name} is gone, and its piece is used")
+            raise AssertionError(f"parameter {self.name} does not exist any more, and its shard is used")
         return param
 
     @property
@@ -153,7 +156,7 @@ class Piece:
 
     @property
     def cuts(self) -> list[int]:
-        """Of the ranges, one more than ranks."""
+        """The boundaries of the ranks' ranges: one more than ranks."""
         size, numel = len(self.ranks.members), self.shape.numel()
         return [numel * rank // size for rank in range(size + 1)]
 
@@ -163,30 +166,30 @@ class Piece:
         low, high = self.cuts[self.ranks.messages.rank :][:2]
         return slice(low, high)
 
-    # -- divided and gathered ---------------------------------------------------------------------------------------
+    # -- sharded and gathered ---------------------------------------------------------------------------------------
 
     @outside_modes
-    def divide(self, *, source: int = 0, shared: bool = False) -> bool:
+    def shard(self, *, source: int = 0, shared: bool = False) -> bool:
         """Keep this rank's range of the values of rank ``source``, and seal the parameter. Collective.
 
         Args:
-            shared: also where something else lies in its memory on some rank.
+            shared: whether to do it also where another tensor uses its memory on some rank.
 
         Returns:
-            Whether it did, or has nothing to keep, since the parameter is gone on some rank.
+            True if it did, or if there is nothing to shard, since the parameter does not exist any more on some rank.
         """
         param = self._param()
         with torch.no_grad():
-            states = self.ranks.meet(f"divide {self._called}", _state_of(param, shared=shared))
+            states = self.ranks.agree_on(f"shard {self._label}", _state_of(param, shared=shared))
             if param is None or _GONE in states:
-                self.leave()
+                self.unmanage()
                 return True
             if _IN_USE in states:
                 return False
             if len(set(states)) > 1:
                 found = ", ".join(f"rank {rank} has {each}" for rank, each in enumerate(states))
-                raise self.ranks.known(
-                    DisagreementError(f"{self._called} differs: {found}. Make the model alike on every rank.")
+                raise self.ranks.mark_raised(
+                    DisagreementError(f"{self._label} differs: {found}. Make the model alike on every rank.")
                 )
             value = _dense(param.detach())
             self.ranks.messages.broadcast([value], source)
@@ -200,8 +203,8 @@ class Piece:
         _WHOLE.pop(self.param, None)
         seal(self.param, self._record, like)
 
-    def leave(self) -> None:
-        """Let the parameter, which is whole, be as any other."""
+    def unmanage(self) -> None:
+        """Forget the parameter, which is whole and stays an ordinary one."""
         param = self._param()
         if param is not None:
             _WHOLE.pop(param, None)
@@ -211,7 +214,7 @@ class Piece:
         """Make the parameter whole on every rank; ``keep`` this rank's elements beside it. Collective."""
         if self.elements is None:
             raise AssertionError(f"{self.name} has no elements to gather")
-        self.ranks.meet(f"gather {self._called}")
+        self.ranks.agree_on(f"gather {self._label}")
         with torch.no_grad():
             full = torch.empty(self.shape.numel(), dtype=self.dtype, device=self.device)
             full[self.own].copy_(self.elements)
@@ -222,8 +225,8 @@ class Piece:
             _WHOLE[self.param] = self
 
     @outside_modes
-    def differs(self) -> bool:
-        """Whether this rank's elements of the parameter, which is whole, are others than those that were kept."""
+    def has_changed(self) -> bool:
+        """Whether this rank's range of the parameter, which is whole, differs from the elements that were kept."""
         value = self.param.detach()
         if (value.shape, value.stride(), value.dtype) != (self.shape, self.stride, self.dtype) or self.elements is None:
             return True
@@ -234,8 +237,8 @@ class Piece:
         """Seal the parameter again, with the elements that were kept."""
         self._seal(torch.empty(0, dtype=self.dtype, device=self.device))
 
-    def pour(self, comm: Comm, store: Callable[[int, Tensor], None]) -> None:
-        """Give every range to ``store``, with its first element, and keep nothing. Collective."""
+    def broadcast_ranges(self, comm: Comm, store: Callable[[int, Tensor], None]) -> None:
+        """Call ``store(start, elements)`` with every rank's range, and keep nothing. Collective."""
         if self.elements is None:
             raise AssertionError(f"{self.name} has no elements to give")
         for rank, (start, stop) in enumerate(pairwise(self.cuts)):
@@ -247,7 +250,7 @@ class Piece:
         self.elements = None
 
     @property
-    def _called(self) -> str:
+    def _label(self) -> str:
         return f"parameter {self.index} ({self.name})"
 
     # -- parameter.Owner --------------------------------------------------------------------------------------------
@@ -256,10 +259,10 @@ class Piece:
         return self._may_gather(self)
 
     def handed_out(self, index: int, alias: Tensor) -> None:
-        raise AssertionError("a piece shows no parameter: it is sealed, or its own")
+        raise AssertionError("a sharded parameter is sealed or an ordinary one, and never shown")
 
     def assigned(self, index: int, value: Tensor) -> None:
-        raise AssertionError("a piece shows no parameter: it is sealed, or its own")
+        raise AssertionError("a sharded parameter is sealed or an ordinary one, and never shown")
 
     def stride_of(self, index: int) -> tuple[int, ...]:
         return tuple(self.stride)
@@ -268,44 +271,44 @@ class Piece:
         return None
 
 
-def piece_of(tensor: Tensor) -> Piece | None:
-    """The piece of a parameter that is divided before there is an engine."""
+def sharded_param_of(tensor: Tensor) -> ShardedParam | None:
+    """The record of a parameter that is sharded without an engine; None for any other."""
     record = record_of(tensor)
     if record is None:
-        found: Piece | None = _WHOLE.get(tensor)
+        found: ShardedParam | None = _WHOLE.get(tensor)
         return found
-    return record.owner if isinstance(record.owner, Piece) else None
+    return record.owner if isinstance(record.owner, ShardedParam) else None
 
 
 _WHOLE = WeakTensorKeyDictionary()
-"""The pieces of parameters that are whole for now."""
+"""The sharded parameters that are whole now."""
 
 
-def check_pieces(params: Iterable[nn.Parameter], group: dist.ProcessGroup | None) -> None:
-    """See that an engine among the ranks of ``group`` can take the pieces of ``params`` over.
+def check_sharded_params(params: Iterable[nn.Parameter], group: dist.ProcessGroup | None) -> None:
+    """Check that an engine over the ranks of ``group`` can use those of ``params`` that are sharded.
 
     Raises:
-        UsageError: if one is whole now, or is divided among other ranks.
-        ModelError: for one that was lost by a failed ``initialize``.
+        UsageError: if one is whole now, or is sharded over other ranks.
+        ModelError: for one whose values a failed ``initialize`` has lost.
     """
     members = () if group is None else tuple(dist.get_process_group_ranks(group))
     for param in params:
-        piece = piece_of(param)
-        if piece is None:
+        sharded = sharded_param_of(param)
+        if sharded is None:
             continue
-        if piece.is_whole:
+        if sharded.is_whole:
             raise UsageError(
                 "initialize was called inside sharded_weights() or gathered_parameters(), where parameters are whole. "
                 "Call it after them."
             )
-        if piece.ranks.members != members:
+        if sharded.ranks.members != members:
             raise UsageError(
-                f"the model was sharded over the ranks {_listed(piece.ranks.members)}, and initialize shards over "
+                f"the model was sharded over the ranks {_listed(sharded.ranks.members)}, and initialize shards over "
                 f"{_listed(members)}. Give sharded_weights() and initialize() the same mesh=."
             )
-        if piece.elements is None:
+        if sharded.elements is None:
             raise ModelError(
-                f"parameter {piece.name!r} lost its values in an initialize that failed. Make the model again."
+                f"parameter {sharded.name!r} lost its values in an initialize that failed. Make the model again."
             )
 
 
