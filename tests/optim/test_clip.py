@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from shardline.optim.clip import divisor, square_sum
+from shardline.optim.clip import clip_divisor, square_sum
 
 CPU = torch.device("cpu")
 
@@ -58,11 +58,13 @@ def test_dividing_clips_as_torch_does(norm, limit) -> None:
     weight.grad = torch.full((4,), norm / 2, dtype=torch.float64)
     before = weight.grad.clone()
     torch.nn.utils.clip_grad_norm_([weight], limit)
-    found = divisor(torch.tensor(norm, dtype=torch.float64), limit)
+    found = clip_divisor(torch.tensor(norm, dtype=torch.float64), limit)
     torch.testing.assert_close(before / found, weight.grad, rtol=1e-12, atol=0)
     assert float(found) >= 1.0
 
 
 def test_no_limit_divides_by_one_and_bad_norms_stay_bad() -> None:
-    assert float(divisor(torch.tensor(1e30), 0.0)) == 1.0
-    assert math.isinf(divisor(torch.tensor(math.inf), 1.0)) and math.isnan(divisor(torch.tensor(math.nan), 1.0))
+    assert float(clip_divisor(torch.tensor(1e30), 0.0)) == 1.0
+    assert math.isinf(clip_divisor(torch.tensor(math.inf), 1.0)) and math.isnan(
+        clip_divisor(torch.tensor(math.nan), 1.0)
+    )

@@ -26,14 +26,14 @@ class Diary:
     def __init__(self, gather=None):
         self.gather, self.told, self.collected = gather, [], None
 
-    def sealed_access(self):
+    def on_sealed_access(self):
         self.told.append("touched")
         return self.gather is not None and self.gather()
 
-    def handed_out(self, index, alias):
+    def on_data_read(self, index, alias):
         self.told.append(("handed out", index))
 
-    def assigned(self, index, value):
+    def on_data_assigned(self, index, value):
         self.told.append(("assigned", index, value))
 
     def stride_of(self, index):
@@ -135,7 +135,7 @@ outcomes = {}
 class Owner:
     detaches, advice, conversion = False, "Gather it.", "Before that."
 
-    def sealed_access(self):
+    def on_sealed_access(self):
         return False
 
     def stride_of(self, index):

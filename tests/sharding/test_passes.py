@@ -145,7 +145,7 @@ class Way:
     sizes: list[int]
     prefetch: bool = True
     reshard: bool = True
-    room: int = 10**9
+    max_live: int = 10**9
     arrived: bool = False
     backwards: int = 1  # in a step
     forwards: int = 1  # before a backward
@@ -175,7 +175,7 @@ class Rank:
             self.ask,
             prefetch=way.prefetch,
             reshard_after_forward=way.reshard,
-            max_kept=way.room,
+            max_live=way.max_live,
             on_host=not way.arrived,
         )
 
@@ -283,7 +283,7 @@ def drawn(rng: random.Random, *, repeats: bool) -> tuple[Paths, Way, int]:
         sizes,
         prefetch=rng.random() < 0.7,
         reshard=rng.random() < 0.8,
-        room=10**9,
+        max_live=10**9,
         arrived=rng.random() < 0.5,
         backwards=rng.choice([1, 1, 2]),
         forwards=rng.choice([1, 1, 2]),
@@ -327,7 +327,7 @@ def test_any_paths_with_repeats_or_little_room(seed: int) -> None:
     refused = 0
     for _ in range(15):
         paths, way, ranks = drawn(rng, repeats=rng.random() < 0.7)
-        way.room = rng.choice([0, 100, 10**9])
+        way.max_live = rng.choice([0, 100, 10**9])
         try:
             run(paths, way, ranks)
         except DisagreementError:

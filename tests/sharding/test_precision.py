@@ -110,10 +110,10 @@ def test_masters_and_gradients_are_at_least_fp32_and_the_weights(dtype) -> None:
     assert Precision(accumulate=dtype).grad_dtype(dtype) is dtype
     for between in (Placement.PARTIAL, Placement.SHARDED):
         assert Precision().reduce_dtype(dtype, between) is dtype
-        assert Precision(reduce=FP32, windows=True).reduce_dtype(dtype, between) is FP32
-    assert Precision(windows=True).reduce_dtype(dtype, Placement.PARTIAL) is wide
-    assert Precision(windows=True, accumulate=dtype).reduce_dtype(dtype, Placement.PARTIAL) is dtype
-    assert Precision(windows=True).reduce_dtype(dtype, Placement.SHARDED) is dtype
+        assert Precision(reduce=FP32, accumulates=True).reduce_dtype(dtype, between) is FP32
+    assert Precision(accumulates=True).reduce_dtype(dtype, Placement.PARTIAL) is wide
+    assert Precision(accumulates=True, accumulate=dtype).reduce_dtype(dtype, Placement.PARTIAL) is dtype
+    assert Precision(accumulates=True).reduce_dtype(dtype, Placement.SHARDED) is dtype
 
 
 def test_integers_have_no_masters() -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardline.sharding.rounding import Standstill
+from shardline.sharding.rounding import RoundingWatch
 
 
 def follow(decay, dtype, edits, certain=True, apart=0.01):
     student = torch.randn(300, generator=torch.Generator().manual_seed(0))
     teacher = (student * (1 + apart * torch.rand(300, generator=torch.Generator().manual_seed(1)))).to(dtype)
-    watch = Standstill()
+    watch = RoundingWatch()
     said = []
     for _ in range(edits):
         teacher.mul_(decay).add_(student, alpha=1 - decay)
@@ -31,6 +31,6 @@ def test_one_that_moves_is_not(dtype) -> None:
 
 
 def test_what_was_perhaps_only_read_is_not_if_nothing_of_it_moved() -> None:
-    watch, still = Standstill(), torch.ones(10, dtype=torch.bfloat16)
+    watch, still = RoundingWatch(), torch.ones(10, dtype=torch.bfloat16)
     assert not any(watch.edited(still, certain=False) for _ in range(100))
     assert any(follow(0.995, torch.bfloat16, 100, certain=False, apart=0.6)), "some elements moved, so it was edited"

@@ -97,7 +97,7 @@ class Drive:
             self.ask,
             prefetch=prefetch,
             reshard_after_forward=reshard,
-            max_kept=kept,
+            max_live=kept,
             on_host=on_host,
         )
 

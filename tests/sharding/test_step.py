@@ -72,7 +72,7 @@ def test_what_is_told_of_a_step() -> None:
 def test_norm_and_average() -> None:
     """Sums of gradients whose squares are 9 and 16, from 2 + 4 micro-steps of 1/2 each, under a scale of 8."""
     found = verdict((9, 2, 5, 0, 0, 8), (16, 4, 5, 0, 0, 16), accumulation=2, loss_scale=8)
-    assert float(found.average) == 6 / 2 * 8
+    assert float(found.divisor) == 6 / 2 * 8
     assert float(found.norm) == pytest.approx(5 / 24) and float(found.scale) == pytest.approx(24)
     host = found.read()
     assert (host.skipped, host.diverged, host.left_order, host.late, host.samples) == (False, False, False, False, 24)
@@ -294,7 +294,7 @@ def test_low_precision_weights_follow_their_masters() -> None:
     update, unit, model, _ = make(lambda params: torch.optim.SGD(params, lr=2.0**-12, fused=True), torch.bfloat16)
     with torch.no_grad():
         model.weight.fill_(1.0)
-    unit.adopt(keep=True)
+    unit.adopt_edits(restorable=True)
     for _ in range(16):  # each step is lost in bf16 next to 1; sixteen of them are not
         model.weight.grad = torch.ones_like(model.weight)
         unit.reduce_scatter(1.0)

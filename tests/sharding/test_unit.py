@@ -154,7 +154,7 @@ def test_edits_at_rest_are_adopted() -> None:
     with torch.no_grad():
         model.scalar.fill_(8.0)
     assert unit.edited() == ["scalar"]
-    unit.adopt(keep=True)
+    unit.adopt_edits(restorable=True)
     entry = bucket.plan.entries[1]
     assert float(bucket.weights.master[entry.offset]) == 8.0 and unit.edited() == []
     rest = torch.cat([bucket.weights.master[: entry.offset], bucket.weights.master[entry.stop :]])
@@ -174,7 +174,7 @@ def test_a_replaced_tensor_is_named_before_anything_changes(replace) -> None:
     unit, model, before = make(1)
     with pytest.raises(ModelError, match=r"'matrix' was replaced"):
         model.matrix.data = replace(model.matrix)
-    unit.adopt(keep=True)
+    unit.adopt_edits(restorable=True)
     assert same(values(model), before)
 
 
@@ -183,7 +183,7 @@ def test_a_swapped_tensor_is_named() -> None:
     unit, model, _ = make(1)
     torch.utils.swap_tensors(model.matrix, nn.Parameter(torch.ones(9, 11)))
     with pytest.raises(ModelError, match=r"'matrix' was replaced"):
-        unit.adopt(keep=True)
+        unit.adopt_edits(restorable=True)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -193,16 +193,16 @@ def test_data_edits_are_adopted_as_long_as_somebody_holds_it(stage) -> None:
     low, high = bucket.plan.entries[2].offset, bucket.plan.entries[2].stop
     kept, version = bucket.weights.master.clone(), model.columns._version
     held = model.columns.data[1:]  # a view of what .data gave: it is enough to write
-    unit.adopt(keep=True)
+    unit.adopt_edits(restorable=True)
     assert torch.equal(bucket.weights.master, kept), "nothing was written"
     for value in (2.0, 3.0):
         held.fill_(value)
-        unit.adopt(keep=True)
+        unit.adopt_edits(restorable=True)
         shown = bucket.weights.master[low:high].as_strided((5, 7), (1, 5))
         assert bool((shown[1:] == value).all()) and torch.equal(shown[0], kept[low:high].as_strided((5, 7), (1, 5))[0])
     assert torch.equal(bucket.weights.master[:low], kept[:low]) and model.columns._version == version
     del held
-    unit.adopt(keep=True)
+    unit.adopt_edits(restorable=True)
     assert not bucket.edits.changed(), "it cannot be written to any more: it is not looked at again"
 
 
@@ -212,7 +212,7 @@ def test_a_shape_changed_in_place_is_named(change) -> None:
     with torch.no_grad():
         change(model.matrix)
     with pytest.raises(ModelError, match=r"'matrix' was replaced"):
-        unit.adopt(keep=True)
+        unit.adopt_edits(restorable=True)
 
 
 def test_assigned_data_is_copied_in() -> None:
@@ -221,7 +221,7 @@ def test_assigned_data_is_copied_in() -> None:
     memory = model.columns.data_ptr()
     model.columns.data = torch.arange(35.0, dtype=BF16).reshape(7, 5).t()
     model.matrix.data = model.matrix.data
-    unit.adopt(keep=True)
+    unit.adopt_edits(restorable=True)
     assert model.columns.data_ptr() == memory and model.columns.stride() == (1, 5)
     entry = bucket.plan.entries[2]
     assert bucket.weights.master[entry.offset : entry.stop].tolist() == list(range(35))
@@ -236,7 +236,7 @@ def test_masters_come_back_with_the_weights() -> None:
     def put(weights):
         for name, p in model.named_parameters():
             p.data.copy_(weights[name])
-        unit.adopt(keep=True)
+        unit.adopt_edits(restorable=True)
 
     zeros = {name: torch.zeros_like(value) for name, value in stored.items()}
     put(zeros)

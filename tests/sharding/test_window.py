@@ -81,12 +81,12 @@ def test_a_restart_keeps_its_place() -> None:
 
 def test_the_user_decides_over_counting() -> None:
     window = Window(3)
-    window.boundary = True
+    window.forced_boundary = True
     assert window.at_boundary
     micro_step(window)
     window.restart()
-    assert window.boundary is True, "it holds until the user changes it"
-    window.boundary = None
+    assert window.forced_boundary is True, "it holds until the user changes it"
+    window.forced_boundary = None
     assert not window.at_boundary
 
 

@@ -242,19 +242,19 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         _check_loss(loss)
         divisor = self._window.accumulation if scale_wrt_gas else 1
         factor = self._intake.share() / divisor * self.scaler.scale
-        foreign = self._leftovers.scale_of(loss, divisor)
+        grad_scale = self._leftovers.scale_of(loss, divisor)
         with self._backwards.running(factor, by_accumulation=scale_wrt_gas):
             scaled = loss.float() if loss.dtype is torch.float16 else loss
             root = torch.full_like(scaled, factor)
-            scaled.backward(root if foreign is None else root / foreign, retain_graph=retain_graph)
+            scaled.backward(root if grad_scale is None else root / grad_scale, retain_graph=retain_graph)
         self._backwards.end()
-        return self._report(loss, divisor, foreign)
+        return self._report(loss, divisor, grad_scale)
 
     @outside_modes
-    def _report(self, loss: Tensor, divisor: float, foreign: Tensor | None) -> Tensor:
+    def _report(self, loss: Tensor, divisor: float, grad_scale: Tensor | None) -> Tensor:
         reported = loss.detach() / divisor
-        if foreign is not None:
-            reported = reported / foreign
+        if grad_scale is not None:
+            reported = reported / grad_scale
         self._window.add_loss(reported, self._intake.share())
         return reported
 
@@ -307,7 +307,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
             self.progress.applied = False
             self.comm.watch.status.count(self.progress.global_steps, window.steps)
             return
-        if boundary is None and window.boundary is None:
+        if boundary is None and window.forced_boundary is None:
             window.end()
         else:
             self._end_as_sum()
@@ -373,7 +373,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         """Say whether the current micro-step and those after it end a window; ``None`` goes back to counting."""
-        self._window.boundary = is_boundary
+        self._window.forced_boundary = is_boundary
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -105,8 +105,8 @@ class LoopWindow(Window):
     @property
     def at_boundary(self) -> bool:
         """Whether the backward that comes next is taken for the last."""
-        if self.boundary is not None:
-            return self.boundary
+        if self.forced_boundary is not None:
+            return self.forced_boundary
         return self._batches + (self.state is State.FORWARD) >= self._expected
 
     def end_as_sum(self) -> int:

@@ -63,7 +63,7 @@ class ParameterAccess:
     def full_master(self) -> Tensor:
         """The master weights; those in which the model computes where there are no others."""
         unit, _, _ = self._trainables.layout.where(self.name)
-        unit.adopt(keep=True)
+        unit.adopt_edits(restorable=True)
         # To its end: each bucket is a collective, and the next one may come into the same memory.
         found = {entry.param.name: full.detach().clone() for entry, full in full_weights(unit)}
         return found[self.name].to(self._comm.device)

@@ -91,7 +91,7 @@ class Trainables:
             self._comm.all_gather_ints,
             prefetch=zero.stage3_prefetch_bucket_size > 0,
             reshard_after_forward=zero.reshard_after_forward,
-            max_kept=zero.stage3_max_live_parameters,
+            max_live=zero.stage3_max_live_parameters,
             on_host=self._comm.device.type == "cpu",
         )
         self._make_hooks()
@@ -213,7 +213,7 @@ class Trainables:
     def adopt_edits(self) -> None:
         """Take what the user wrote into weights over into the masters."""
         for unit in self.layout.units:
-            unit.adopt(keep=True)
+            unit.adopt_edits(restorable=True)
 
     def on_sealed_access(self, unit: Unit) -> bool:
         """A sealed parameter of ``unit`` is used outside of its module. Says whether it was gathered."""
@@ -279,12 +279,12 @@ class Trainables:
         for unit in self.layout.units:
             unit.note_versions()
             for bucket in unit.buckets:
-                if (standing := bucket.edits.standing) is not None:
+                if (rounded_away := bucket.edits.rounded_away) is not None:
                     notices.once(
-                        f"frozen parameter {standing!r} is edited again and again, and most of its elements "
+                        f"frozen parameter {rounded_away!r} is edited again and again, and most of its elements "
                         f"stay what they were: {bucket.plan.dtype} rounds away what a moving average adds to them. "
                         f"Keep its modules in fp32 (data_types.module_dtypes).",
-                        key="standing",
+                        key="rounded_away",
                     )
 
     def drop_gradients(self) -> None:

@@ -40,7 +40,7 @@ def full_state_dict(
     """
     weights: dict[str, Tensor] = {}
     for unit in layout.units:
-        unit.adopt(keep=True)
+        unit.adopt_edits(restorable=True)
         for entry, tensor in full_weights(unit):
             if wanted:
                 kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
@@ -89,7 +89,7 @@ def gathered(units: Sequence[Unit], hooks: Hooks, status: Status, *, write: bool
 @outside_modes
 def _unshard(units: Sequence[Unit]) -> None:
     for unit in units:
-        unit.adopt(keep=True)
+        unit.adopt_edits(restorable=True)
         unit.wait_for_unshard()
         unit.hold()
 

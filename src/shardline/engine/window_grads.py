@@ -134,7 +134,7 @@ class WindowGrads:
         """The global L2 norm of the averages: a 0-dim float64 tensor. Collective."""
         self._complete()
         squares = self._comm.all_gather_vector(self._update.squares().view(1)).sum()
-        return squares.sqrt() / self._average()
+        return squares.sqrt() / self._divisor()
 
     def norm_of(self, name: str, order: float) -> Tensor:
         """The norm of one parameter's averages (0-dim fp32). Collective the first time, for all of them at once."""
@@ -156,7 +156,7 @@ class WindowGrads:
         if found:
             norms = torch.stack([torch.linalg.vector_norm(piece, order, dtype=torch.float64) for _, piece in found])
             own[torch.tensor([place for place, _ in found], device=own.device)] = norms
-        rows = torch.linalg.vector_norm(self._comm.all_gather_vector(own), order, dim=0) / self._average()
+        rows = torch.linalg.vector_norm(self._comm.all_gather_vector(own), order, dim=0) / self._divisor()
         return dict(zip(names, rows.float().to(self._comm.device).unbind(), strict=True))
 
     def scale(self, factor: Tensor) -> None:
@@ -201,7 +201,7 @@ class WindowGrads:
         if bucket.grads.reduced is None:
             return None
         own = bucket.shard.own(bucket.grads.reduced)
-        return view(bucket.weights.gather(unit.index, own, Placement.SHARDED), entry) / self._average()
+        return view(bucket.weights.gather(unit.index, own, Placement.SHARDED), entry) / self._divisor()
 
     def spread(self, name: str) -> None:
         """Bring one parameter's averages to all ranks that update it. Collective."""
@@ -242,16 +242,16 @@ class WindowGrads:
     def _update(self) -> Update:
         return self._trainables.check_trains("using gradients").update
 
-    def _average(self) -> float:
+    def _divisor(self) -> float:
         """What the gradients are still to be divided by to be averages without a loss scale."""
         return self._comm.data.size * self._scaler.scale / self._window.divided_by
 
     def _make_averages(self) -> None:
-        if (average := self._average()) != 1.0:
+        if (divisor := self._divisor()) != 1.0:
             pieces = [piece for _, piece in self._pieces()]
             if pieces:
-                torch._foreach_div_(pieces, average)
-            self._window.divided_by *= average
+                torch._foreach_div_(pieces, divisor)
+            self._window.divided_by *= divisor
 
     def _pieces(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's own elements of every parameter's gradient."""

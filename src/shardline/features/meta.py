@@ -451,15 +451,15 @@ class _Owner:
     """The owner of a parameter like ``like`` whose data is away; one that has its data has no owner."""
 
     like: Tensor
-    sealed_access: Callable[[], bool]
+    on_sealed_access: Callable[[], bool]
     detaches: ClassVar[bool] = False
     advice: ClassVar[str] = "It has its values once initialize is done."
     conversion: ClassVar[str] = "A model is moved or converted before shardline.initialize."
 
-    def handed_out(self, index: int, alias: Tensor) -> None:
+    def on_data_read(self, index: int, alias: Tensor) -> None:
         raise AssertionError("no parameter is shown while a model is filled")
 
-    def assigned(self, index: int, value: Tensor) -> None:
+    def on_data_assigned(self, index: int, value: Tensor) -> None:
         raise AssertionError("no parameter is shown while a model is filled")
 
     def stride_of(self, index: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["divisor", "square_sum"]
+__all__ = ["clip_divisor", "square_sum"]
 
 _ROW = 16_384
 """``vector_norm`` in fp32 over one long vector is off by 5e-3 at 67M elements; over rows of this length by 5e-8."""
@@ -32,7 +32,7 @@ def square_sum(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
     return torch.cat(norms).double().square().sum()
 
 
-def divisor(norm: Tensor, limit: float) -> Tensor:
+def clip_divisor(norm: Tensor, limit: float) -> Tensor:
     """What gradients of norm ``norm`` are divided by so that their norm is at most ``limit``: a 0-dim tensor >= 1.
 
     ``max(1, (norm + 1e-6) / limit)``; no limit (0) gives 1.

@@ -1,7 +1,7 @@
-"""What ranks have agreed on: the orders of passes, and in which steps they do not rely on them.
+"""What ranks have agreed on: the orders of passes, and the steps in which passes are negotiated nevertheless.
 
-It changes at the end of a negotiated pass and at a step, on all ranks alike. What a rank did in a negotiated pass is a
-:class:`PassRecord`; where all ranks made the same, it becomes the order of the next passes of its kind.
+It changes only at the end of a negotiated pass and at a step, on all ranks alike. A rank records a negotiated pass as a
+:class:`PassRecord`. If all ranks recorded the same, it becomes the order of the next passes of its signature.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ __all__ = ["Agreement", "Kind", "PassRecord", "Signature"]
 _END_OF_FORWARD, _BEGIN_OF_BACKWARD, _END_OF_BACKWARD = range(3)
 
 _MOST_NEGOTIATED = 8
-"""Steps that are negotiated before an order is followed again, where ranks keep differing: as many as they differed."""
+"""The most steps in a row to negotiate where ranks keep differing: their number is that of the steps that differed."""
 
 
 class Kind(Enum):
-    """Passes that may follow one order."""
+    """The kinds of passes. Passes of different kinds never follow the same order."""
 
     FORWARD = "a forward"
     EVALUATION = "a forward without gradients"
@@ -42,13 +42,13 @@ class Kind(Enum):
 class Signature:
     """What is known of a pass before it runs, on all ranks alike. Passes of one signature may follow one order.
 
-    A backward needs other weights than the one before it where it belongs to other forwards, or where it goes on into
-    what the model was given: then the first layer's, too.
+    Two backwards need different weights if they belong to different forwards, or if only one of them computes the
+    gradients of the model's inputs: it needs the first layer's weights, too.
 
     Attributes:
         kind: of the pass.
-        forwards: how many the model has run since the last backward, for a backward.
-        into_inputs: whether any was given what requires a gradient.
+        forwards: for a backward: how many forwards the model has run since the last one.
+        into_inputs: whether an input of any of them requires a gradient.
     """
 
     kind: Kind
@@ -63,10 +63,10 @@ class PassRecord:
     Attributes:
         signature: of the pass.
         nth: its number, from 0, among the passes of its signature in the step.
-        events: as :class:`Order` has them.
+        events: gathers and reductions, as :class:`Order` has them.
         kept: units that were not released before the end of the pass.
         uses: units that the forwards since the last backward used, in order.
-        no_input_grads: those of them none of whose inputs required a gradient: backward ends in them.
+        no_input_grads: those of ``uses`` of which no input required a gradient: backward ends in them.
         last: the unit that the last forward used last.
         reductions: how many were started.
     """
@@ -98,7 +98,9 @@ class Agreement:
     def __init__(self, units: Sequence[Unit], negotiation: Negotiation, *, prefetch: bool) -> None:
         self._units, self._negotiation, self._prefetch = units, negotiation, prefetch
         self._sharded = [unit.index for unit in units if unit.sharded]
-        self._orders: dict[Signature, list[Order | None]] = {}  # by the pass's number among its like in the step
+        self._orders: dict[
+            Signature, list[Order | None]
+        ] = {}  # by the number of the pass among those of its signature in the step
         self._passes: Counter[Signature] = Counter()  # of this step
         self._negotiated_steps = 0  # how many are to come
         self._disagreements = 0
@@ -110,9 +112,10 @@ class Agreement:
     # -- a pass -----------------------------------------------------------------------------------------------------
 
     def order(self, signature: Signature) -> Order | None:
-        """The order for the next such pass: that of its number in the step; for a forward else the last before.
+        """The order for the next pass of ``signature``: that of the same number in the step.
 
-        The order of a backward leaves out what it did not need, which another one may: as the second of one graph.
+        A forward without one follows the forward before it. A backward does not: an order of a backward leaves out the
+        gathers that it did not need, and another backward (a second one of the same graph) may need them.
         """
         known, nth = self._orders.get(signature), self._passes[signature]
         if self._negotiated_steps or self._differed or not known:
@@ -122,25 +125,25 @@ class Agreement:
         return known[min(nth, len(known) - 1)]
 
     def begin(self, signature: Signature) -> int:
-        """Such a pass begins. Returns its number among its like in the step."""
+        """A pass begins. Returns its number, from 0, among those of its signature in the step."""
         self._passes[signature] += 1
         return self._passes[signature] - 1
 
     def follow_forward(self, uses: Sequence[int]) -> None:
-        """Before a negotiated backward: units get ready in the reverse of the forward, if all ranks made the same."""
+        """Before a negotiated backward: reduce in the reverse of the forward, if it was the same on all ranks."""
         if self._negotiation.wait_at(_BEGIN_OF_BACKWARD, 0, digest(uses)) and uses:
             plan = [unit.index for unit in reversed(self._units) if unit.trainable]
             used = [index for index in reversed(uses) if index in plan]
             self.reduce_order = fill_in(used, set(plan) - set(used), plan)
 
     def conclude(self, record: PassRecord) -> None:
-        """Compare what ranks did in a negotiated pass, and remember it where they did the same. Collective."""
+        """Compare what ranks did in a negotiated pass; if all did the same, that is its order. Collective."""
         kind, nth = record.signature.kind, record.nth
         point = _END_OF_FORWARD if kind.is_forward else _END_OF_BACKWARD
         alike = self._negotiation.wait_at(point, record.reductions, record.digest)
         known = self._orders.setdefault(record.signature, [])
         known += [None] * (nth + 1 - len(known))
-        if not alike and not self._sharded:  # ranks can differ only in when their units are ready
+        if not alike and not self._sharded:  # without gathers, ranks differ only in when their units were ready
             known[nth] = Order(tuple(~index for index in self.reduce_order))
             return
         self._differed = self._differed or not alike
@@ -151,15 +154,17 @@ class Agreement:
             self.reduce_order = [~event for event in record.events if event < 0]
 
     def _order_of(self, record: PassRecord) -> Order | None:
-        """The order of a pass that all ranks saw alike. One that did not use all units is not followed in evaluations:
-        to gather the others as well would cost more than to negotiate."""
+        """The order of a pass that was the same on all ranks.
+
+        None for an evaluation that left units out: an order gathers every unit, which costs more than to negotiate.
+        """
         kind, events = record.signature.kind, record.events
-        # Only what a backward could have needed, with another loss: it leaves out what none does, as an embedding.
+        # A backward with another loss may need a unit that this one did not; no backward needs, say, an embedding.
         left_out = () if kind.is_forward else record.no_input_grads
         idle = [index for index in self._sharded if index not in events and index not in left_out]
         if kind is Kind.EVALUATION and idle:
             return None
-        # Of what was kept in this pass it is not known whether it was used again.
+        # Units that were kept in this pass may have been used again without a second gather.
         return Order.of(
             events,
             idle,
@@ -169,7 +174,7 @@ class Agreement:
         )
 
     def differ(self) -> None:
-        """Ranks requested different units, and all know it."""
+        """Ranks requested different units in one round, which all ranks have seen."""
         self._differed = True
 
     # -- a step -----------------------------------------------------------------------------------------------------
@@ -185,7 +190,7 @@ class Agreement:
         return left_order
 
     def negotiate_next(self, *, ending: bool = False) -> None:
-        """Some rank left an agreed order, or had late gradients, and all know it. The next step is negotiated.
+        """All ranks have learned that one left an agreed order or had late gradients: negotiate the next step.
 
         Args:
             ending: whether :meth:`end_step` follows at once, so that the next step is the one after it.

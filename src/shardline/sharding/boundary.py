@@ -22,7 +22,7 @@ __all__ = ["Boundary", "no_backward"]
 
 def no_backward(*, before: bool = False) -> UsageError:
     """``before``: the error is about the step before the one that raises it."""
-    called = "the call of step() before this one came" if before else "step() was called"
+    called = "the step() before this one was called" if before else "step() was called"
     return UsageError(
         f"{called} without a backward since the last step, on any rank. Call engine.backward(loss) first."
     )
@@ -36,8 +36,8 @@ class JudgedStep:
         statement: what this rank stated in it.
         log: the collectives that this rank issued before it.
         late: some rank had late gradients, which a second round has reduced.
-        host: what the host knows.
-        counted: whether :class:`Progress` knows it, too.
+        host: the host's part of the verdict, once it was read.
+        counted: whether :class:`Progress` counts it.
     """
 
     verdict: Verdict
@@ -51,9 +51,9 @@ class JudgedStep:
 class Boundary:
     """Ends windows for one layout of the model.
 
-    A step is ended, then *read* (by one rank: was it applied?), then *acted on* (by all ranks together). Where reading
-    would wait for the device, both come when the next step ends. The first step of a layout is always read at once:
-    late gradients mostly show in it, and those of a step that is read at once are not lost.
+    A step is ended, then *read* (by one rank: was it applied?), then *acted on* (by all ranks together). If reading
+    would wait for the device, both happen when the next step ends. The first step of a layout is always read at once:
+    late gradients mostly occur in it, and a second round can reduce them only in a step that is read at once.
 
     Attributes:
         reads_at_once: whether every verdict is read when its step ends: where that does not wait (on a CPU), or where
@@ -109,7 +109,7 @@ class Boundary:
         """
         self.progress.applied = False
         for unit in self.update.units:
-            unit.adopt(keep=False)
+            unit.adopt_edits(restorable=False)
         self._reduce_rest(window)
         left_order, statement = self.schedule.end_step(), self.alike.state()
         hooked = before is not None or after is not None
@@ -132,7 +132,7 @@ class Boundary:
         return host
 
     def _reduce_rest(self, window: Window) -> None:
-        """What no backward has reduced."""
+        """Reduce the gradients that no backward has reduced."""
         if window.gradients is Gradients.LOCAL:
             self.schedule.reduce_now(reversed(self.update.units))
             window.note_reduced()
@@ -140,8 +140,8 @@ class Boundary:
     def complete(self, window: Window) -> None:
         """Reduce everything that the window holds, before it ends. Collective.
 
-        Late gradients are looked for where that does not wait for a device, and in the first step of a layout.
-        Elsewhere :meth:`end` finds them, and the step is skipped.
+        Late gradients are looked for only if that does not wait for a device, or in the first step of a layout.
+        Otherwise :meth:`end` finds them, and the step is skipped.
         """
         self._reduce_rest(window)
         self.schedule.finish_reductions()
@@ -200,7 +200,7 @@ class Boundary:
         )
 
     def read(self) -> HostVerdict | None:
-        """Read what became of the last step. A rank may do so without the others: nothing that they share changes.
+        """Read whether the last step was applied. A rank may do so alone: nothing changes that ranks share.
 
         Returns:
             The verdict, the first time; afterwards None.
@@ -219,12 +219,12 @@ class Boundary:
 
     @property
     def refused(self) -> bool:
-        """Whether the last step is known to be refused, and :meth:`act_on_verdict` has not raised that yet."""
+        """Whether the last step is known to be refused, and :meth:`act_on_verdict` has not raised its error yet."""
         return self._last is not None and self._last.host is not None and self._last.host.refused
 
     def act_on_verdict(self, *, ending: bool = False) -> None:
-        """Take the consequences of the last step, which was read. Collective: every rank does this before the same
-        step or save.
+        """Do what follows from the last step, which was read. Collective: every rank calls this before the same step or
+        save.
 
         Args:
             ending: whether :meth:`end` of the next step follows.
@@ -238,12 +238,12 @@ class Boundary:
             self._act_on(judged.host, late=judged.late or judged.host.late, ending=ending)
 
     def forget(self) -> None:
-        """The last step does not count any more: other states were loaded."""
+        """Forget the last step: other states were loaded."""
         self._last = None
         self.progress.norm, self.progress.applied = None, False
 
     def _refuse(self, judged: JudgedStep, host: HostVerdict, what: str) -> None:
-        """Raise if the step, which is called ``what``, must not be one. On every rank alike."""
+        """Raise if the verdict refuses the step, which messages call ``what``. On every rank alike."""
         if host.diverged:
             raise self._differing_orders(judged.log, what)
         if not host.alike:
@@ -252,20 +252,20 @@ class Boundary:
             raise no_backward(before=what == "the step before")
 
     def _act_on(self, host: HostVerdict, *, late: bool, ending: bool) -> None:
-        """What all ranks do alike. ``late``: some rank had late gradients."""
+        """What follows from the verdict on all ranks. ``late``: some rank had late gradients."""
         self.progress.exit_requested = self.progress.exit_requested or host.exit_requested
-        if host.left_order or late:  # some rank left an order or has late gradients: all ranks take note
+        if host.left_order or late:
             wrong = self.update.comm.messages.exchange(sorted(self.schedule.wrong_hints))
             self.schedule.negotiate_next({index for indices in wrong for index in indices}, ending=ending)
 
     def _reduce_late(self) -> None:
-        """A second round for gradients that came after their unit was reduced, on every rank alike."""
+        """The second round: reduce gradients that came after their unit was reduced. On every rank alike."""
         late = [unit.index for unit in self.update.units if unit.has_partial()]
         everywhere = {index for indices in self.update.comm.messages.exchange(late) for index in indices}
         self.schedule.reduce_now(self.update.units[index] for index in sorted(everywhere))
 
     def _differing_orders(self, log: dict[str, array[int]], what: str) -> DisagreementError:
-        """Ranks exchanged the wrong ranges: name both sides, before any weight was changed."""
+        """The error where ranks issued different collectives, and so exchanged wrong ranges: it names both sides."""
         names = [unit.name for unit in self.update.units]
         logs = self.update.comm.messages.exchange({operation: list(units) for operation, units in log.items()})
         differing = ((operation, rank) for rank, theirs in enumerate(logs) for operation in theirs

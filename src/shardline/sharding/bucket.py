@@ -74,10 +74,10 @@ class Bucket:
         precision: Precision,
         host: HostMemory | None = None,
         *,
-        sealed_access: Callable[[], bool] = lambda: False,
+        on_sealed_access: Callable[[], bool] = lambda: False,
         may_convert: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.plan, self.params, self.sealed_access = plan, list(params), sealed_access
+        self.plan, self.params, self.on_sealed_access = plan, list(params), on_sealed_access
         self.shard = Shard(plan, stage, *plan.shard(comm.shard.rank))
         self.weights = FlatWeights(self.shard, comm, pool, precision, host)
         self.grads = FlatGrads(self.shard, self.params, comm, pool, precision, host)
@@ -97,7 +97,7 @@ class Bucket:
 
     def seal(self) -> None:
         """Seal the parameters."""
-        self.edits.forget_handed()
+        self.edits.forget_aliases()
         for param, record in zip(self.params, self._records.values(), strict=True):
             seal(param, record, self.weights.resting)
 
@@ -122,11 +122,11 @@ class Bucket:
 
     # -- parameter.Owner --------------------------------------------------------------------------------------------
 
-    def handed_out(self, index: int, alias: Tensor) -> None:
-        self.edits.handed_out(index, alias)
+    def on_data_read(self, index: int, alias: Tensor) -> None:
+        self.edits.on_data_read(index, alias)
 
-    def assigned(self, index: int, value: Tensor) -> None:
-        self.edits.assigned(index, value)
+    def on_data_assigned(self, index: int, value: Tensor) -> None:
+        self.edits.on_data_assigned(index, value)
 
     def stride_of(self, index: int) -> tuple[int, ...]:
         return self.plan.entries[index].param.stride

@@ -19,7 +19,7 @@ from shardline.runtime.modes import outside_modes
 from shardline.sharding.buffer import view
 from shardline.sharding.flat_weights import FlatWeights
 from shardline.sharding.parameter import assign
-from shardline.sharding.rounding import Standstill
+from shardline.sharding.rounding import RoundingWatch
 from shardline.sharding.shard import Range, within
 
 __all__ = ["Edits"]
@@ -36,20 +36,20 @@ class Edits:
             :meth:`restore_views` is called at the end of the forward or backward.
 
     Attributes:
-        standing: the name of a frozen parameter that is edited again and again and does not change.
+        rounded_away: the name of a frozen parameter that is edited again and again and does not change.
     """
 
     def __init__(self, params: Sequence[nn.Parameter], weights: FlatWeights, may_convert: Callable[[], bool]) -> None:
         self.params, self.weights, self._may_convert = params, weights, may_convert
         self.plan = weights.shard.plan
-        self.standing: str | None = None
+        self.rounded_away: str | None = None
         self._versions: list[int] = []
         self._offsets = [  # in bytes; what is empty has no address
             entry.offset * self.plan.dtype.itemsize if entry.param.numel else None for entry in self.plan.entries
         ]
-        self._handed: dict[int, list[ref[Tensor]]] = {}  # by index: what was read as .data and may be written to
+        self._aliases: dict[int, list[ref[Tensor]]] = {}  # by index: what was read as .data and may be written to
         self._converted: set[int] = set()  # indices of those whose data is not a view for now
-        self._standstill: dict[int, Standstill] = {}  # of frozen parameters in low precision that were edited
+        self._rounding: dict[int, RoundingWatch] = {}  # of frozen parameters in low precision that were edited
 
     # -- noticing ---------------------------------------------------------------------------------------------------
 
@@ -57,9 +57,9 @@ class Edits:
         """Remember the parameters as they are now, so that later edits are noticed."""
         self._versions = [*map(_VERSION, self.params)]
 
-    def forget_handed(self) -> None:
+    def forget_aliases(self) -> None:
         """The parameters are about to be sealed: a ``.data`` of a gather that is over changes nothing."""
-        self._handed.clear()
+        self._aliases.clear()
 
     def _edited(self) -> list[int]:
         """Indices of the parameters that were edited in place since :meth:`note_versions`."""
@@ -70,14 +70,14 @@ class Edits:
 
     def changed(self) -> set[int]:
         """Indices of the parameters that may have changed: edited, or handed out as ``.data``, which has no version."""
-        return {*self._edited(), *self._handed}
+        return {*self._edited(), *self._aliases}
 
     def edited_names(self) -> list[str]:
         """Names of the parameters that were changed since they were last shown."""
         found = set(self._edited())
         full, resting, covered = self.weights.full, self.weights.resting, self.weights.shard.weights
         if full is not None and full.data_ptr() != resting.data_ptr():
-            for index in self._handed:
+            for index in self._aliases:
                 for start, stop in within(self._spans([index]), covered):
                     if not torch.equal(full[start:stop], resting[start - covered[0] : stop - covered[0]]):
                         found.add(index)
@@ -104,11 +104,11 @@ class Edits:
 
     # -- bringing in ------------------------------------------------------------------------------------------------
 
-    def adopt(self, *, keep: bool) -> None:
+    def adopt_resting(self, *, restorable: bool) -> None:
         """Bring edits of resting weights (``clamp_``, ``load_state_dict``, ``.data``) into the masters.
 
         Args:
-            keep: whether the masters from before the edit come back if, before the next update, the weights do.
+            restorable: whether the masters from before the edit come back if, before the next update, the weights do.
 
         Raises:
             ModelError: if a parameter's tensor was replaced instead of edited.
@@ -116,24 +116,24 @@ class Edits:
         self.check_in_place()
         changed = self.changed()
         if changed:
-            self.weights.update_masters(self.weights.resting, self._spans(changed), keep=keep)
+            self.weights.update_masters(self.weights.resting, self._spans(changed), restorable=restorable)
             self._watch(self.weights.resting)
             self.note_versions()
-            self._forget_dead()
+            self._forget_dead_aliases()
 
-    def keep(self) -> None:
+    def adopt_gathered(self) -> None:
         """Bring edits of gathered weights into those at rest and the masters."""
         self.restore_views()
         changed = self.changed()
         if self.weights.full is not None and changed:
             self.write(self.weights.full, changed)
 
-    def write(self, full: Tensor, changed: Collection[int] | None = None, *, keep: bool = False) -> None:
+    def write(self, full: Tensor, changed: Collection[int] | None = None, *, restorable: bool = False) -> None:
         """Bring ``full`` into the weights at rest and the masters; of it what ``changed``, or all if that is left out.
 
-        ``keep`` is that of :meth:`adopt`.
+        ``restorable`` is that of :meth:`adopt_resting`.
         """
-        self.weights.write_from(full, self._spans(changed), keep=keep)
+        self.weights.write_from(full, self._spans(changed), restorable=restorable)
         self._watch(full)
 
     def _spans(self, changed: Collection[int] | None) -> list[Range]:
@@ -154,26 +154,26 @@ class Edits:
         if self.plan.trainable or not self.plan.dtype.is_floating_point or self.plan.dtype.itemsize > 2:
             return
         edited = set(self._edited())
-        for index in edited | set(self._handed):
+        for index in edited | set(self._aliases):
             entry = self.plan.entries[index]
-            watch = self._standstill.setdefault(index, Standstill())
+            watch = self._rounding.setdefault(index, RoundingWatch())
             if watch.edited(full[entry.offset : entry.stop], certain=index in edited):
-                self.standing = entry.param.name
+                self.rounded_away = entry.param.name
 
-    def _forget_dead(self) -> None:
+    def _forget_dead_aliases(self) -> None:
         """What was handed out and is gone can change nothing any more."""
-        alive = ((index, [each for each in refs if each() is not None]) for index, refs in self._handed.items())
-        self._handed = {index: refs for index, refs in alive if refs}
+        alive = ((index, [each for each in refs if each() is not None]) for index, refs in self._aliases.items())
+        self._aliases = {index: refs for index, refs in alive if refs}
 
     # -- .data ------------------------------------------------------------------------------------------------------
 
-    def handed_out(self, index: int, alias: Tensor) -> None:
+    def on_data_read(self, index: int, alias: Tensor) -> None:
         """``alias``, the ``.data`` of a shown parameter, was read."""
-        known = self._handed.get(index, ())
-        self._handed[index] = [*(each for each in known if each() is not None), ref(alias)]
+        known = self._aliases.get(index, ())
+        self._aliases[index] = [*(each for each in known if each() is not None), ref(alias)]
 
     @outside_modes
-    def assigned(self, index: int, value: Tensor) -> None:
+    def on_data_assigned(self, index: int, value: Tensor) -> None:
         """``param.data = value``: copied in; or, in another dtype, in its place until the forward or backward ends.
 
         Raises:
@@ -206,7 +206,7 @@ class Edits:
     def _copy_in(self, index: int, value: Tensor, place: Tensor) -> None:
         with torch.no_grad():
             place.copy_(value)
-        self._handed.setdefault(index, [])
+        self._aliases.setdefault(index, [])
         if index in self._converted:
             self._converted.remove(index)
             assign(self.params[index], place)

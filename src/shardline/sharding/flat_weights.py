@@ -175,24 +175,24 @@ class FlatWeights:
             work.wait()
         return work
 
-    def write_from(self, full: Tensor, spans: Sequence[Range], *, keep: bool = False) -> None:
+    def write_from(self, full: Tensor, spans: Sequence[Range], *, restorable: bool = False) -> None:
         """Copy ``spans`` of ``full`` (in the dtype of the weights) into weights at rest and masters.
 
         Args:
-            keep: whether masters come back if the weights do; see :meth:`update_masters`.
+            restorable: whether masters come back if the weights do; see :meth:`update_masters`.
         """
         self.comm.wait_for_readers()
         if self.resting.data_ptr() != full.data_ptr():
             first = self.shard.weights[0]
             for start, stop in within(spans, self.shard.weights):
                 self.resting[start - first : stop - first].copy_(full[start:stop])
-        self.update_masters(full, spans, keep=keep)
+        self.update_masters(full, spans, restorable=restorable)
 
-    def update_masters(self, full: Tensor, spans: Sequence[Range], *, keep: bool) -> None:
+    def update_masters(self, full: Tensor, spans: Sequence[Range], *, restorable: bool) -> None:
         """Bring masters up to weights that were edited; where a weight is still its rounded master, that stays.
 
         Args:
-            keep: whether the masters from before the edit come back if, before the next update, the weights do.
+            restorable: whether the masters from before the edit come back if, before the next update, the weights do.
         """
         if self.master is None or self.masters_are_weights:
             return
@@ -201,7 +201,7 @@ class FlatWeights:
             part = full[start:stop].to(self.master.device)
             master = self.master[start - low : stop - low]
             same = master.to(part.dtype) == part
-            if keep and self.before_edit is None and not bool(same.all()):
+            if restorable and self.before_edit is None and not bool(same.all()):
                 self.before_edit = self.master.clone()
             updated = torch.where(same, master, part.to(self.master_dtype))
             if self.before_edit is not None:

@@ -4,7 +4,7 @@ Around a module that uses a unit: unshard before, reshard after. In backward, th
 
 * tensors that autograd saved and that lie in a gathered buffer (:mod:`shardline.sharding.saved_tensors`);
 * the gradient of a unit's inputs, whose completion hints that the unit's own gradients are complete;
-* the gradient of the model's outputs, which tells that a backward began that ``engine.backward`` did not start.
+* the gradient of the model's outputs: through it the engine sees a backward that ``engine.backward`` did not start.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from shardline.sharding.unit import Unit
 __all__ = ["Compiled", "Hooks", "ModuleHook", "watch_outputs"]
 
 
-class _Graph(Enum):
-    """How long a graph that autograd builds can be needed."""
+class _GraphLifetime(Enum):
+    """How long the graph that autograd builds may be used."""
 
-    INNER = "inner"  # until the transforms of torch.func that run around it are left, or not at all
-    OUTER = "outer"  # for a backward of the user's
+    INNER = "inner"  # only inside the torch.func transforms that run around it, or not at all
+    OUTER = "outer"  # until a backward of the user's
 
 
 _hooks_are_enabled: Callable[[], bool] = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
 
 
-def _graph_here() -> _Graph:
-    return _Graph.OUTER if is_recorded() else _Graph.INNER
+def _lifetime_here() -> _GraphLifetime:
+    return _GraphLifetime.OUTER if is_recorded() else _GraphLifetime.INNER
 
 
 class ModuleHook(partial[Any]):
@@ -80,12 +80,11 @@ class Hooks:
     """The module hooks of one engine on one model. ``remove`` takes them off again.
 
     Args:
-        on_forward: called when a forward of the model begins. It returns the hooks that serve it: others than these
+        on_forward: called when a forward of the model begins. It returns the hooks that serve this forward: new ones
             where the model was planned again at that moment.
-        on_call: called before each module that no other one of the model's calls, outside of any backward: whether it
-            is the model itself, and what it is given.
-        compiled: which modules are.
-        on_output: given what such a module returns, where a graph may have been built.
+        on_call: ``on_call(is_model, (args, kwargs))``, called before each outermost module call outside of backward.
+        compiled: which modules are compiled.
+        on_output: called with the output of an outermost module call, where a graph may have been built.
     """
 
     def __init__(
@@ -100,15 +99,15 @@ class Hooks:
     ) -> None:
         self.schedule, self._on_forward, self._on_call, self._on_output = schedule, on_forward, on_call, on_output
         self.saved = SavedTensors(units, schedule.pre_backward)
-        # Those in progress: the units that they use, and whether they pack saved tensors.
+        # Module calls in progress: the units that each holds, and whether it has pushed saved-tensor hooks.
         self._calls: list[tuple[list[Unit], bool]] = []
-        self._pinned: list[tuple[Unit, _Graph]] = []
+        self._pinned: list[tuple[Unit, _GraphLifetime]] = []
         self._handles: list[Any] = []
         self._model, modules = model, dict(model.named_modules())
         used: dict[str, list[Unit]] = {"": []}
         for unit in units:
             for path in unit.plan.users:
-                # A root's hooks serve all that is inside it; those inside are for calls that go past the root.
+                # A root's hooks serve all modules inside it; hooks inside are for calls that bypass the root.
                 inside = {root for root in unit.plan.roots if path != root and is_below(path, root)}
                 if path in unit.plan.roots or not inside or (unit.sharded and not inside & compiled.inside):
                     used.setdefault(path, []).append(unit)
@@ -118,7 +117,7 @@ class Hooks:
             path in compiled.around or any(path != root and is_below(path, root) for root in compiled.inside)
             for path in used
         ):
-            # The user compiled what runs the hooks as well; they must not be traced.
+            # The user also compiled the module that runs the hooks; they must not be traced.
             enter, leave = torch.compiler.disable(enter), torch.compiler.disable(leave)
         for path, its_units in used.items():
             module, is_model = modules[path], not path
@@ -130,7 +129,7 @@ class Hooks:
 
     @outside_modes
     def unwind(self) -> None:
-        """Leave all modules that an interrupt (which skips their hooks) left half-way."""
+        """Undo the pre-forward hooks of calls that an interrupt ended: torch skips their post-forward hooks."""
         while self._calls:
             self._leave(*self._calls.pop())
         self.schedule.end_forward()
@@ -148,33 +147,33 @@ class Hooks:
     ) -> None:
         if self._on_call is not None and not self._calls and not self.schedule.in_backward:
             self._on_call(is_model, (args, kwargs))
-        unwatched = self._unwatched()
+        pin_for = self._must_pin_for()
         with leave_modes():
             hooks = self._begin_forward(is_model)
-            if hooks is not self:  # the hook that will end this forward is one of theirs
+            if hooks is not self:  # planned again: the post-forward hook that follows is one of the new ones
                 units = hooks._root
             schedule, with_grad = hooks.schedule, torch.is_grad_enabled()
             in_backward = schedule.in_backward
             outermost = with_grad and not in_backward and not hooks._calls
-            pushed = outermost and unwatched is None and hooks.saved.push()
+            pushed = outermost and pin_for is None and hooks.saved.push()
             if outermost and hooks.saved.needed and _differentiable((args, kwargs)):
                 schedule.expect_into_inputs()
             fresh = [unit for unit in units if not unit.holds]
             held: list[Unit] = []
-            hooks._calls.append((held, pushed))  # before anything can fail: what is done here is undone in any case
+            hooks._calls.append((held, pushed))  # before anything can fail, so that it is undone in any case
             for unit in units:
                 if in_backward:  # recomputation under activation checkpointing: backward releases it
                     schedule.pre_backward(unit)
                 else:
                     schedule.pre_forward(unit)
                     held.append(unit)
-                if unwatched is not None:
-                    hooks._pin(unit, unwatched)
+                if pin_for is not None:
+                    hooks._pin(unit, pin_for)
             if with_grad:
                 for unit in fresh:
                     # A recomputation joins the graph only where its first run, without gradients, did not.
                     if not in_backward or not schedule.expects_backward(unit):
-                        hooks._expect_backward(unit, (args, kwargs) if unwatched is None else ())
+                        hooks._expect_backward(unit, (args, kwargs) if pin_for is None else ())
 
     def _begin_forward(self, is_model: bool) -> Hooks:
         """If this call is the model's own forward, it begins. Returns the hooks that serve the call."""
@@ -185,18 +184,18 @@ class Hooks:
             return self
         current = self._on_forward()
         if current._pinned and _hooks_are_enabled():
-            current._unpin(_Graph.INNER)
+            current._unpin(_GraphLifetime.INNER)
         current.schedule.begin_forward(with_grad=torch.is_grad_enabled())
         return current
 
     @outside_modes
     def _post_forward(self, is_model: bool, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._calls:  # the hook before it did not get as far
+        if not self._calls:  # the pre-forward hook failed before it recorded the call
             return
         self._leave(*self._calls.pop())
         if self._calls:
             return
-        if is_model:  # the outermost: a model may call itself
+        if is_model:  # the outermost call of it: a model may call itself
             self.schedule.end_forward()
         if self._on_output is not None and not self.schedule.in_backward and torch.is_grad_enabled():
             self._on_output(output)
@@ -211,7 +210,7 @@ class Hooks:
         inputs = _differentiable(given)
         for tensor in inputs:
             handle = tensor.register_hook(partial(self._post_backward, unit, tensor.is_leaf))
-            if tensor.is_leaf:  # it outlives the graph, and would gather hooks
+            if tensor.is_leaf:  # a leaf outlives the graph, and would collect one hook for each forward
                 self.schedule.call_after_backward(handle.remove)
         self.schedule.expect_backward(unit, len(inputs))
 
@@ -223,12 +222,12 @@ class Hooks:
 
     @contextmanager
     def around(self, units: Sequence[Unit]) -> Iterator[None]:
-        """Within it, a graph may be built of ``units``, which are whole: what it saves of them is kept as places."""
-        unwatched = self._unwatched()
-        if unwatched is not None:
+        """Within it a graph may be built on ``units``, which are whole. What it saves of them is stored as places."""
+        pin_for = self._must_pin_for()
+        if pin_for is not None:
             for unit in units:
-                self._pin(unit, unwatched)
-        pushed = unwatched is None and torch.is_grad_enabled() and self.saved.push()
+                self._pin(unit, pin_for)
+        pushed = pin_for is None and torch.is_grad_enabled() and self.saved.push()
         try:
             yield
         except BaseException as error:
@@ -239,7 +238,7 @@ class Hooks:
                 self.saved.pop()
 
     def explain(self, error: BaseException) -> None:
-        """Add a note to torch's refusal of saved-tensor hooks under ``torch.func``: the hooks are the engine's."""
+        """Add a note to torch's error about saved-tensor hooks under ``torch.func``: the hooks are the engine's."""
         if self.saved.needed and isinstance(error, RuntimeError) and "saved tensor hooks" in str(error):
             error.add_note(
                 "At stage 3 the engine has such hooks inside a forward of the model and inside gathered_parameters(). "
@@ -250,15 +249,15 @@ class Hooks:
     def on_sealed_access(self, unit: Unit) -> bool:
         """A sealed parameter of ``unit`` is used. Gathers it where all ranks can be doing the same; returns whether it
         did."""
-        unwatched, graph = self._unwatched(), _graph_here()
+        pin_for, graph = self._must_pin_for(), _lifetime_here()
         with leave_modes():
             if self.schedule.on_sealed_access(unit):
-                if unwatched is not None:
-                    self._pin(unit, unwatched)
+                if pin_for is not None:
+                    self._pin(unit, pin_for)
                 return True
             if not self._in_method():
                 return False
-            # Nothing tells when the method ends, so no hooks can be pushed for it.
+            # The end of the method is not visible, so saved-tensor hooks could not be popped: pin the unit instead.
             self.schedule.pre_forward(unit)
             self._pin(unit, graph)
             self.schedule.post_forward(unit)
@@ -276,31 +275,34 @@ class Hooks:
             frame = frame.f_back
         return False
 
-    # -- graphs that autograd does not tell of ----------------------------------------------------------------------
+    # -- graphs whose saved tensors cannot be packed ----------------------------------------------------------------
 
-    def _unwatched(self) -> _Graph | None:
-        """The graph that is built here without saved-tensor hooks: ``torch.func`` allows none."""
+    def _must_pin_for(self) -> _GraphLifetime | None:
+        """The lifetime of the graph that is built here, where its saved tensors cannot be packed; else None.
+
+        ``torch.func`` allows no saved-tensor hooks, so such a graph keeps the parameters themselves.
+        """
         if not self.saved.needed or _hooks_are_enabled() or not torch.is_grad_enabled():
             return None
-        return None if self.schedule.in_backward else _graph_here()
+        return None if self.schedule.in_backward else _lifetime_here()
 
-    def _pin(self, unit: Unit, graph: _Graph) -> None:
-        """Keep ``unit`` whole for ``graph``, which holds its parameters themselves."""
+    def _pin(self, unit: Unit, graph: _GraphLifetime) -> None:
+        """Keep ``unit`` whole for a graph of lifetime ``graph``, which holds its parameters themselves."""
         if unit.sharded:
             unit.pinned = True
             self._pinned.append((unit, graph))
 
     @outside_modes
     def unpin(self) -> None:
-        """No graph from here on needs a unit that stayed for it."""
-        self._unpin(_Graph.OUTER)
+        """Release the pinned units: no graph that holds their parameters is used any more."""
+        self._unpin(_GraphLifetime.OUTER)
 
-    def _unpin(self, graph: _Graph) -> None:
+    def _unpin(self, graph: _GraphLifetime) -> None:
         pinned, self._pinned = self._pinned, []
         for unit, _ in pinned:
             unit.pinned = False
         for unit, kind in pinned:
-            if kind is not graph and graph is _Graph.INNER:
+            if kind is not graph and graph is _GraphLifetime.INNER:
                 self._pin(unit, kind)
         for unit, _ in pinned:
             unit.reshard()

@@ -11,26 +11,26 @@ __all__ = ["Order", "fill_in"]
 
 @dataclass(frozen=True)
 class Order:
-    """What every rank issues in a pass, one after the other.
+    """The collectives that every rank issues in a pass, one after the other.
 
-    It holds every sharded unit, so that a rank which suddenly uses one that all had skipped does not gather alone.
+    It holds every sharded unit, so that a rank which uses one that all had skipped does not gather it alone.
 
     Attributes:
         events: unit index ``u`` for its gather, ``~u`` (negative) for its reduction.
-        idle: units that no rank used. They are gathered for a rank that may.
-        stays: units that are not released before the pass is over.
+        idle: units that no rank used. They are gathered nevertheless, for a rank that may use them.
+        kept: units that are not released before the pass is over.
     """
 
     events: tuple[int, ...]
     idle: frozenset[int] = frozenset()
-    stays: frozenset[int] = frozenset()
+    kept: frozenset[int] = frozenset()
 
     @classmethod
     def of(
         cls,
         events: Sequence[int],
         idle: Sequence[int],
-        stays: Collection[int] = (),
+        kept: Collection[int] = (),
         *,
         plan: Sequence[int],
         prefetch: bool,
@@ -38,22 +38,23 @@ class Order:
         """The order made from ``events``, as every rank recorded them.
 
         Args:
-            idle: units that no rank used, to be put where ``plan``, an order of all units, has it.
-            stays: what is gathered once although it was gathered again.
+            idle: units that no rank used; each is inserted at its place in ``plan``, an order of all units.
+            kept: units to gather once, although ``events`` may gather them again.
             prefetch: whether gathers begin one use ahead.
         """
         order: list[int] = []
         for event in events:
-            if event not in stays or event not in order:
+            if event not in kept or event not in order:
                 order.append(event)
         order = fill_in(order, idle, plan)
         if prefetch:
             order = _move_gathers_up(order, frozenset(idle))
-        return cls(tuple(order), frozenset(idle), frozenset(stays))
+        return cls(tuple(order), frozenset(idle), frozenset(kept))
 
 
 def fill_in(order: Sequence[int], missing: Collection[int], plan: Sequence[int]) -> list[int]:
-    """``order`` with each unit that is ``missing`` before its reduction, or else behind what it follows in ``plan``."""
+    """``order`` with the gathers of ``missing`` units: each before its reduction, else behind the unit it follows in
+    ``plan``."""
     filled, place = list(order), 0
     for index in plan:
         if index not in missing:
@@ -68,7 +69,7 @@ def fill_in(order: Sequence[int], missing: Collection[int], plan: Sequence[int])
 
 
 def _move_gathers_up(events: Sequence[int], idle: Collection[int]) -> list[int]:
-    """Each first gather moved to right behind the one before it, so that it travels while that one is used."""
+    """Each first gather moved to directly behind the gather before it, so that it runs while that unit is used."""
     seen: set[int] = set(idle)
     slots = []
     for place, event in enumerate(events):

@@ -57,13 +57,13 @@ class Owner(Protocol):
     advice: ClassVar[str]
     conversion: ClassVar[str]
 
-    def sealed_access(self) -> bool:
+    def on_sealed_access(self) -> bool:
         """A sealed parameter is accessed. Gathers it if all ranks do so now, and returns whether it did."""
 
-    def handed_out(self, index: int, alias: Tensor) -> None:
+    def on_data_read(self, index: int, alias: Tensor) -> None:
         """``alias``, the ``.data`` of a shown parameter, was read: what is written to it raises no version."""
 
-    def assigned(self, index: int, value: Tensor) -> None:
+    def on_data_assigned(self, index: int, value: Tensor) -> None:
         """``.data = value`` was written for a shown parameter. Raises where that cannot be."""
 
     def stride_of(self, index: int) -> tuple[int, ...]:
@@ -162,13 +162,13 @@ def _make_classes(original: type[nn.Parameter]) -> tuple[type[nn.Parameter], typ
     def read(self: Any) -> Tensor:
         alias: Tensor = inherited.__get__(self)
         record: ParamRecord = self._shardline
-        record.owner.handed_out(record.index, alias)
+        record.owner.on_data_read(record.index, alias)
         return alias
 
     def write(self: Any, value: Tensor) -> None:
         if value is not self:  # as Module.to writes where nothing changes
             record: ParamRecord = self._shardline
-            record.owner.assigned(record.index, value)
+            record.owner.on_data_assigned(record.index, value)
 
     def read_grad(self: Any) -> Tensor | None:
         with torch._C.DisableTorchFunctionSubclass():
@@ -300,7 +300,7 @@ class _Sealed(Tensor):
             return func(*args, **kwargs)
 
     def _unseal(self) -> bool:
-        return self._shardline.owner.sealed_access()
+        return self._shardline.owner.on_sealed_access()
 
     def _placeholder(self) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):

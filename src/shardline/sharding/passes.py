@@ -1,11 +1,11 @@
 """Which collectives a pass, a forward or a backward, issues next: by an agreed order, or negotiated.
 
 Two ranks that gather units of one size in different orders would swap weights without any error, and two that wait for
-different collectives deadlock. So what is issued is the same on all ranks, either because all follow one
-:class:`~shardline.sharding.orders.Order` exactly, whatever they need themselves, or because they have just agreed.
+different collectives deadlock. So all ranks issue the same collectives: either all follow one
+:class:`~shardline.sharding.orders.Order` exactly, whatever they need themselves, or they have just agreed on the next.
 
-A pass yields what is due, as calls, and the schedule makes them. That keeps the order apart from the collectives, and
-the stack between a module's hook and its all-gather short.
+A pass yields the collectives that are due, as functions, and the schedule calls them. This separates the order from the
+collectives, and keeps the stack between a module's hook and its all-gather short.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Issue = Callable[[], None]
 
 
 class Pass:
-    """A pass without communication: all weights are here, or there is one process.
+    """A pass without communication: all weights are here, or there is a single process.
 
-    What its methods return is to be iterated to its end, and each call made as it comes.
+    The caller iterates what the methods return to its end, and calls each :data:`Issue` as it comes.
 
     Args:
         kept: units that are not released before the pass is over.
@@ -43,7 +43,7 @@ class Pass:
         self.kept = kept
 
     def unshard(self, unit: Unit, *, again: bool = False) -> Iterable[Issue]:
-        """Bring ``unit`` here. ``again``: for a use of which a second one in the pass is to be remembered."""
+        """Gather ``unit`` if needed and wait for it. ``again``: note if it is used a second time in this pass."""
         unit.wait_for_unshard()
         return ()
 
@@ -53,7 +53,7 @@ class Pass:
             unit.reshard()
 
     def post_backward(self, unit: Unit) -> Iterable[Issue]:
-        """The gradients of ``unit`` are complete: issue what has waited for that."""
+        """The gradients of ``unit`` are complete: issue the reductions that this makes due."""
         return ()
 
     def finish(self) -> Iterable[Issue]:
@@ -65,7 +65,7 @@ class Negotiated(Pass):
     """A pass of ranks that are not known to be alike.
 
     Attributes:
-        events: what an order would have to hold, as seen by this rank; see :class:`Order`.
+        events: the gathers and reductions that this rank needed, as :class:`Order` has them.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Negotiated(Pass):
             self.events.append(~index)
 
     def _wait(self, number: int, unit: Unit) -> None:
-        """Before a wait for a reduction: others may still need gathers to come to it."""
+        """Before a wait for a reduction: other ranks may still need gathers before they can issue it."""
         if self._gathers:
             self._negotiation.reduced(number, self.issued)
 
@@ -136,14 +136,14 @@ class Negotiated(Pass):
 class Followed(Pass):
     """A pass by an agreed order.
 
-    A rank that uses units in another way still issues what the others issue, in the same order: gathers that it passes
-    over, which it keeps while there is room, since it may need them later; and reductions, with zeros for gradients
-    that it does not have yet.
+    A rank that uses units in another order still issues what the others issue, in the same order: gathers that it does
+    not need now, whose weights it keeps up to ``max_live`` elements, since it may need them later; and reductions, with
+    zeros for gradients that it does not have yet.
 
     Args:
-        carried_over: units that are here on every rank from before this pass: their first gather is none.
+        carried_over: units that are gathered on every rank before this pass: their first gather is left out.
         prefetch: whether gathers begin one use ahead.
-        room: elements of weights to keep that were gathered for other ranks.
+        max_live: how many elements of weights to keep that were gathered for other ranks.
         queue: of reductions, in a backward that reduces.
         ready: whether a unit can be reduced.
     """
@@ -156,7 +156,7 @@ class Followed(Pass):
         *,
         carried_over: Collection[int],
         prefetch: bool,
-        room: int,
+        max_live: int,
         queue: ReduceQueue | None = None,
         ready: Callable[[int], bool] = bool,
         factor: float = 1.0,
@@ -164,7 +164,7 @@ class Followed(Pass):
         super().__init__(kept)
         self.order, self._units = order, units
         self._carried_over = set(carried_over)
-        self._prefetch, self._room = prefetch, room
+        self._prefetch, self._max_live = prefetch, max_live
         self._queue, self._ready, self._factor = queue, ready, factor
         self._position = 0
         self._gathered: set[int] = set()
@@ -208,7 +208,7 @@ class Followed(Pass):
                 yield unit.unshard if keeps else unit.join_unshard
 
     def _run(self) -> Iterator[Issue]:
-        """Issue what follows, as far as it waits for nothing: one gather ahead of its use."""
+        """Issue the next events of the order, as far as they wait for nothing; gathers at most one use ahead."""
         events = self.order.events
         while self._position < len(events):
             event = events[self._position]
@@ -230,7 +230,7 @@ class Followed(Pass):
             yield self._prefetched.unshard
 
     def _gather_in_order(self, unit: Unit) -> Iterator[Issue]:
-        """Issue all that comes before the gather of ``unit``, and that."""
+        """Issue everything in the order up to the gather of ``unit``, and that gather."""
         events = self.order.events
         try:
             place = events.index(unit.index, self._position)
@@ -249,7 +249,7 @@ class Followed(Pass):
                 if event not in self._gathered:
                     self._drop_prefetched()
                 self._gathered.add(event)
-                if event in self._carried_over:  # it was gathered, and this rank has resharded it
+                if event in self._carried_over:  # the others have it already, so they issue no gather of it
                     raise self._refusal(unit)
                 yield unit.unshard
 
@@ -280,13 +280,13 @@ class Followed(Pass):
             return
         self._spare.pop(unit, None)
         self._spare[unit] = None
-        while sum(each.plan.numel for each in self._spare) > self._room:
+        while sum(each.plan.numel for each in self._spare) > self._max_live:
             oldest = next(iter(self._spare))
             del self._spare[oldest]
             oldest.reshard()
 
     def _drop_prefetched(self) -> None:
-        """What was to be used next is not."""
+        """Another unit is used than the one that was prefetched."""
         if self._prefetched is not None:
             self.left_order = True
             unit, self._prefetched = self._prefetched, None
@@ -295,7 +295,7 @@ class Followed(Pass):
     def _refusal(self, unit: Unit) -> DisagreementError:
         needed = "is needed again after it was released" if unit.index in self.order.events else "is needed"
         return DisagreementError(
-            f"unit {unit.name!r} {needed}: all ranks had run this pass alike, without that, so the other ranks "
-            f"do not send it. Run forwards that use a module a different number of times by rank, or from step to "
-            f"step, inside engine.gathered_parameters()."
+            f"unit {unit.name!r} {needed}, which is not in the order that all ranks agreed on for this pass, so the "
+            f"other ranks do not send it. Run forwards that use a module a different number of times by rank, or from "
+            f"step to step, inside engine.gathered_parameters()."
         )

@@ -28,7 +28,7 @@ class Precision:
         compute: dtype of parameters in forward and backward.
         reduce: dtype in which gradients travel, or ``None`` for their own.
         accumulate: dtype in which gradients are added up.
-        windows: whether a step has several micro-steps, so that what rests partial between them is a sum.
+        accumulates: whether a step has several micro-steps, so that what rests partial between them is a sum.
         autocast: dtype of ``torch.autocast`` around forward, or ``None``.
         cast_inputs: whether floating tensors given to ``engine(...)`` are cast to ``compute``.
         buffers: dtype to which floating buffers are cast, or ``None`` to leave them.
@@ -39,7 +39,7 @@ class Precision:
     compute: torch.dtype = torch.float32
     reduce: torch.dtype | None = None
     accumulate: torch.dtype = torch.float32
-    windows: bool = False
+    accumulates: bool = False
     autocast: torch.dtype | None = None
     cast_inputs: bool = True
     buffers: torch.dtype | None = None
@@ -58,7 +58,7 @@ class Precision:
             compute=compute,
             reduce=optional(config.communication_data_type),
             accumulate=optional(types.grad_accum_dtype) or torch.float32,
-            windows=config.gradient_accumulation_steps > 1,
+            accumulates=config.gradient_accumulation_steps > 1,
             autocast=DTYPES[autocast.dtype] if autocast.enabled else None,
             cast_inputs=compute is not torch.float32 and (config.fp16.auto_cast or config.bf16.enabled),
             buffers=optional(types.buffer_dtype),
@@ -96,7 +96,7 @@ class Precision:
         Sums of several micro-steps travel as they were added up, all others as autograd makes them. The configuration
         decides, not what a rank holds: all ranks must decide alike.
         """
-        sums = self.windows and between is Placement.PARTIAL
+        sums = self.accumulates and between is Placement.PARTIAL
         return self.reduce or (self.grad_dtype(weights) if sums else weights)
 
     def cast(self, value: Any) -> Any:

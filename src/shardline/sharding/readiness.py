@@ -1,8 +1,8 @@
 """When the gradients of a unit are complete, by hints.
 
-A hint is that the gradients of all inputs of a unit's calls are complete: then those of its parameters nearly always
-are. Gradients that come later are kept and reduced in a second round at the step, and the unit's hints are not trusted
-again.
+A hint: the gradients of all inputs of a unit's calls are complete. Then those of its parameters nearly always are.
+Gradients that arrive later are kept and reduced in a second round at the step, and from then on the unit's hints are
+ignored.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ __all__ = ["Readiness"]
 
 
 class _Hints:
-    """What is known in one graph about the gradients of one unit."""
+    """The state of the hints of one unit in one graph."""
 
     def __init__(self) -> None:
         self.used = False  # in a forward: gradients may come
         self.calls = 0  # forward calls that will have a backward
         self.pending = 0  # inputs of those calls whose gradient is not complete
-        self.open_end = False  # a call without differentiable inputs: no hint tells when its backward is over
+        self.is_incomplete = False  # some call had no differentiable input, so there is no hint for its backward
 
 
 class Readiness:
-    """The hints of the forwards since the last backward, and what they say while one runs.
+    """The hints of the forwards since the last backward, and the units that they report complete while one runs.
 
     Attributes:
         wrong_hints: units whose gradients came after their hint: they are reduced at the end of backward from then on.
@@ -40,10 +40,9 @@ class Readiness:
 
     def _forget(self) -> None:
         self._hints = [_Hints() for _ in range(self._count)]
-        self._has_forward = (
-            False  # since the last backward; without one, it is not known which units a second backward of a graph uses
-        )
-        self._almost: list[Unit] = []
+        # Of this graph. Without one it is not known which units a second backward of the same graph uses.
+        self._has_forward = False
+        self._almost: list[Unit] = []  # complete when autograd has accumulated what it just computed: see flush
         self._ready: set[int] = set()
         self._all_ready = False
 
@@ -58,7 +57,7 @@ class Readiness:
         hints = self._hints[unit.index]
         hints.calls += 1
         hints.pending += inputs
-        hints.open_end = hints.open_end or not inputs
+        hints.is_incomplete = hints.is_incomplete or not inputs
 
     def expects_backward(self, unit: Unit) -> bool:
         """Whether a call of ``unit`` is expected to have a backward."""
@@ -72,27 +71,27 @@ class Readiness:
         self._ready = set()
 
     def use_in_backward(self, unit: Unit) -> Iterator[Unit]:
-        """Backward uses ``unit``. Yields what is complete with that."""
+        """Backward uses ``unit``. Yields the units that are complete by then."""
         if unit not in self._almost:
             yield from self.flush()
         self._hints[unit.index].used = True
 
     def input_complete(self, unit: Unit, *, at_once: bool) -> Iterator[Unit]:
-        """A gradient that :meth:`expect_gradients` announced is complete. Yields units that are complete with that.
+        """A gradient that :meth:`expect_gradients` announced is complete. Yields the units that are complete by then.
 
-        Autograd accumulates gradients as soon as it has them, but a leaf's at no certain moment among each other: with
-        ``at_once`` false those of the parameters are complete only when anything else happens.
+        Autograd accumulates the gradients of leaves in no fixed order among each other. If this input is a leaf
+        (``at_once`` is false), the gradients of the parameters are complete only at the next event.
         """
         yield from self.flush()
         hints = self._hints[unit.index]
         hints.pending -= 1
-        if self._in_backward and not hints.pending and not hints.open_end and unit.index not in self.wrong_hints:
+        if self._in_backward and not hints.pending and not hints.is_incomplete and unit.index not in self.wrong_hints:
             self._almost.append(unit)
             if at_once:
                 yield from self.flush()
 
     def flush(self) -> Iterator[Unit]:
-        """Something else happens in backward: yields what is complete with that."""
+        """The next event of the backward: yields the units that are complete by then."""
         while self._almost:
             unit = self._almost.pop(0)
             if unit.index not in self._ready:
@@ -109,7 +108,7 @@ class Readiness:
         return self._all_ready or index in self._ready or unused
 
     def complete_all(self) -> None:
-        """Autograd is done: all is complete."""
+        """Autograd is done: all gradients are complete."""
         self._all_ready = True
 
     # -- after a backward -------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Standstill"]
+__all__ = ["RoundingWatch"]
 
 _EDITS = 50
 """Edits to watch. What a moving average adds in one edit may be lost and appear later, but not over so many edits."""
@@ -14,7 +14,7 @@ _SAMPLE = 4096
 """Elements to watch."""
 
 
-class Standstill:
+class RoundingWatch:
     """Watches one parameter over its edits."""
 
     def __init__(self) -> None:

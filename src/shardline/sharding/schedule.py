@@ -1,19 +1,18 @@
 """When units are gathered, released and reduced.
 
-A rank runs passes: forwards with and without gradients, and backwards. The first forward of a kind, and
-each backward of the first step, is negotiated with the other ranks gather by gather; if all turn out to do the same,
-what they did is the order that the next ones follow without any message (:mod:`shardline.sharding.passes`). After a
-step in which ranks differed the next step is negotiated.
+A rank runs passes: forwards with and without gradients, and backwards. The first forward of a kind and each backward of
+the first step are negotiated with the other ranks, gather by gather. If all ranks did the same, that is the order which
+later passes follow without any message (:mod:`shardline.sharding.passes`). After a step in which ranks differed, the
+next step is negotiated.
 
-* **gathers** come in the order of their uses.
-* **reductions** come in the order in which units get ready, once that was alike on all ranks; in a
-  negotiated backward, in the reverse of the forward. A unit that is ready early waits for its turn. An unused unit
-  counts as zero gradients.
+* **gathers** are issued in the order of their uses.
+* **reductions** are issued in the order in which units get ready, once that was the same on all ranks; in a negotiated
+  backward, in the reverse of the forward. A unit that is ready early waits for its turn. An unused unit reduces zeros.
 
 =================  =====================================================================================
-who                knows
+class              holds
 =================  =====================================================================================
-Schedule           which pass runs, and what is in use
+Schedule           the pass that runs, and the uses of units
 Pass               what is due in it (:mod:`~shardline.sharding.passes`)
 Readiness          when the gradients of a unit are complete (:mod:`~shardline.sharding.readiness`)
 ReduceQueue        what is in flight (:mod:`~shardline.sharding.reduce_queue`)
@@ -46,10 +45,10 @@ class _Uses:
 
     Attributes:
         in_order: each once, by its first use with gradients.
-        differentiable: those that were given what requires a gradient.
+        differentiable: those with an input that requires a gradient.
         forwards: how many there were, with gradients.
-        into_inputs: whether the model, or a module that was called past it, was given what requires a gradient.
-        last: what was used last in the forward that runs, or ran last.
+        into_inputs: whether an input of the model, or of a module called without it, requires a gradient.
+        last: the unit used last in the current forward, or in the last one.
     """
 
     def __init__(self) -> None:
@@ -72,20 +71,20 @@ class _Uses:
             self.in_order[unit.index] = None
 
     def signature(self, kind: Kind) -> Signature:
-        """That of a backward which begins now."""
+        """The signature of a backward that begins now."""
         return Signature(kind, self.forwards, self.into_inputs)
 
 
 class Schedule:
-    """Drives the units of one engine. Hooks call it as the model runs, the engine as the user asks.
+    """Drives the units of one engine. Module hooks call it as the model runs, and the engine's methods.
 
     Args:
         units: all of the engine's.
-        ask: one message of integers to every rank and their answers; see :meth:`Comm.all_gather_ints`.
+        all_gather_ints: exchanges a row of integers with every rank; see :meth:`Comm.all_gather_ints`.
         prefetch: whether gathers begin one use ahead.
         reshard_after_forward: whether weights are released between forward and backward.
-        max_kept: elements of weights to keep that were gathered for other ranks.
-        on_host: whether waiting for a reduction keeps the host.
+        max_live: how many elements of weights to keep that were gathered for other ranks.
+        on_host: whether waiting for a reduction blocks the host.
 
     Attributes:
         in_backward: whether a backward of the engine runs.
@@ -96,30 +95,30 @@ class Schedule:
     def __init__(
         self,
         units: Sequence[Unit],
-        ask: Callable[[Sequence[int]], list[list[int]]],
+        all_gather_ints: Callable[[Sequence[int]], list[list[int]]],
         *,
         prefetch: bool,
         reshard_after_forward: bool,
-        max_kept: int,
+        max_live: int,
         on_host: bool,
     ) -> None:
         self.units = units
         self.in_backward = False
         self.reducing = True
         self.factor = 1.0
-        self._negotiation = Negotiation(units, ask)
+        self._negotiation = Negotiation(units, all_gather_ints)
         self._agreement = Agreement(units, self._negotiation, prefetch=prefetch)
         self._readiness = Readiness(units)
         self._queue = ReduceQueue(units, on_host=on_host)
-        self._follow = partial(Followed, prefetch=prefetch, room=max_kept, ready=self._readiness.is_ready)
+        self._follow = partial(Followed, prefetch=prefetch, max_live=max_live, ready=self._readiness.is_ready)
         self._reshard_after_forward = reshard_after_forward
         self._sharded = [unit.index for unit in units if unit.sharded]
         self._forward: Pass | None = None
         self._backward = Pass()
-        self._running = Signature(Kind.FORWARD), 0  # the pass, and its number among its like in the step
-        self._carried_over: set[int] = set()  # what is here between two passes, on every rank
+        self._running = Signature(Kind.FORWARD), 0  # the pass, and its number among those of its signature in the step
+        self._carried_over: set[int] = set()  # units that are gathered between two passes, on every rank
         self._uses = _Uses()
-        self._calls = 0  # of modules, now: not uses by gathered_parameters(), in which ranks may differ
+        self._calls = 0  # module calls in progress, without gathered_parameters(), in which ranks may differ
         self._converted: list[Unit] = []
         for unit in units:
             unit.on_convert = self._convert
@@ -133,7 +132,7 @@ class Schedule:
         self._release_but(self._carried_over)
         if not self._reshard_after_forward:
             kept = frozenset(self._sharded)
-        else:  # a backward begins with what was used last: to release that would only gather it again
+        else:  # a backward begins with the unit used last: releasing it would only gather it again
             kept = self._agreement.last if with_grad else frozenset()
         if all(self.units[index].holds for index in self._sharded):
             self._forward = Pass(kept)
@@ -207,8 +206,8 @@ class Schedule:
         return self._unshard(unit, again=True)
 
     def _unshard(self, unit: Unit, *, again: bool = False) -> Iterable[Issue]:
-        """What is due for ``unit`` to be here, by the pass that runs (:meth:`Pass.unshard`). Outside of the model's own
-        forward and backward there is none, so ranks negotiate each gather."""
+        """The collectives that are due before ``unit`` can be used (:meth:`Pass.unshard`). Outside of the model's own
+        forward and backward there is no pass, so ranks negotiate each gather."""
         if not unit.sharded:
             return ()
         current = self._backward if self.in_backward else self._forward
@@ -216,15 +215,17 @@ class Schedule:
             return current.unshard(unit, again=again)
         if unit.residence is not Residence.SHARDED:
             unit.wait_for_unshard()
-        elif self._negotiation.request(unit):  # past the model's own forward, where no pass begins or ends
+        elif self._negotiation.request(unit):
             self._carried_over.add(unit.index)
         else:
             self._agreement.differ()
         return ()
 
     def _convert(self, unit: Unit) -> bool:
-        """A parameter of ``unit`` is about to be converted. Allowed while the model runs: at the end of that
-        :meth:`_end_conversions` makes it a view again."""
+        """A parameter of ``unit`` is about to be converted. Returns whether that is allowed: while the model runs.
+
+        At the end of that run :meth:`_end_conversions` makes it a view again.
+        """
         if self._is_running():
             self._converted.append(unit)
             return True
@@ -254,11 +255,11 @@ class Schedule:
             ready, reduce_order = self._readiness.is_ready, self._agreement.reduce_order
             return Negotiated(self._negotiation, self.units, kept, queue, reduce_order, ready, self.factor)
         carried_over = [index for index in self._sharded if self.units[index].residence is not Residence.SHARDED]
-        kept = order.stays | frozenset(kept)
+        kept = order.kept | frozenset(kept)
         return self._follow(order, self.units, kept, carried_over=carried_over, queue=queue, factor=self.factor)
 
     def _conclude(self, current: Pass) -> None:
-        """Everything of a pass was issued: see whether ranks did the same."""
+        """Every collective of a pass was issued. If it was negotiated, compare what the ranks did. Collective then."""
         self._agreement.left_order = self._agreement.left_order or current.left_order
         if isinstance(current, Negotiated):
             uses = self._uses
@@ -284,7 +285,7 @@ class Schedule:
         return self._readiness.wrong_hints
 
     def negotiate_next(self, wrong_hints: Iterable[int] = (), *, ending: bool = False) -> None:
-        """Some rank left an agreed order, or had late gradients, and all know it: the next step is negotiated.
+        """All ranks have learned that one left an agreed order or had late gradients: negotiate the next step.
 
         Args:
             wrong_hints: units of which any rank had late gradients.
@@ -318,7 +319,7 @@ class Schedule:
             self._uses.differentiable.add(unit.index)
 
     def expect_into_inputs(self) -> None:
-        """What the model was given requires a gradient: backward goes on into it."""
+        """An input of the model requires a gradient, so backward computes that as well."""
         self._uses.into_inputs = True
 
     def expects_backward(self, unit: Unit) -> bool:
@@ -374,7 +375,7 @@ class Schedule:
         self._leave_backward()
 
     def abort_backward(self) -> None:
-        """An error ended backward: what this rank saw of its order is incomplete."""
+        """An error ended backward: this rank's record of it is incomplete and is dropped."""
         self._leave_backward()
 
     def _leave_backward(self) -> None:
@@ -391,7 +392,7 @@ class Schedule:
         self._queue.finish()
 
     def reduce_now(self, units: Iterable[Unit]) -> None:
-        """Reduce what ``units`` hold, outside of a backward; every rank gives the same units in the same order."""
+        """Reduce the gradients of ``units`` outside of a backward: the same units in the same order on every rank."""
         for unit in units:
             unit.reduce_scatter(1.0)
             unit.wait_for_reduce()

@@ -255,13 +255,13 @@ class ShardedParam:
 
     # -- parameter.Owner --------------------------------------------------------------------------------------------
 
-    def sealed_access(self) -> bool:
+    def on_sealed_access(self) -> bool:
         return self._may_gather(self)
 
-    def handed_out(self, index: int, alias: Tensor) -> None:
+    def on_data_read(self, index: int, alias: Tensor) -> None:
         raise AssertionError("a sharded parameter is sealed or an ordinary one, and never shown")
 
-    def assigned(self, index: int, value: Tensor) -> None:
+    def on_data_assigned(self, index: int, value: Tensor) -> None:
         raise AssertionError("a sharded parameter is sealed or an ordinary one, and never shown")
 
     def stride_of(self, index: int) -> tuple[int, ...]:

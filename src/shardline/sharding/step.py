@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from shardline.comm import Comm, Work
 from shardline.optim import takes_grad_scale
-from shardline.optim.clip import divisor, square_sum
+from shardline.optim.clip import clip_divisor, square_sum
 from shardline.sharding.bucket import RunTensors
 from shardline.sharding.buffer import flat
 from shardline.sharding.gradient import GuardedGrad, gradient_error
@@ -65,9 +65,9 @@ class StepReport:
     def stack(self, device: torch.device) -> Tensor:
         """The columns in order (1-D, float64), on ``device``; 0.0 for what is absent."""
         values = [getattr(self, name) for name in _COLUMN]
-        known = [0.0 if value is None or isinstance(value, Tensor) else value for value in values]
+        on_host = [0.0 if value is None or isinstance(value, Tensor) else value for value in values]
         # One copy to the device: pinned memory would not be faster for so few numbers.
-        stacked = torch.tensor(known, dtype=torch.float64).to(device, non_blocking=True)
+        stacked = torch.tensor(on_host, dtype=torch.float64).to(device, non_blocking=True)
         for index, value in enumerate(values):
             if isinstance(value, Tensor):
                 stacked[index] = value.to(device).view(())
@@ -87,14 +87,14 @@ class Verdict:
         reports: those of all ranks: (ranks, columns).
         norm: L2 norm of the averaged gradients before clipping (0-dim, float64).
         found_inf: 1.0 if the update must not be applied, else 0.0 (0-dim, fp32).
-        average: what gradients are divided by to be averaged and unscaled (0-dim, float64).
+        divisor: what gradients are divided by to be averaged and unscaled (0-dim, float64).
         scale: the same times what clipping divides by (0-dim, float64).
     """
 
     reports: Tensor
     norm: Tensor
     found_inf: Tensor
-    average: Tensor
+    divisor: Tensor
     scale: Tensor
     _host: Tensor | None = field(default=None, init=False, repr=False)
     _arrived: torch.Event | None = field(default=None, init=False, repr=False)
@@ -112,19 +112,19 @@ class Verdict:
         """
         weight, late, backwards = (reports[:, _COLUMN[name]] for name in ("weight", "late", "backwards"))
         total = reports[:, _COLUMN["squares"]].sum()
-        average = weight.sum() / accumulation * loss_scale
-        norm = total.sqrt() / average
+        divisor = weight.sum() / accumulation * loss_scale
+        norm = total.sqrt() / divisor
         found_inf = ~torch.isfinite(norm) if check else torch.zeros_like(norm, dtype=torch.bool)
         # Ranks that sent different things have exchanged wrong ranges; those with late gradients need another round.
         differ = (reports[:, _SAME] != reports[0, _SAME]).any()
         found_inf = found_inf | differ | (late != 0).any() | (backwards.sum() == 0)
-        scale = average * divisor(norm, clip)
-        return cls(reports, norm, found_inf.float(), average, scale)
+        scale = divisor * clip_divisor(norm, clip)
+        return cls(reports, norm, found_inf.float(), divisor, scale)
 
     def send(self) -> Tensor:
         """Start to bring the host's part here: a later :meth:`read` waits for nothing that is queued after this."""
         host = found = torch.cat(
-            [self.reports.flatten(), torch.stack([self.norm, self.found_inf.double(), self.average, self.scale])]
+            [self.reports.flatten(), torch.stack([self.norm, self.found_inf.double(), self.divisor, self.scale])]
         )
         if found.device.type != "cpu":
             host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
@@ -139,7 +139,7 @@ class Verdict:
         if self._arrived is not None and not self._arrived.query():
             with waiting():
                 self._arrived.synchronize()
-        *numbers, norm, found_inf, average, scale = host.tolist()
+        *numbers, norm, found_inf, divisor, scale = host.tolist()
         columns = [numbers[index :: self.reports.shape[1]] for index in range(self.reports.shape[1])]
         column = {name: columns[index] for name, index in _COLUMN.items()}
         counted = sum(column["counted"])
@@ -163,13 +163,13 @@ class Verdict:
                 for rank, (count, weight) in enumerate(zip(column["backwards"], column["weight"], strict=True))
                 if weight and not count
             ),
-            group_norms=tuple(math.sqrt(sum(squares)) / average for squares in columns[len(_COLUMN) :]),
+            group_norms=tuple(math.sqrt(sum(squares)) / divisor for squares in columns[len(_COLUMN) :]),
         )
 
 
 @dataclass(frozen=True)
 class HostVerdict:
-    """What the host needs to know of a step, and what is told of it.
+    """What the host needs to know of a step, and what events report of it.
 
     Attributes:
         loss: mean over all ranks; None where none was seen.
@@ -341,7 +341,7 @@ class Update:
         return [([unit], [run for run in self.runs if run.bucket in unit.buckets]) for unit in self.units]
 
     @cached_property
-    def _double(self) -> bool:
+    def _has_float64(self) -> bool:
         return any(run.param.dtype is torch.float64 for run in self.runs)
 
     def _update(
@@ -356,15 +356,15 @@ class Update:
         self.attach(runs)
         self.applying = True
         try:
-            scale, known = verdict.scale, None if host is None else host.scale
+            scale, host_scale = verdict.scale, None if host is None else host.scale
             if before is not None:
-                self.unscale(float(verdict.average))
+                self.unscale(float(verdict.divisor))
                 before()
                 total = self.comm.all_gather_vector(square_sum(self._own_grads(), self.device).view(1)).sum()
-                scale = divisor(total.sqrt(), clip)
-                known = float(scale)
+                scale = clip_divisor(total.sqrt(), clip)
+                host_scale = float(scale)
             self.comm.check_unread(run.param for run in runs)
-            self._step(scale, verdict.found_inf, known)
+            self._step(scale, verdict.found_inf, host_scale)
         finally:
             self.applying = False
             self.detach(runs)
@@ -379,14 +379,14 @@ class Update:
                 own.append(flat(grad)[low - run.run.start : high - run.run.start])
         return own
 
-    def _step(self, scale: Tensor, found_inf: Tensor, known: float | None) -> None:
-        """``known`` is the value of ``scale`` where the host has it: then gradients are finite, too."""
+    def _step(self, scale: Tensor, found_inf: Tensor, host_scale: float | None) -> None:
+        """``host_scale`` is the value of ``scale`` where the host has it: then gradients are finite, too."""
         optimizer = self.optimizer
-        if known == 1.0:
+        if host_scale == 1.0:
             optimizer.step()
         elif takes_grad_scale(optimizer):
             taken: Tensor | None = scale.float()  # what fused kernels take
-            if self._double:  # for which that is not exact enough
+            if self._has_float64:  # for which that is not exact enough
                 self.unscale(scale)
                 taken = None
             optimizer.grad_scale, optimizer.found_inf = taken, found_inf  # type: ignore[attr-defined]
@@ -395,5 +395,5 @@ class Update:
             finally:
                 del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
         else:
-            self.unscale(scale if known is None else known)
+            self.unscale(scale if host_scale is None else host_scale)
             optimizer.step()

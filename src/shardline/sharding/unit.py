@@ -78,7 +78,7 @@ class Unit:
                 pool,
                 precision,
                 host,
-                sealed_access=lambda: on_sealed_access(self),
+                on_sealed_access=lambda: on_sealed_access(self),
                 may_convert=lambda: self.on_convert(self),
             )
             for bucket in plan.buckets
@@ -188,7 +188,7 @@ class Unit:
 
     def _keep_edits(self) -> None:
         for bucket in self.buckets:
-            bucket.edits.keep()
+            bucket.edits.adopt_gathered()
 
     def _drop_full(self) -> None:
         for bucket in self.buckets:
@@ -220,18 +220,18 @@ class Unit:
             for bucket in self.buckets:
                 bucket.edits.check_in_place()
 
-    def adopt(self, *, keep: bool) -> None:
-        """Notice edits that were made to resting weights; see :meth:`Edits.adopt`."""
+    def adopt_edits(self, *, restorable: bool) -> None:
+        """Notice edits that were made to resting weights; see :meth:`Edits.adopt_resting`."""
         if not self.sharded:
             for bucket in self.buckets:
-                bucket.edits.adopt(keep=keep)
+                bucket.edits.adopt_resting(restorable=restorable)
 
     def forget_before_edit(self) -> None:
         """Training goes on from the weights as they are now: no earlier masters will be asked for."""
         for bucket in self.buckets:
             if bucket.weights.before_edit is not None:
                 if not self.sharded:
-                    bucket.edits.adopt(keep=False)
+                    bucket.edits.adopt_resting(restorable=False)
                 bucket.weights.before_edit = None
 
     def note_versions(self) -> None:
@@ -251,7 +251,7 @@ class Unit:
             bucket.edits.check_in_place()
             self.comm.messages.broadcast([full])
             changed.append(not torch.equal(own(full), own(resting)))
-            bucket.edits.write(full, keep=True)
+            bucket.edits.write(full, restorable=True)
             bucket.edits.note_versions()
         # What autograd saved before is stale on all ranks if one shard changed, and on none if nothing did.
         for bucket, found in zip(self.buckets, zip(*self.comm.messages.exchange(changed), strict=True), strict=True):

@@ -46,25 +46,25 @@ class Window:
 
     Attributes:
         accumulation: what every backward is divided by before the end is known: the configured accumulation.
-        boundary: whether the current micro-step ends the window, as the user says; ``None`` leaves it to counting.
+        forced_boundary: whether the user set the current micro-step to end the window; ``None``: it is counted.
         state, gradients: how far it has come.
-        steps: micro-steps.
-        weight: what this rank's gradients count for: shares of full batches, or what the user gave.
-        samples, tokens: those of the micro-steps.
-        backwards: how many were begun.
+        steps: micro-steps so far.
+        weight: of this rank's gradients in the average: in full batches, or as the user gave it.
+        samples, tokens: how many the micro-steps held.
+        backwards: how many have begun.
         loss: sum of the reported losses (0-dim), each times the share of its batch.
-        counted: what these losses count for together: ``loss * accumulation / counted`` is their mean.
-        divided_by: what the gradients, which are sums, were divided by already.
-        is_complete: whether everything since the last backward was reduced, what came late included.
+        counted: sum of the weights of these losses: ``loss * accumulation / counted`` is their mean.
+        divided_by: the divisor that was already applied to the gradients, which are sums.
+        is_complete: whether everything since the last backward was reduced, late gradients included.
     """
 
     def __init__(self, accumulation: int) -> None:
         self.accumulation = accumulation
-        self.boundary: bool | None = None
+        self.forced_boundary: bool | None = None
         self.restart()
 
     def restart(self, *, steps: int = 0) -> None:
-        """Begin again: what was accumulated is forgotten. ``steps`` keeps the count, for ``zero_grad()``."""
+        """Start over with nothing accumulated, ``steps`` micro-steps into the window (for ``zero_grad()``)."""
         self.state = State.ACCUMULATING if steps else State.EMPTY
         self.gradients = Gradients.NONE
         self.steps, self.weight, self.samples, self.tokens, self.backwards = steps, 0.0, 0, 0, 0
@@ -86,16 +86,16 @@ class Window:
 
     @property
     def at_start(self) -> bool:
-        """Whether no forward, backward or micro-step was seen: a resume would begin with the next batch."""
+        """Whether no forward, backward or micro-step has happened: a resume would begin with the next batch."""
         return self.state in _BEFORE[State.HANDED_OUT]
 
     @property
     def at_boundary(self) -> bool:
         """Whether the current micro-step is the last."""
-        return self.steps + 1 >= self.accumulation if self.boundary is None else self.boundary
+        return self.steps + 1 >= self.accumulation if self.forced_boundary is None else self.forced_boundary
 
     def hand_out(self) -> None:
-        """The engine's loader hands out a batch, the first one as far as is known."""
+        """The engine's loader hands out a batch, and the window is :attr:`at_start`."""
         self._enter(State.HANDED_OUT)
 
     def begin_forward(self) -> None:
@@ -116,14 +116,14 @@ class Window:
         self.join(reducing=reducing)
 
     def join(self, *, reducing: bool) -> None:
-        """The reductions of a backward begin, which this rank may have had none of."""
+        """The reductions of a backward begin, also on a rank that had no backward of its own."""
         self.gradients = Gradients.REDUCED if reducing else Gradients.LOCAL
         self.is_complete = False
         if self.state is not State.ENDED:
             self._enter(State.ACCUMULATING)
 
     def note_reduced(self) -> None:
-        """What waited for a reduction was reduced."""
+        """The gradients that waited for a reduction were reduced."""
         self.gradients = Gradients.REDUCED
 
     def add_loss(self, loss: Tensor, share: float = 1.0) -> None:
@@ -132,7 +132,7 @@ class Window:
         self.loss = loss if self.loss is None else self.loss + loss
 
     def add_step(self, share: float, weight: float | None, samples: int) -> None:
-        """A micro-step is over: its batch holds ``share`` of a full one, or counts as the user's ``weight`` says."""
+        """A micro-step is over. It counts as ``share`` of a full batch, or as the ``weight`` that the user gave."""
         self.steps += 1
         self.weight += share if weight is None else weight
         self.counted += share if weight is None else weight
@@ -147,10 +147,10 @@ class Window:
         self._enter(State.ENDED)
 
     def end_as_sum(self) -> int:
-        """The user says that the window ends: its gradient is the sum of what its backwards gave, over the ranks.
+        """The user ends the window: its gradient is the sum of those of its backwards, averaged over the ranks.
 
         Returns:
-            How many micro-steps it seems to hold that no call of ``step`` has counted.
+            How many micro-steps it holds, by its backwards, that no call of ``step`` has counted.
         """
         if not self._weighted:
             self.weight = self.accumulation * (self._shares / self.backwards if self.backwards else 1.0)
