@@ -129,7 +129,7 @@ dist: .venv-dist/.installed  ## sdist and wheel in dist/, installed into an empt
 	.venv-dist/bin/python -m build --outdir dist .
 	$(PYTHON) -m venv build/empty
 	build/empty/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/shardline-*.whl
-	cd build/empty && bin/python ../../tests/one_step.py && bin/shardline --version
+	cd build/empty && bin/python ../../tests/one_step.py && bin/shardline run --nproc 2 ../../tests/one_step.py && bin/shardline --version
 
 .venv-dist/.installed: constraints.txt
 	@test -x .venv-dist/bin/python || $(PYTHON) -m venv .venv-dist

@@ -1,13 +1,18 @@
-"""What an installed Shardline must be able to do, without the repository: train one step."""
+"""What an installed Shardline must be able to do, without the repository: train one step, on one process or many."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from importlib.metadata import version
 from importlib.resources import files
 
-import torch
+sys.modules["numpy"] = None  # type: ignore[assignment]  # no dependency: an empty environment has none
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 
-import shardline
+import torch  # noqa: E402
+
+import shardline  # noqa: E402
 
 config = {
     "train_batch_size": 8,
@@ -15,10 +20,12 @@ config = {
     "optimizer": {"type": "AdamW", "params": {"lr": 0.1}},
 }
 torch.manual_seed(0)
-engine, *_ = shardline.initialize(model=torch.nn.Linear(4, 1), config=config)
+data = torch.utils.data.TensorDataset(torch.ones(8, 4))
+engine, _, loader, _ = shardline.initialize(model=torch.nn.Linear(4, 1), training_data=data, config=config)
 before = engine.full_state_dict()
-engine.backward(engine(torch.ones(8, 4, device=engine.device)).square().mean())
-engine.step()
+for (inputs,) in loader:
+    engine.backward(engine(inputs.to(engine.device)).square().mean())
+    engine.step()
 after = engine.full_state_dict()
 engine.destroy()
 assert engine.global_steps == 1 and not torch.equal(before["weight"], after["weight"])

@@ -96,4 +96,6 @@ def test_the_wheel_trains_where_nothing_else_is_installed(built, tmp_path):
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     number, place = run(python, ROOT / "tests" / "one_step.py").split()
     assert number == shardline.__version__ and Path(place).is_relative_to(site)
-    assert run(python.with_name("shardline"), "--version") == f"shardline {number}\n"
+    command = python.with_name("shardline")
+    run(command, "run", "--nproc", 2, ROOT / "tests" / "one_step.py")
+    assert run(command, "--version") == f"shardline {number}\n"

@@ -160,9 +160,10 @@ def all_gather_json(
 
     def all_gather(data: bytes, size: int) -> list[bytes]:
         own = torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8)
-        found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        memory = [bytearray(size) for _ in range(dist.get_world_size(group))]
+        found = [torch.frombuffer(each, dtype=torch.uint8) for each in memory]
         run(lambda: dist.all_gather(found, own, group=group, async_op=True))
-        return [each.numpy().tobytes() for each in found]
+        return [bytes(each) for each in memory]
 
     text = json.dumps(value).encode()
     heads = all_gather(len(text).to_bytes(_LENGTH, "little") + text[: _HEAD - _LENGTH], _HEAD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import operator
 import zlib
 from collections.abc import Iterable
@@ -88,7 +89,9 @@ class SampleOrder:
     def crc(self, epoch: int) -> int:
         """The CRC-32 of all indices of the epoch, to compare with other ranks' at each step."""
         if self._crc is None or self._crc[0] != epoch:
-            self._crc = (epoch, zlib.crc32(self.indices(epoch).numpy().data))
+            indices = self.indices(epoch).contiguous()
+            memory = (ctypes.c_char * indices.nbytes).from_address(indices.data_ptr())  # Tensor.numpy needs NumPy
+            self._crc = (epoch, zlib.crc32(memory))
         return self._crc[1]
 
     def digest(self, epoch: int) -> str:
