@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -15,6 +16,7 @@ from shardline.cli import main
 from shardline.errors import UsageError
 from shardline.observe.report import page, read
 from shardline.observe.report.charts import charts_of
+from shardline.observe.report.record import Record
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -121,6 +123,17 @@ def test_a_smoothed_curve_lags_behind_nothing(tmp_path) -> None:
     raw, smooth = charts_of(read(tmp_path))["loss"].series
     assert raw.faint and smooth.name == "mean of 11 steps"
     assert [y for _, y in smooth.points[:-5]] == pytest.approx([y for _, y in raw.points[:-5]])
+
+
+def test_a_long_run_is_shown_by_means_and_smoothed_from_these() -> None:
+    record = Record(steps={n: step(n, loss="nan" if n == 9 else float(n)) for n in range(1, 12_001)})
+    raw, smooth = charts_of(record)["loss"].series
+    assert (raw.name, smooth.name) == ("mean of 10 steps", "mean of 410 steps")
+    assert len(raw.points) == len(smooth.points) == 1200
+    assert raw.points[0] == (5.5, pytest.approx(fmean([1, 2, 3, 4, 5, 6, 7, 8, 10]))), (
+        "one NaN does not hide its neighbours"
+    )
+    assert smooth.points[600] == pytest.approx(raw.points[600])
 
 
 def test_the_command(tmp_path, capsys) -> None:

@@ -79,13 +79,24 @@ def charts_of(record: Record) -> dict[str, Chart]:
 # -- points -----------------------------------------------------------------------------------------------------------
 
 
+def _group(count: int) -> int:
+    """Neighbours of which a point is the mean, so that there are no more points than a screen shows."""
+    return max(1, -(-count // _POINTS))
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean of those that are finite; where none is, the last one."""
+    finite = [value for value in values if math.isfinite(value)]
+    return fmean(finite) if finite else values[-1]
+
+
 def _thin(points: Sequence[Point]) -> list[Point]:
     """At most so many points that a screen shows: means of neighbours where there are more."""
-    size = -(-len(points) // _POINTS)
-    if size <= 1:
+    size = _group(len(points))
+    if size == 1:
         return list(points)
     groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(fmean(x for x, _ in group), fmean(y for _, y in group)) for group in groups]
+    return [(fmean(x for x, _ in group), _mean([y for _, y in group])) for group in groups]
 
 
 def _of_steps(record: Record, name: str) -> list[Point]:
@@ -101,19 +112,20 @@ def _smooth(points: Sequence[Point]) -> list[Point]:
     """Means over as many neighbours on either side: they lag behind nothing. At the start, where curves are steep, and
     at the end there are fewer."""
     found, most = [], _reach(len(points))
-    for at, (x, y) in enumerate(points):
+    for at, (x, _) in enumerate(points):
         reach = min(most, at)
-        around = [v for _, v in points[at - reach : at + reach + 1] if math.isfinite(v)]
-        found.append((x, fmean(around) if around else y))
+        found.append((x, _mean([v for _, v in points[at - reach : at + reach + 1]])))
     return found
 
 
 def _curve(name: str, points: Sequence[Point]) -> list[Series]:
     """The values of each step, and the smoothed ones in front where there are many."""
     if len(points) < _FEW:
-        return [Series(name, _thin(points))]
-    around = 2 * _reach(len(points)) + 1
-    return [Series("each step", _thin(points), faint=True), Series(f"mean of {around} steps", _thin(_smooth(points)))]
+        return [Series(name, points)]
+    shown, size = _thin(points), _group(len(points))  # thinned first: the time that it takes grows with the steps alone
+    around = (2 * _reach(len(shown)) + 1) * size
+    raw = "each step" if size == 1 else f"mean of {size} steps"
+    return [Series(raw, shown, faint=True), Series(f"mean of {around:,} steps", _smooth(shown))]
 
 
 def _per_index(record: Record, name: str, label: str) -> list[Series]:
