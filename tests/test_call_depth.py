@@ -28,7 +28,7 @@ def our_calls() -> list[str]:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
-        # What runs a case on a rank is no part of a step.
+        # What runs a case on a rank is not part of a step.
         if code.co_filename.startswith(PACKAGE) and Path(code.co_filename).stem != "testing":
             found.append(f"{Path(code.co_filename).stem}.{code.co_name}")
         frame = frame.f_back

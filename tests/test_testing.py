@@ -104,7 +104,7 @@ def pool():
 
 @pytest.fixture(autouse=True)
 def warm(pool):
-    """Before the watch over leaks looks for the first time: this file's pool is no leak."""
+    """Before the watch over leaks looks for the first time: this file's pool is not a leak."""
     pool.start()
 
 

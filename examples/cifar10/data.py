@@ -255,7 +255,7 @@ def member(archive: tarfile.TarFile, name: str) -> bytes:
     """Return the bytes of one regular file in ``archive``. Raises ``KeyError`` where there is none of that name."""
     file = archive.extractfile(name)
     if file is None:
-        raise KeyError(f"{name} is no file")
+        raise KeyError(f"{name} is not a file")
     return file.read()
 
 

@@ -64,7 +64,7 @@ class ShardlineError(Exception):
     def __str__(self) -> str:
         if not self.code:
             return self.message
-        gap = "\n" if "\n" in self.message else " "  # behind a list the code is no part of its last line
+        gap = "\n" if "\n" in self.message else " "  # behind a list the code is not part of its last line
         return f"{self.message}{gap}[{self.code}]"
 
 

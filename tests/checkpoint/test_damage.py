@@ -81,7 +81,7 @@ DAMAGE = {
     foreign: "rank-00001.safetensors is of another checkpoint",
     swapped: "rank-00001.safetensors (is damaged|has)",
     missing: "rank-00001.safetensors is missing",
-    manifest_gone: "two is no intact checkpoint: its manifest cannot be read",
+    manifest_gone: "two is not an intact checkpoint: its manifest cannot be read",
     manifest_flipped: "manifest.json is damaged: its SHA-256",
 }
 

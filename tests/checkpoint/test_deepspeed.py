@@ -164,7 +164,7 @@ def test_directories_that_are_none(tmp_path, capsys):
     assert "no file 'latest'" in capsys.readouterr().err
     (tmp_path / "latest").write_text("a")
     assert main(["checkpoint", "import-deepspeed", str(tmp_path), str(tmp_path / "out")]) == 1
-    assert "no DeepSpeed checkpoint" in capsys.readouterr().err
+    assert "not a DeepSpeed checkpoint" in capsys.readouterr().err
 
 
 def test_loading_one_directly_says_what_to_do(tmp_path):

@@ -275,23 +275,25 @@ def test_a_special_file_in_the_place_of_ours(saved, name, kind, capsys):
     before = os.lstat(saved / name)
     with bounded():
         if name == "latest":
-            assert "no regular file" in Directory(saved).complaint()
+            assert "not a regular file" in Directory(saved).complaint()
             assert Directory(saved).order() == ["two", "one"]
         else:
-            assert "no regular file" in the_one_before_is_found(saved)
+            assert "not a regular file" in the_one_before_is_found(saved)
         for command in ("list", "inspect", "verify"):
             main(["checkpoint", command, str(saved)])
-        refused = contextlib.nullcontext() if name == "latest" else pytest.raises(CheckpointError, match="no regular")
+        refused = (
+            contextlib.nullcontext() if name == "latest" else pytest.raises(CheckpointError, match="not a regular")
+        )
         with refused, contextlib.closing(CheckpointReader(saved / "two")) as reader:
             reader.full("w")
-    assert "no regular file" in "".join(capsys.readouterr())
+    assert "not a regular file" in "".join(capsys.readouterr())
     assert os.lstat(saved / name) == before
 
 
 def test_files_in_general(tmp_path):
     """Those that could be a device are not even opened."""
     for path in (Path("/dev/zero"), Path("/dev/null"), tmp_path):
-        with pytest.raises(OSError, match=r"it is a (device|directory) and no regular file"):
+        with pytest.raises(OSError, match=r"it is a (device|directory), not a regular file"):
             files.open_regular(path)
     (tmp_path / "file").write_bytes(b"12345")
     assert files.read_limited(tmp_path / "file", 5) == b"12345"
@@ -342,7 +344,7 @@ def test_a_name_that_leads_out(saved, tmp_path, tag, capsys):
 
 
 def test_nothing_in_a_manifest_steers_a_terminal(saved, capsys):
-    """Escape codes in names and values are shown as text, and a folder whose name holds one is no checkpoint."""
+    """Escape codes in names and values are shown as text, and a folder whose name holds one is not a checkpoint."""
     good = content(saved / "two")
     evil = "\x1b]0;evil\x07\x1b[2J"
     row = good["parameters"].pop("w")

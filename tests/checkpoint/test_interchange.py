@@ -185,8 +185,8 @@ def test_columns_are_refused_by_every_rank(ranks, tmp_path):
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        ({"weight/a": torch.ones(2), "epoch": 3}, "'epoch' is no tensor, and torch would pickle it"),
-        ({"model.a": torch.ones(2)}, "'model.a' is no key of a checkpoint"),
+        ({"weight/a": torch.ones(2), "epoch": 3}, "'epoch' is not a tensor, and torch would pickle it"),
+        ({"model.a": torch.ones(2)}, "'model.a' is not a key of a checkpoint"),
         ({"state.exp_avg/a": torch.ones(2)}, "no 'weight/a' that it belongs to"),
     ],
 )

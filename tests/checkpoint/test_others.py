@@ -127,7 +127,7 @@ def test_a_save_a_prune_and_a_look_change_nothing_of_others(tmp_path_factory, en
 def test_what_is_no_checkpoint_is_not_replaced(tmp_path, kind):
     make(tmp_path / "run" / "src", kind, tmp_path)
     before = state(tmp_path)
-    with pytest.raises(CheckpointError, match=r"run/src is .* that is no checkpoint of Shardline.*another tag"):
+    with pytest.raises(CheckpointError, match=r"run/src is .* that is not a checkpoint of Shardline.*another tag"):
         disk.save(ALONE, tmp_path / "run", "src", 1)
     after = state(tmp_path)
     assert {path: after.get(path) for path in before} == before
@@ -163,7 +163,7 @@ def test_files_that_others_put_into_a_checkpoint_stay_under_its_name(tmp_path):
     Directory(tmp_path).prune(1)
     assert sorted(os.listdir(tmp_path / "a")) == ["notes1.txt", "tokenizer"]
     assert Directory(tmp_path).tags() == ["b"]
-    with pytest.raises(CheckpointError, match="a is a directory that is no checkpoint"):
+    with pytest.raises(CheckpointError, match="a is a directory that is not a checkpoint"):
         disk.save(ALONE, tmp_path, "a", 4)
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".shardline-")]
 

@@ -95,7 +95,7 @@ def test_tensors_share_no_bytes(tmp_path):
         head = json.dumps(rows).encode()
         path.write_bytes(len(head).to_bytes(8, "little") + head + bytes(12))
         if low < 8:
-            with pytest.raises(CheckpointError, match=r"x.safetensors is no safetensors file.*two tensors have one"):
+            with pytest.raises(CheckpointError, match=r"x.safetensors is not a safetensors file.*two tensors overlap"):
                 TensorFile(path)
         else:
             TensorFile(path).close()

@@ -164,7 +164,7 @@ def test_any_value_at_any_key_is_used_or_refused_in_words(written):
         try:
             raw = merged(raw, path, value)
         except (TypeError, AttributeError):
-            continue  # lies in what is no object here
+            continue  # lies in what is not an object here
     try:
         config = load_config(raw, 2)
     except ConfigError as error:

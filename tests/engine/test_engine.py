@@ -50,7 +50,7 @@ def test_calls_out_of_order_are_sentences_and_do_no_harm(ranks, stage) -> None:
         assert is_sentence(said["no grad"], "UsageError", "does not require grad")
         assert is_sentence(said["inside"], "UsageError", "gathered_parameters")
         assert is_sentence(said["unknown"], "UsageError", "'no.such'", "blocks.0.up.weight")
-        assert is_sentence(said["stranger"], "UsageError", "no parameter of this engine's model")
+        assert is_sentence(said["stranger"], "UsageError", "not a parameter of this engine's model")
         assert_close(right, sgd_by_hand([regression(4)]))
 
 

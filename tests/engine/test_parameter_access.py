@@ -186,7 +186,7 @@ def said():
 def test_what_cannot_be_is_said(ranks):
     for found in ranks(said, 1):
         wanted = [
-            "is no parameter of this engine's model",
+            "is not a parameter of this engine's model",
             "has the shape (6,)",
             "is not trained",
             "no state 'exp_avg'",

@@ -79,7 +79,7 @@ def check_pairs(results):
         for here, there in zip(found[::2], found[1::2], strict=True):
             assert_identical(there["state"], here["state"])
             for key in ("losses", "norms", "skipped"):
-                assert repr(there[key]) == repr(here[key]), "a skipped step's norm is no number"
+                assert repr(there[key]) == repr(here[key]), "a skipped step's norm is not a number"
 
 
 # --- the same bits ----------------------------------------------------------------------------------------------------

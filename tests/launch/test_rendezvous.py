@@ -275,7 +275,7 @@ def test_what_no_launcher_wrote_is_an_error():
     meddle()
     (answer,) = meet(lambda: node)
     assert isinstance(answer, LaunchError)
-    assert "did not understand each other" in str(answer)
+    assert "could not communicate" in str(answer)
     del meddle.store
 
 
@@ -346,9 +346,9 @@ def test_too_few_nodes_come(monkeypatch, capsys):
     port = free_port()
     meeting = Meeting("127.0.0.1", port, (2, 3), seconds=1, secret=SECRET)
     (answer,) = meet(lambda: ChangingNodes.at(meeting))
-    assert answer.message == f"Fewer than 2 nodes came to 127.0.0.1:{port} in 1 s (--join-timeout)."
+    assert answer.message == f"Fewer than 2 nodes joined 127.0.0.1:{port} in 1 s (--join-timeout)."
     said = capsys.readouterr().err.splitlines()
-    assert len(said) > 1 and f"fewer than 2 nodes came to 127.0.0.1:{port} yet; waiting until" in said[1]
+    assert len(said) > 1 and f"fewer than 2 nodes joined 127.0.0.1:{port} yet; waiting until" in said[1]
 
 
 @pytest.mark.slow

@@ -294,8 +294,8 @@ def test_build_by_name() -> None:
     ("name", "params", "message"),
     [
         ("WarmupRL", {}, "scheduler.type is 'WarmupRL'.* Did you mean 'WarmupLR'"),
-        ("Optimizer", {}, "no known schedule"),
-        ("LRScheduler", {}, "no known schedule"),
+        ("Optimizer", {}, "not a known schedule"),
+        ("LRScheduler", {}, "not a known schedule"),
         ("ReduceLROnPlateau", {}, "needs a metric"),
         ("WarmupLR", {"warmup_steps": 3}, "no parameter 'warmup_steps'. Did you mean 'warmup_num_steps'"),
         ("WarmupDecayLR", {}, "needs the parameter 'total_num_steps'"),

@@ -83,10 +83,10 @@ def test_an_empty_group_is_a_group() -> None:
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
-        ("AdamV", {}, "optimizer.type is 'AdamV', which is no known optimizer. Did you mean 'Adam"),
+        ("AdamV", {}, "optimizer.type is 'AdamV', which is not a known optimizer. Did you mean 'Adam"),
         ("rmsprop", {}, "Did you mean 'RMSprop'"),
-        ("Optimizer", {}, "no known optimizer"),
-        ("lr_scheduler", {}, "no known optimizer"),
+        ("Optimizer", {}, "not a known optimizer"),
+        ("lr_scheduler", {}, "not a known optimizer"),
         ("onebitadam", {}, "one of DeepSpeed's and not supported. Use: Adam, AdamW, SGD"),
         ("Adam", {"weigth_decay": 0.1}, "optimizer Adam has no parameter 'weigth_decay'. Did you mean 'weight_decay'"),
         ("Adam", {"adamw_mode": True}, "Did you mean 'adam_w_mode'"),

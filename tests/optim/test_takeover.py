@@ -40,7 +40,7 @@ def test_a_scheduler_attached_before_goes_on() -> None:
 def test_a_fresh_optimizer_has_nothing_to_carry(kind: type[Optimizer]) -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = kind([p])
-    optimizer.state[p]  # asking creates an empty entry, which is no state; Adagrad has made one
+    optimizer.state[p]  # asking creates an empty entry, which is not a state; Adagrad has made one
     new = torch.ones(2, requires_grad=True)
     replace_params(optimizer, [[new]])
     prepare(optimizer)

@@ -103,8 +103,11 @@ def test_units_are_chosen_by_class_name_path_or_ending() -> None:
 @pytest.mark.parametrize(
     ("chosen", "said"),
     [
-        ((["Blok"], [], []), r"leaf_module\.classes names 'Blok', which means no parameter .* did you mean 'Block'\?"),
-        ((["GELU"], [], []), r"classes names 'GELU', which means no parameter"),
+        (
+            (["Blok"], [], []),
+            r"leaf_module\.classes names 'Blok', which matches no parameter .* did you mean 'Block'\?",
+        ),
+        ((["GELU"], [], []), r"classes names 'GELU', which matches no parameter"),
         (([], ["block"], []), r"leaf_module\.names names 'block', .* did you mean 'blocks'\?"),
         (([], [], ["block"]), r"leaf_module\.name_suffixes names 'block', .* did you mean 'blocks'\?"),
     ],
@@ -145,7 +148,7 @@ def test_dtypes_by_name_or_class_hold_for_all_below(wanted, in_fp32) -> None:
     [("LayerNorms", "LayerNorm"), ("block.1", "blocks.1"), ("heads", "head"), ("blocks.0.u", "blocks.0.up"), ("x", "")],
 )
 def test_a_dtype_of_nothing_is_refused_with_the_nearest(name, nearest) -> None:
-    with pytest.raises(ConfigError, match=f"module_dtypes names '{name}', which means no parameter") as raised:
+    with pytest.raises(ConfigError, match=f"module_dtypes names '{name}', which matches no parameter") as raised:
         specs_of(TinyGpt(), Precision(modules={"embed": torch.float32, name: torch.float32}))
     assert f"did you mean '{nearest}" in str(raised.value) or not nearest
 

@@ -85,7 +85,7 @@ def test_mps_gives_way_to_the_cpu_in_words():
     ("model", "local_rank", "local_ranks", "expected"),
     [
         (None, 1, 2, gpu(1)),
-        (gpu(0), 1, 2, gpu(1)),  # .cuda() on every rank is no choice
+        (gpu(0), 1, 2, gpu(1)),  # .cuda() on every rank is not a choice
         (gpu(3), 1, 2, gpu(3)),
         (gpu(3), 0, 1, gpu(3)),
         (gpu(0), 0, 1, gpu(0)),

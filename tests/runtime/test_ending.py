@@ -58,7 +58,7 @@ def test_an_uncaught_error_ends_a_process_with_a_group_without_a_teardown(tmp_pa
     [
         ("raise SystemExit(3)", "here", 3),
         ("raise ValueError", "none", 1),
-        # what prints an error in the interpreter's way is no end: another program may do so, and go on
+        # what prints an error in the interpreter's way is not an end: another program may do so, and go on
         ("try: 1 / 0\nexcept ZeroDivisionError: sys.excepthook(*sys.exc_info())", "here", 0),
     ],
     ids=["exit", "no group", "an error that was printed"],

@@ -239,7 +239,7 @@ class Rank:
 
 
 def run(paths: Paths, way: Way, ranks: int) -> list[Rank]:
-    """Run all ranks to their end; the first error of any, if it is no refusal of ours, is raised."""
+    """Run all ranks to their end; the first error of any, if it is not a refusal of ours, is raised."""
     wire = Wire(ranks)
     wire._marks = {}
     world = [Rank(rank, wire, way) for rank in range(ranks)]

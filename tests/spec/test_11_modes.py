@@ -146,7 +146,7 @@ def test_no_mode_changes_what_the_engine_does(ranks, tmp_path, stage):
 
 
 def seen_by(kind, stage, directory):
-    """What a mode sees of an evaluation, in order, and of everything that is no forward."""
+    """What a mode sees of an evaluation, in order, and of everything that is not a forward."""
     engine = start(Mlp, Setup("bf16").config(stage))
     x, y = regression(4)
     engine.backward(mse(engine, engine.module, (x, y)))

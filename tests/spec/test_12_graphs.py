@@ -133,7 +133,7 @@ def test_any_method_works(ranks, loss_of):
 
 
 def reads(config):
-    """What reads a sharded weight and is no method that computes."""
+    """What reads a sharded weight and is not a method that computes."""
     engine = start(Clip, config)
     model, raised = engine.module, []
     ways = (

@@ -136,7 +136,7 @@ def test_three_ranks(ranks):
 
 
 def train_after_agreement(config, plan):
-    """Paths of a plan, in which None is no step; the state, what was refused, what it cost, and steps skipped."""
+    """Paths of a plan, in which None is not a step; the state, what was refused, what it cost, and steps skipped."""
     from shardline.errors import DisagreementError
 
     rank, engine, said = dist.get_rank(), start(Routed, config), None

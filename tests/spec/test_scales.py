@@ -141,7 +141,7 @@ def test_a_plain_backward_is_right_whatever_lies_beside_the_outputs(ranks, world
         for name, (error, skipped, notices, source) in said.items():
             assert error < 1e-2 and not skipped, (name, error)
             assert notices == 1, name
-            assert source < 10, f"{name}: the gradient of an input is no engine's, and is scaled"
+            assert source < 10, f"{name}: the gradient of an input is not an engine's, and is scaled"
 
 
 # --- gradients that are there before a scaled backward ---------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_what_a_step_writes(ranks, transport):
     for written, calls, in_c in ranks(count_writes, 2, transport):
         assert written == sum(each.get(name, 0) * count for name, count in calls.items())
         assert calls["start"] > 0 and calls["enter"] >= 3 * STEPS
-        # Those of the clock, which is no system call, and of objects. No file, no socket, no lock, no sleep.
+        # Those of the clock, which is not a system call, and of objects. No file, no socket, no lock, no sleep.
         assert set(in_c) <= {"monotonic_ns", "monotonic", "__new__", "wait", "is_completed", "append", "values", "next"}
 
 

@@ -215,7 +215,7 @@ NO_EFFECT: dict[str, Ineffective] = {
     "comms_logger.prof_all": _boolean(_TRANSFERS),
     "comms_logger.prof_ops": Ineffective("any", _TRANSFERS),
     "comms_logger.debug": _boolean(_TRANSFERS),
-    "flops_profiler.recompute_fwd_factor": _number("what is recomputed is counted, and is no part of MFU"),
+    "flops_profiler.recompute_fwd_factor": _number("what is recomputed is counted, and is not part of MFU"),
     "flops_profiler.top_modules": _number("the table has all modules"),
     "optimizer.legacy_fusion": _boolean("there is one implementation"),
     "bf16.immediate_grad_update": _boolean("gradients are accumulated as data_types.grad_accum_dtype says"),

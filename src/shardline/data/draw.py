@@ -183,7 +183,7 @@ def introduce(worker: int) -> None:
     """
     info = get_worker_info()
     if info is None:
-        raise AssertionError("this is no worker process of a loader")
+        raise AssertionError("this is not a worker process of a loader")
     source: Any = info.dataset
     if source.from_main_thread:
         end_with_parent()  # torch's own watch does not see a parent that was killed while a sample is drawn

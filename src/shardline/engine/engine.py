@@ -236,7 +236,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
             ``loss`` over the accumulation steps, detached.
 
         Raises:
-            UsageError: if ``loss`` is no scalar with a gradient, or there is no optimizer.
+            UsageError: if ``loss`` is not a scalar with a gradient, or there is no optimizer.
         """
         self.trainables.check_trains("backward()")
         _check_loss(loss)

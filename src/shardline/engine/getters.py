@@ -84,7 +84,7 @@ class Getters:
         """The gradient, the master and the optimizer state of one parameter, given itself or by its name.
 
         Raises:
-            UsageError: for what is no parameter of the model.
+            UsageError: for what is not a parameter of the model.
         """
         self.trainables.check_open("parameter()")
         layout = self.trainables.layout

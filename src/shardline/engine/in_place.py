@@ -120,7 +120,7 @@ class LoopWindow(Window):
 
 
 class _LoopLeftovers(Leftovers):
-    """In place a plain backward is no leftover, and a GradScaler belongs to the loop."""
+    """In place a plain backward is not a leftover, and a GradScaler belongs to the loop."""
 
     def see_plain_backward(self, loss_scale: float) -> None:
         pass
@@ -307,6 +307,6 @@ class _StateOfEngine(defaultdict[Any, Any]):
 
     def __missing__(self, key: Any) -> Any:
         raise OptimizerError(
-            "optimizer.state: the state is the engine's, by range of its buffers. Read it whole by "
-            "engine.full_optimizer_state_dict(), or by fragment in engine.after_step(fn)."
+            "optimizer.state: the engine keeps the optimizer's state, sharded. Read all of it with "
+            "engine.full_optimizer_state_dict(), or this rank's fragments in engine.after_step(fn)."
         )

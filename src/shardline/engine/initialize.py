@@ -342,7 +342,7 @@ def _refuse_offload_param(settings: Config, device: torch.device) -> None:
     if zero.offload_param.device == "cpu" and STAGES[zero.stage].weights is Placement.SHARDED and device.type != "cpu":
         raise ConfigError(
             f'zero_optimization.offload_param.device is "cpu", and weights stay on the {device.type} device here, '
-            f"sharded over the ranks. If the model fits, deleting offload_param from the file is all there is to do."
+            f"sharded over the ranks. If the model fits, delete offload_param from the configuration."
         )
 
 

@@ -81,7 +81,7 @@ class Intake:
         """Refuse the user's ``weight`` of this micro-step where its batch was weighted already."""
         if weight is not None and (share := self.share()) != 1.0:
             raise UsageError(
-                f"step(weight=...) says that losses are sums, but this batch of the engine's loader holds {share:.3g} "
+                f"step(weight=...) is for losses that are sums, but this batch of the loader holds {share:.3g} "
                 f'of a full one and was weighted as a mean. Set "data_loader": {{"weighting": "none"}}.'
             )
 

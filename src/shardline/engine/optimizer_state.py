@@ -135,7 +135,8 @@ class OptimizerState:
         """
         if not isinstance(plain, Mapping) or not {"state", "param_groups"} <= plain.keys():
             raise OptimizerError(
-                'load_state_dict() was given no state_dict() of an optimizer: it has no "state" and "param_groups".'
+                'load_state_dict() was given a value without "state" and "param_groups". Give it the state_dict() of '
+                "an optimizer."
             )
         theirs, members = plain["param_groups"], self.members
         sizes, own = [len(group["params"]) for group in theirs], [len(names) for names in members]

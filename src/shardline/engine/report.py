@@ -151,7 +151,7 @@ class Reporter:
         else:
             self._tell_done(ended, host, progress)
         self._tell_phases()
-        if not self._has_told:  # sinks were opened in it, which is no part of the next step
+        if not self._has_told:  # sinks were opened in it, which is not part of the next step
             self._has_told, self._last_step = True, time.perf_counter()
 
     def _tell_done(self, ended: StepFigures, host: HostVerdict, progress: Progress) -> None:

@@ -120,7 +120,7 @@ def units_of(layout: Layout, params: Iterable[nn.Parameter | str] | nn.Module | 
     """The units that hold ``params``: parameters, their names, one of either, a module's, or all (``None``).
 
     Raises:
-        UsageError: for what is no parameter of the model.
+        UsageError: for what is not a parameter of the model.
     """
     if params is None:
         return list(layout.units)
@@ -136,7 +136,7 @@ def names_of(layout: Layout, params: Iterable[nn.Parameter | str]) -> Iterator[s
     """The first name of each of ``params``.
 
     Raises:
-        UsageError: for what is no parameter of the model.
+        UsageError: for what is not a parameter of the model.
     """
     names = {alias: spec.name for spec in layout.plan.params for alias in spec.aliases}
     by_param = {param: name for name, param in layout.params.items()}
@@ -144,5 +144,5 @@ def names_of(layout: Layout, params: Iterable[nn.Parameter | str]) -> Iterator[s
         name = names.get(each) if isinstance(each, str) else by_param.get(each)
         if name is None:
             known = ", ".join(list(names)[:5])
-            raise UsageError(f"{each!r} is no parameter of this engine's model. Its parameters begin with {known}.")
+            raise UsageError(f"{each!r} is not a parameter of this engine's model. Its parameters begin with {known}.")
         yield name

@@ -57,7 +57,7 @@ def empty_weights(min_numel: int = 1 << 20) -> Iterator[None]:
     makes are concerned.
 
     Raises:
-        UsageError: for a ``min_numel`` that is no positive integer.
+        UsageError: for a ``min_numel`` that is not a positive integer.
     """
     if not isinstance(min_numel, int) or isinstance(min_numel, bool) or min_numel < 1:
         raise UsageError(f"empty_weights was given min_numel={min_numel!r}; it is a number of elements, 1 or more.")

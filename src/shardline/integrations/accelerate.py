@@ -65,8 +65,8 @@ class ShardedOptimizer(AcceleratedOptimizer):
             self.optimizer.load_state_dict(state_dict)
         elif not self._is_held():
             raise CheckpointError(
-                "this state of an optimizer says that a checkpoint of Shardline beside it holds it. Load the folder "
-                "with accelerator.load_state(), or with engine.load_checkpoint()."
+                "this optimizer state only refers to the Shardline checkpoint beside it. Load the folder with "
+                "accelerator.load_state(), or with engine.load_checkpoint()."
             )
 
 

@@ -98,7 +98,7 @@ def _handler(parameters: RendezvousParameters) -> RendezvousHandler:
     if meeting.nodes[1] > 1 and is_loopback_by_name(meeting.host) and _is_here(meeting):
         raise LaunchError(
             f"{meeting.host} is this machine's name for itself alone: here it stands for {addresses(meeting.host)[0]}, "
-            f"where no other machine can come. Give --master the address that this machine has in the network."
+            f"which no other machine can reach. Give --master the address that this machine has in the network."
         )
     return FixedNodes(meeting) if meeting.nodes[0] == meeting.nodes[1] else ChangingNodes.at(meeting)
 
@@ -288,7 +288,7 @@ def _saying(meeting: Meeting) -> Iterator[None]:
     def wait() -> None:
         with suppress(LaunchError):  # torch has the same limit
             while not over.is_set():
-                patience.wait(f"fewer than {meeting.nodes[0]} nodes came to {meeting}")
+                patience.wait(f"fewer than {meeting.nodes[0]} nodes joined {meeting}")
 
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
@@ -310,7 +310,7 @@ def _in_words(meeting: Meeting) -> Iterator[None]:
         raise LaunchError(f"The job at {meeting} has ended on the other nodes.") from error
     except RendezvousTimeoutError as error:
         raise LaunchError(
-            f"Fewer than {meeting.nodes[0]} nodes came to {meeting} in {meeting.seconds:g} s (--join-timeout)."
+            f"Fewer than {meeting.nodes[0]} nodes joined {meeting} in {meeting.seconds:g} s (--join-timeout)."
         ) from error
     except RendezvousStateError as error:
         raise LaunchError(
@@ -320,4 +320,4 @@ def _in_words(meeting: Meeting) -> Iterator[None]:
     except (RendezvousError, dist.DistError) as error:
         raise LaunchError(f"The launcher that answered at {meeting} has ended, or can no longer be reached.") from error
     except (OSError, ValueError) as error:
-        raise LaunchError(f"The launchers at {meeting} did not understand each other: {error}.") from error
+        raise LaunchError(f"The launchers at {meeting} could not communicate: {error}.") from error

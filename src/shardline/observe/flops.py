@@ -36,7 +36,7 @@ def peak_tflops(config: Config, device: torch.device) -> float | None:
 class FlopsProfiler:
     """Counts the operations of forwards and backwards in one step, and takes later steps to do the same by sample.
 
-    What is recomputed in a backward is counted, and is no part of MFU: a backward does at most twice what its forward
+    What is recomputed in a backward is counted, and is not part of MFU: a backward does at most twice what its forward
     does.
     """
 

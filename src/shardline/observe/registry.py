@@ -50,7 +50,8 @@ def check_packages(config: Config) -> None:
         if name not in _REGISTERED:
             near = f"; did you mean {close}?" if (close := closest(name, _REGISTERED)) else ""
             raise ConfigError(
-                f'sinks holds "{name}", which no call of shardline.observe.register has named before initialize{near}'
+                f'sinks holds "{name}", which was not registered with shardline.observe.register before initialize'
+                f"{near}"
             )
 
 

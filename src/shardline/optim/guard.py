@@ -37,7 +37,7 @@ def guard(
     @wraps(original)
     def step(self: Optimizer, closure: Any = None) -> Any:
         if not stepping():
-            raise UsageError("optimizer.step() was called directly. Call engine.step(), which also talks to the ranks.")
+            raise UsageError("optimizer.step() was called directly. Call engine.step(), which all ranks do together.")
         return original() if closure is None else original(closure)
 
     def zero(self: Optimizer, set_to_none: bool = True) -> None:

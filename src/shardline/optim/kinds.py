@@ -177,7 +177,7 @@ def builder(cls: type[Optimizer], defaults: Mapping[str, Any], group: Mapping[st
     """Builds ``cls`` as the user did, with one param group: defaults that its constructor takes, and the options."""
     taken = inspect.signature(cls).parameters
     arguments = {key: _small(key, value) for key, value in defaults.items() if key in taken and key != "params"}
-    # What a scheduler or the naming of parameters wrote into the group is no option of the optimizer.
+    # What a scheduler or the naming of parameters wrote into the group is not an option of the optimizer.
     options = {k: _small(k, v) for k, v in group.items() if k not in ("initial_lr", "param_names")}
     return lambda params: cls([{"params": params, **options}], **arguments)
 

@@ -58,7 +58,7 @@ def build(name: str, optimizer: Optimizer, params: Mapping[str, Any] | None = No
         if name not in theirs:
             known = [*VALID_LR_SCHEDULES, *theirs]
             raise ConfigError(
-                f"scheduler.type is {name!r}, which is no known schedule.{nearest(name, known)} Known are: "
+                f"scheduler.type is {name!r}, which is not a known schedule.{nearest(name, known)} Known are: "
                 f"{', '.join(known)}."
             )
         kind = theirs[name]
@@ -399,7 +399,7 @@ LARGEST_MOMENTUM = 1.0 - 1e-6
 
 
 class _Warmup:
-    """g(t), from 0 at t <= 0 to 1, for t below ``steps``. At least 2 steps, since ln(1) is no divisor."""
+    """g(t), from 0 at t <= 0 to 1, for t below ``steps``. At least 2 steps, since ln(1) is not a divisor."""
 
     def __init__(self, steps: int, shape: str) -> None:
         if shape not in ("log", "linear"):

@@ -41,7 +41,7 @@ class _Group:
 class OptimizerOptions:
     """Reads the scalar options of every param group: learning rates, betas, weight decay, and those of the user's own.
 
-    An option is left out if it is no number, string, boolean or None, no tuple of them and no tensor of one element.
+    An option is left out if it is not a number, string, boolean or None, no tuple of them and no tensor of one element.
     """
 
     advice = (

@@ -53,7 +53,7 @@ def build(name: str, params: Mapping[str, Any] | None, param_groups: Sequence[di
     given = dict(params or {})
     if "max_grad_norm" in given:
         raise ConfigError(
-            "optimizer.params.max_grad_norm is no parameter of an optimizer here: set gradient_clipping at the top "
+            "optimizer.params.max_grad_norm is not an optimizer parameter: set gradient_clipping at the top "
             "level of the configuration instead."
         )
     kind = _class_of(name)
@@ -101,7 +101,7 @@ def _class_of(name: str) -> type[Optimizer]:
         return theirs[name]
     known = sorted({*NAMES, *theirs})
     raise ConfigError(
-        f"optimizer.type is {name!r}, which is no known optimizer.{nearest(name, known)} Known: {', '.join(known)}. "
+        f"optimizer.type is {name!r}, which is not a known optimizer.{nearest(name, known)} Known: {', '.join(known)}. "
         "Any other can be passed to initialize as an instance."
     )
 

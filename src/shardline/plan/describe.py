@@ -131,7 +131,7 @@ def _meaningless(where: str, name: str, known: Iterable[str]) -> ConfigError:
     ends = {path.rpartition(".")[2] for path in known}
     close = closest(name, known) or closest(name, ends)
     hint = f"; did you mean {close!r}?" if close and close != name else "."
-    return ConfigError(f"{where} names {name!r}, which means no parameter of the model{hint}")
+    return ConfigError(f"{where} names {name!r}, which matches no parameter of the model{hint}")
 
 
 def _dense_stride(param: Tensor) -> tuple[int, ...]:

@@ -85,7 +85,7 @@ def join_store(
         whose: it is, in sentences.
 
     Raises:
-        LaunchError: nothing answered in time, or what answered is no store.
+        LaunchError: nothing answered in time, or what answered is not a store.
     """
     patience = patience or Patience(timeout.total_seconds(), "timeout", "")
     place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

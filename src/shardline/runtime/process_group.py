@@ -191,7 +191,7 @@ def _wait_for_all(store: Any, rank: int, world_size: int, patience: Patience) ->
         while not here.check(["all"]):
             patience.wait(_who_is_absent(here, world_size) if patience.wants_words else "")
     except dist.DistError as error:
-        raise LaunchError("The store of rank 0, where ranks meet, was closed before all had come.") from error
+        raise LaunchError("The store of rank 0, where ranks meet, was closed before all had joined.") from error
     return store
 
 

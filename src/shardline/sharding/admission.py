@@ -109,8 +109,8 @@ def _check_memory(model: nn.Module) -> None:
                 else:
                     advice = f"Read the parameter where it is used, or give the {second.what} a copy (.clone())"
                 raise ModelError(
-                    f"parameter {first.name!r} and {second.what} {second.name!r} share memory, which would be torn "
-                    f"apart: the engine moves parameters into buffers of its own. {advice}."
+                    f"parameter {first.name!r} and {second.what} {second.name!r} share memory, which ends when the "
+                    f"engine moves parameters into its own buffers. {advice}."
                 )
         reach.append(each)
 

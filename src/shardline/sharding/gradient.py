@@ -44,7 +44,7 @@ def has_grads(params: Sequence[Tensor]) -> bool:
 
 def gradient_error(name: str, operation: str) -> UsageError:
     return UsageError(
-        f"{operation}: the gradient of {name} is the engine's since backward, and not whole here. Clip by "
+        f"{operation}: the engine has collected the gradient of {name}, and it is not whole on this rank. Clip by "
         f'"gradient_clipping" in the configuration; read and change gradients in engine.before_step(fn); after step() '
         f"their norm is engine.get_global_grad_norm(); engine.zero_grad() discards them."
     )

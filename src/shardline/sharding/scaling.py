@@ -1,6 +1,6 @@
 """What the loss of the backward that runs was multiplied by: one factor for the whole graph.
 
-A graph may hold several engines (the generator's loss goes through the discriminator) and much that is no engine's.
+A graph may hold several engines (the generator's loss goes through the discriminator) and much that is not an engine's.
 What enters it at its root is multiplied once; each engine that receives gradients takes the factor out and its own in.
 """
 

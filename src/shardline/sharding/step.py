@@ -196,7 +196,7 @@ class HostVerdict:
 
     @property
     def refused(self) -> bool:
-        """Whether this was no step: the ranks did not do, or did not have, the same, or none had a backward."""
+        """Whether this was not a step: the ranks did not do, or did not have, the same, or none had a backward."""
         return self.diverged or not self.alike or not self.backwards
 
 

@@ -70,7 +70,7 @@ def load_extra(model: nn.Module, values: Mapping[str, Any]) -> None:
 def shared_extra(model: nn.Module, comm: Comm) -> dict[str, Any]:
     """Rank 0's extra state on every rank, tensors on CPU, under the names of a ``state_dict``. Collective.
 
-    What is no value of the format stays on its rank: every rank gets its own then.
+    What is not a value of the format stays on its rank: every rank gets its own then.
     """
     own = {path: module.get_extra_state() for path, module in _givers(model).items()}
     tensors: dict[str, Tensor] = {}

@@ -107,7 +107,7 @@ def match_groups(parts: Parts, reader: CheckpointReader) -> Groups:
 
 def _options(group: Any) -> dict[str, Any]:
     if not isinstance(group, dict):
-        raise CheckpointError("the checkpoint holds a param group that is none.")
+        raise CheckpointError("a param group in the checkpoint is malformed.")
     return {key: value for key, value in group.items() if key not in ("params", *DEVICE_KEYS)}
 
 
@@ -126,7 +126,7 @@ def _check_options(index: int, group: Mapping[str, Any], options: Mapping[str, A
         if key in group and not _alike(group[key], value):
             raise CheckpointError(
                 f"the checkpoint has {shown(repr(value), 100)} for the option {shown(repr(key))} of param group "
-                f"{index}, which is {shown(repr(group[key]), 100)} here: it is no option of this kind. Nothing was "
+                f"{index}, which is {shown(repr(group[key]), 100)} here: the kinds differ. Nothing was "
                 f"loaded."
             )
 
@@ -153,7 +153,7 @@ def scheduler_state(scheduler: Any, state: Any, groups: Groups) -> dict[str, Any
         CheckpointError: for what cannot be its state.
     """
     if not isinstance(state, dict):
-        raise CheckpointError("the checkpoint holds a scheduler's state that is none.")
+        raise CheckpointError("the scheduler's state in the checkpoint is malformed.")
     if not isinstance(scheduler, LRScheduler):
         return state  # the user's own, who knows its form
     own = scheduler.state_dict()
@@ -188,5 +188,5 @@ def _in_our_order(key: str, ours: Sequence[Any], theirs: Sequence[Any], groups: 
         )
     moved = [own if source is None else theirs[source] for own, source in zip(ours, groups.sources, strict=True)]
     if not all(_alike(own, value) for own, value in zip(ours, moved, strict=True)):
-        raise CheckpointError(f"the checkpoint has values for {key!r} of the scheduler that are none.")
+        raise CheckpointError(f"the checkpoint's values for {key!r} of the scheduler are malformed.")
     return moved

@@ -146,7 +146,9 @@ def _read(reader: CheckpointReader, rank: int) -> dict[str, Any]:
         states = json.loads(bytes(memory_of(text)))
         check_tensors([states])
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"the positions of loaders in {shown(file.path)} are none ({shown(error)}).") from None
+        raise CheckpointError(
+            f"the positions of loaders in {shown(file.path)} are malformed ({shown(error)})."
+        ) from None
     if not isinstance(states, dict):
-        raise CheckpointError(f"the positions of loaders in {shown(file.path)} are none.")
+        raise CheckpointError(f"the positions of loaders in {shown(file.path)} are malformed.")
     return {name: decode(state, file.tensor) for name, state in states.items()}

@@ -87,7 +87,7 @@ class RandomState:
             cpu, device = tensors["random/cpu"], tensors.get("random/device")
             torch.Generator().set_state(cpu)
         except (KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:
-            raise CheckpointError(f"the random states in the checkpoint are none ({shown(error)}).") from None
+            raise CheckpointError(f"the random states in the checkpoint are malformed ({shown(error)}).") from None
         return cls(python, state, cpu, device)
 
 

@@ -220,7 +220,7 @@ class Restorer:
 def _values(reader: CheckpointReader, what: str, value: Any) -> dict[str, Any]:
     decoded = reader.value(value)
     if not isinstance(decoded, dict):
-        raise CheckpointError(f"{reader.path} holds a {what} that is no dict.")
+        raise CheckpointError(f"{reader.path} holds a {what} that is not a dict.")
     return decoded
 
 

@@ -34,8 +34,8 @@ def check_states(parts: Parts, reader: CheckpointReader, found: Match, groups: G
     for name, entry in reader.parameters.items():
         if entry.state and forms.setdefault(tuple(sorted(entry.state)), _numbers(entry)) != _numbers(entry):
             raise CheckpointError(
-                f"{reader.path} holds other optimizer state of {shown(repr(name))} than of the other "
-                f"parameters: it is of no optimizer. Nothing was loaded."
+                f"{reader.path} holds optimizer state of {shown(repr(name))} that differs in form from that of the "
+                f"other parameters, which no optimizer makes. Nothing was loaded."
             )
     optimizer, tried = parts.optimizer, set[Any]()
     if optimizer is None:

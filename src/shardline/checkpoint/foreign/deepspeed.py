@@ -73,12 +73,14 @@ def import_deepspeed(source: str | os.PathLike[str], out: str | os.PathLike[str]
         try:
             tag = read_limited(root / "latest", 1000).decode().strip()
         except (OSError, UnicodeDecodeError):
-            raise CheckpointError(f"{root} has no file 'latest'. Say which checkpoint with --tag.") from None
+            raise CheckpointError(f"{root} has no file 'latest'. Choose one with --tag.") from None
     path = root / check_tag(tag)
     models = _by_rank(path, r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
     optims = _by_rank(path, r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
     if not models:
-        raise CheckpointError(f"{path} holds no model_states.pt: it is no DeepSpeed checkpoint that can be imported.")
+        raise CheckpointError(
+            f"{path} holds no model_states.pt: so it is not a DeepSpeed checkpoint that can be imported."
+        )
     first = load(models[0], OPAQUE)
     extra = {name: first["module"].pop(name) for name in list(first["module"]) if name.split(".")[-1] == EXTRA_KEY}
     states = [load(file, OPAQUE)["optimizer_state_dict"] for file in optims]

@@ -303,7 +303,7 @@ def _report(plan: SavePlan, found: Captured) -> dict[str, Any]:
 def _shape(item: WriteItem) -> list[int]:
     if item.tensor_data is None:
         raise CheckpointError(
-            f"{item.index.fqn!r} is no tensor, and torch would pickle it. Save tensors only, as "
+            f"{item.index.fqn!r} is not a tensor, and torch would pickle it. Save tensors only, as "
             f"state_of(model, optimizer) collects them."
         )
     return list(item.tensor_data.size)
@@ -319,14 +319,14 @@ def _range(item: WriteItem) -> tuple[int, int]:
     role, _, name = key.partition("/")
     if not name or role.partition(".")[0] not in ("weight", "state", "buffer"):
         raise CheckpointError(
-            f"{key!r} is no key of a checkpoint. Keys are weight/<parameter>, state.<key>/<parameter> and "
+            f"{key!r} is not a key of a checkpoint. Keys are weight/<parameter>, state.<key>/<parameter> and "
             f"buffer/<buffer>, as state_of(model, optimizer) makes them."
         )
     chunk = item.tensor_data.chunk  # type: ignore[union-attr]
     first = next((d for d, length in enumerate(chunk.sizes) if length != 1), len(shape))
     if math.prod(chunk.sizes) and any(chunk.sizes[d] != shape[d] for d in range(first + 1, len(shape))):
         raise CheckpointError(
-            f"{key!r} is sharded in another dimension than its first, so that a shard is no range of elements. Shard "
+            f"{key!r} is sharded in another dimension than its first, so a shard is not a range of elements. Shard "
             f"it by rows (Shard(0)), or save it whole."
         )
     if role == "buffer" and list(chunk.sizes) != shape:

@@ -103,7 +103,7 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, identity: Any) -> Tensor:
         kind, dtype, key, _, numel = identity
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not str(key).isalnum():
-            raise CheckpointError("it refers to something that is no storage of a tensor.")
+            raise CheckpointError("it refers to something that is not a tensor's storage.")
         if key not in self._storages:
             data = bytearray(self._archive.read(f"{self._root}/data/{key}"))
             if len(data) < numel * dtype.itemsize:
@@ -128,7 +128,7 @@ def load(path: Path, opaque: Collection[str] = ()) -> Any:
                 raise CheckpointError("it is compressed, as torch.save never does; a short file could fill memory.")
             found = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             if len(found) != 1:
-                raise CheckpointError("it is no file of torch.save.")
+                raise CheckpointError("it was not written by torch.save.")
             root = found[0].removesuffix("/data.pkl")
             if f"{root}/byteorder" in archive.namelist():
                 order = archive.read(f"{root}/byteorder").decode()
@@ -139,5 +139,5 @@ def load(path: Path, opaque: Collection[str] = ()) -> Any:
         raise CheckpointError(f"{path} cannot be imported: {text_of(error)}") from None
     except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, KeyError, ValueError, TypeError, EOFError) as error:
         raise CheckpointError(
-            f"{path} cannot be imported: it is damaged, or no file of torch.save ({error})."
+            f"{path} cannot be imported: it is damaged, or not written by torch.save ({error})."
         ) from None

@@ -206,7 +206,7 @@ class Directory:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
             raise CheckpointError(f"{shown(file)} cannot be read: {reason}.") from None
         if not is_tag(text):
             raise CheckpointError(f"{shown(file)} names {shown(repr(text), 100)}, which cannot be a checkpoint here.")
@@ -325,7 +325,7 @@ class Directory:
         if not path.exists():
             return f"{shown(path.absolute())} does not exist"
         if not path.is_dir():
-            return f"{shown(path.absolute())} is no directory"
+            return f"{shown(path.absolute())} is not a directory"
         if self.is_checkpoint():
             return (
                 f"{shown(path.absolute())} is itself a checkpoint, not a directory of them: give the directory "
@@ -365,7 +365,7 @@ class Directory:
         if os.path.lexists(path) and not _is_checkpoint(path):
             kind = kind_of(path.lstat().st_mode) or "a file"
             raise CheckpointError(
-                f"{shown(path)} is {kind} that is no checkpoint of Shardline, and it is not replaced. Save with "
+                f"{shown(path)} is {kind} that is not a checkpoint of Shardline, and it is not replaced. Save with "
                 f"another tag or to another directory, or move it away"
             )
         if latest and not self._owns_latest(lock):

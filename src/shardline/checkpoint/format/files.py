@@ -65,7 +65,7 @@ def open_regular(path: Path) -> BinaryIO:
 def _check(path: Path, mode: int) -> None:
     kind = kind_of(mode)
     if kind is not None:
-        raise OSError(errno.EINVAL, f"it is {kind} and no regular file", str(path))
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
 
 
 def read_limited(path: Path, limit: int) -> bytes:

@@ -92,6 +92,6 @@ def _open_lock(file: Path) -> int:
             return descriptor
         os.close(descriptor)
     raise CheckpointError(
-        f"{shown(file)} is {kind} and no regular file; a process that saves here locks a file of this name. Move it "
+        f"{shown(file)} is {kind}, not a regular file; a process that saves here locks a file of this name. Move it "
         f"away, or save to another directory."
     )

@@ -115,7 +115,7 @@ def largest_manifest(files: int) -> int:
 def _pieces(value: Any, _: Any) -> list[list[int]]:
     """Checked here: one error, however many are wrong."""
     if type(value) is not list:
-        raise ValueError("it is no list")
+        raise ValueError("it is not a list")
     for piece in value:
         if type(piece) is not list or len(piece) != 3 or any(type(number) is not int for number in piece):
             raise ValueError(f"{shown(repr(piece), 60)} is no [file, start, stop]")
@@ -124,15 +124,15 @@ def _pieces(value: Any, _: Any) -> list[list[int]]:
 
 def _ranks(value: Any, _: Any) -> list[int]:
     if type(value) is not list or any(type(number) is not int for number in value):
-        raise ValueError("it is no list of ranks")
+        raise ValueError("it is not a list of ranks")
     if value[:1] != [0] or value != sorted(set(value)):
-        raise ValueError("it is no list of ranks that begins with 0 and goes up")
+        raise ValueError("it is not a list of ranks that begins with 0 and goes up")
     return value
 
 
 def _dtype(value: str) -> str:
     if value not in ITEM_BYTES:
-        raise ValueError(f"{shown(repr(value), 40)} is no dtype of a tensor file")
+        raise ValueError(f"{shown(repr(value), 40)} is not a dtype of a tensor file")
     return value
 
 
@@ -260,7 +260,7 @@ def _tuple(value: Any) -> Any:
 
 
 class RandomEntry(_Value):
-    """What of a rank's random states is no tensor.
+    """What of a rank's random states is not a tensor.
 
     Attributes:
         python: version, and the cached normal number or None.
@@ -357,9 +357,9 @@ class Manifest(_Value):
         except RecursionError:
             raise CheckpointError("is nested too deep") from None
         except ValueError as error:
-            raise CheckpointError(f"is no JSON: {shown(error)}") from None
+            raise CheckpointError(f"is not JSON: {shown(error)}") from None
         if not isinstance(raw, dict):
-            raise CheckpointError("is no JSON object")
+            raise CheckpointError("is not a JSON object")
         if raw.get("format") != FORMAT or type(raw.get("version")) is not int or not 1 <= raw["version"] <= VERSION:
             raise CheckpointError(
                 f"has the format {shown(repr(raw.get('format')), 60)} version {shown(repr(raw.get('version')), 60)}; "
@@ -420,14 +420,14 @@ def check_tensors(values: list[Any]) -> None:
         if isinstance(value, dict) and "$tensor" in value:
             key = value["$tensor"]
             if not isinstance(key, str) or key in seen:
-                raise ValueError(f"the tensor {shown(repr(key), 100)} belongs to two values, or is none")
+                raise ValueError(f"the tensor {shown(repr(key), 100)} belongs to two values, or to none")
             seen.add(key)
         elif isinstance(value, dict | list):
             values += value.values() if isinstance(value, dict) else value
 
 
 def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a number of JSON")
 
 
 def _one(model: type[T], raw: Any, where: str) -> T:
@@ -461,7 +461,7 @@ def read_manifest(path: Path) -> Manifest:
             ) from None
         reason = error.strerror if isinstance(error, OSError) else "no text"
         raise CheckpointError(
-            f"{shown(path)} is no intact checkpoint: its manifest cannot be read ({reason})."
+            f"{shown(path)} is not an intact checkpoint: its manifest cannot be read ({reason})."
         ) from None
     if [hashlib.sha256(data).hexdigest()] != expected:
         raise CheckpointError(f"{shown(file)} is damaged: its SHA-256 is not the one in {MANIFEST_SUM}.")

@@ -151,7 +151,7 @@ class TensorFile:
             self._read_header()
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             self.close()
-            raise CheckpointError(f"{path} is no safetensors file, or a damaged one: {shown(error)}.") from None
+            raise CheckpointError(f"{path} is not a safetensors file, or is damaged: {shown(error)}.") from None
 
     def _read_header(self) -> None:
         size = os.fstat(self._file.fileno()).st_size
@@ -167,7 +167,7 @@ class TensorFile:
             dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
             low, high = entry["data_offsets"]
             if any(type(each) is not int or each < 0 for each in (*shape, low, high)):
-                raise ValueError(f"{key!r} has a shape or a place that is none")
+                raise ValueError(f"{key!r} has an invalid shape or place")
             numel = 1
             for each in shape:
                 numel *= each
@@ -178,7 +178,7 @@ class TensorFile:
         done = 0
         for low, high in sorted(places):  # else a short file could hold any number of large tensors
             if low < done:
-                raise ValueError("two tensors have one place")
+                raise ValueError("two tensors overlap")
             done = high
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ def read(source: Source | None) -> dict[str, Any]:
     """What the user wrote: a dict, a file of JSON with comments, or the same in urlsafe base64.
 
     Raises:
-        ConfigError: there is none, or it is no JSON object.
+        ConfigError: there is none, or it is not a JSON object.
     """
     if isinstance(source, Mapping):
         return deepcopy(dict(source))

@@ -79,7 +79,7 @@ class DeepSpeedEngine(EngineSettings):
         if self.trainables.is_closed:
             raise UsageError(
                 "zero_grad() was called on an engine that was destroyed. A second train() of one Trainer does so: "
-                "Accelerate lets go of the engine, and the Trainer asks for no other. Say trainer.model_wrapped = "
+                "Accelerate drops the engine, and the Trainer does not make a new one. Set trainer.model_wrapped = "
                 "trainer.model between the two."
             )
         super().zero_grad(set_to_none)

@@ -135,7 +135,7 @@ def get_lr_from_config(config: Mapping[str, Any]) -> tuple[float | None, str]:
     """The rate that a scheduler section names, and why there is none."""
     name, params = config.get("type"), config.get("params")
     if name not in _KINDS or not isinstance(params, Mapping):
-        return None, f"{name!r} is no schedule with params"
+        return None, f"{name!r} is not a schedule with params"
     keys = {LR_RANGE_TEST: "lr_range_test_min_lr", ONE_CYCLE: "cycle_max_lr"}
     if name == WARMUP_COSINE_LR:
         return None, f"{name} scales the optimizer's rate"
