@@ -44,7 +44,7 @@ def test_a_report_is_what_it_says() -> None:
         backwards=2,
         exit_requested=True,
         transitions=2**32 - 1,
-        alike=2**32 - 2,
+        fingerprint=2**32 - 2,
         on_device=None,
     )
     stacked = report.stack(CPU)
@@ -111,8 +111,8 @@ def test_ranks_that_are_not_alike_do_not_step(column) -> None:
     found = verdict(tuple(side), tuple(other))
     assert float(found.found_inf) == 1.0
     host = found.read()
-    assert not host.alike and host.skipped and not host.diverged
-    assert verdict(tuple(side), tuple(side)).read().alike
+    assert not host.consistent and host.skipped and not host.diverged
+    assert verdict(tuple(side), tuple(side)).read().consistent
 
 
 def test_one_rank_that_leaves_takes_all_along() -> None:

@@ -9,8 +9,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from shardline.engine.intake import Intake
-from shardline.engine.leftovers import Leftovers
+from shardline.engine.batch_tracker import BatchTracker
+from shardline.engine.loss_checks import LossChecks
 from shardline.engine.report import Reporter
 from shardline.engine.trainables import Trainables
 from shardline.runtime.modes import leave_modes, outside_modes
@@ -36,26 +36,26 @@ class Backwards:
         self,
         window: Window,
         trainables: Trainables,
-        intake: Intake,
-        leftovers: Leftovers,
+        batches: BatchTracker,
+        loss_checks: LossChecks,
         scaler: LossScaler,
         reporter: Reporter,
         *,
         every_time: bool,
     ) -> None:
         self.no_sync = False
-        self._window, self._trainables, self._intake = window, trainables, intake
-        self._leftovers, self._scaler, self._reporter = leftovers, scaler, reporter
+        self._window, self._trainables, self._batches = window, trainables, batches
+        self._loss_checks, self._scaler, self._reporter = loss_checks, scaler, reporter
         self._every_time = every_time  # the stage reduces in every micro-step
         _IN_USE[id(self)] = self
 
     def close(self) -> None:
-        """Take no part in backwards of other engines any more."""
+        """Leave the backwards of other engines."""
         _IN_USE.pop(id(self), None)
 
     @contextmanager
     def running(self, factor: float, *, by_accumulation: bool) -> Iterator[None]:
-        """Within it runs a backward whose loss is multiplied by ``factor``; it may reach other engines in its graph.
+        """Within it a backward runs whose loss is multiplied by ``factor``; its graph may hold other engines.
 
         :meth:`end` follows.
 
@@ -64,7 +64,7 @@ class Backwards:
             by_accumulation: the same.
         """
         engines = list(_IN_USE.values())
-        if factor != 1.0:  # a gradient that is there already would be taken for a part of this backward
+        if factor != 1.0:  # an earlier gradient in .grad would be collected with the factor of this backward
             for each in engines:
                 each.collect_unseen()
         self._begin(factor=1.0)
@@ -101,7 +101,7 @@ class Backwards:
     @outside_modes
     def _begin(self, *, factor: float) -> None:
         reducing = self._reduces_now()
-        self._window.begin_backward(self._intake.share(), reducing=reducing)
+        self._window.begin_backward(self._batches.share(), reducing=reducing)
         self._trainables.schedule.begin_backward(reducing=reducing, factor=factor / self._window.divided_by)
 
     def _reduces_now(self) -> bool:
@@ -114,11 +114,11 @@ class Backwards:
                 self._trainables.schedule.end_backward()
             if (boundary := self._trainables.boundary) is not None:
                 self._trainables.bring_states()  # here, where activations are gone
-                boundary.update.guard_grads(scale_is_out=self._leftovers.grad_scale is not None)
+                boundary.update.guard_grads(scale_is_out=self._loss_checks.grad_scale is not None)
 
     @outside_modes
     def enter_foreign(self) -> bool:
-        """A backward that this engine did not begin enters its outputs. Says whether that was the first time."""
+        """A backward that this engine did not begin reaches its outputs. Returns whether it is the first output."""
         self._trainables.check_trains("loss.backward()")
         if self._trainables.schedule.in_backward:
             return False
@@ -126,21 +126,24 @@ class Backwards:
         return True
 
     def _foreign_factor(self) -> float:
-        """What gradients of a backward that this engine did not begin are multiplied by when they are collected.
+        """The factor on gradients of a backward that this engine did not begin, when they are collected.
 
-        They become what ``engine.backward`` would have given: ``own factor / factor that was applied``, where the
-        second is that of the engine which began it, and 1.0 for a plain ``loss.backward()``. A quotient of loss scales
-        is a power of two, so it is exact.
+        It makes them those of ``engine.backward``: this engine's own factor over the factor that was applied, which is
+        that of the engine that began the backward, or 1.0 for a plain ``loss.backward()``. A quotient of loss scales is
+        a power of two, so it is exact.
         """
         applied, by_accumulation = multiplied_by()
         if (applied, by_accumulation) == PLAIN:
-            self._leftovers.see_plain_backward(self._scaler.scale)
-        own = self._intake.share() / (self._window.accumulation if by_accumulation else 1) * self._scaler.scale
+            self._loss_checks.see_plain_backward(self._scaler.scale)
+        own = self._batches.share() / (self._window.accumulation if by_accumulation else 1) * self._scaler.scale
         return own / applied if applied else 0.0
 
     @outside_modes
     def collect_unseen(self) -> bool:
-        """Collect gradients of backwards no hook saw (through ``model.encode()``), or that were written by hand."""
+        """Collect gradients of backwards without a hook (through ``model.encode()``), or that were set by hand.
+
+        Returns whether there were any.
+        """
         trainables = self._trainables
         if trainables.boundary is None or not any(unit.has_uncollected() for unit in trainables.layout.units):
             return False
@@ -157,7 +160,7 @@ class Backwards:
 
     @outside_modes
     def complete(self) -> bool:
-        """Reduce all that this window holds, before it ends, and say whether there was anything. Collective."""
+        """Reduce everything that this window holds, before it ends. Returns whether there was anything. Collective."""
         boundary = self._trainables.check_trains("using gradients")
         collected = self.collect_unseen()
         if self._window.is_complete:
@@ -169,6 +172,6 @@ class Backwards:
         return True
 
     def discard(self, *, steps: int = 0) -> None:
-        """Discard what the window has accumulated; it begins again, ``steps`` micro-steps into it."""
+        """Discard what the window has accumulated, and restart it ``steps`` micro-steps in."""
         self._trainables.drop_gradients()
         self._window.restart(steps=steps)

@@ -19,11 +19,11 @@ from shardline.config import Config
 from shardline.data import Loader
 from shardline.data.place import LoaderPlace
 from shardline.engine.backwards import Backwards
+from shardline.engine.batch_tracker import BatchTracker
 from shardline.engine.calls import Calls
 from shardline.engine.collective import collective
 from shardline.engine.getters import Getters
-from shardline.engine.intake import Intake
-from shardline.engine.leftovers import Leftovers
+from shardline.engine.loss_checks import LossChecks
 from shardline.engine.nonfinite import NonFiniteSearch
 from shardline.engine.notices import Notices
 from shardline.engine.observing import Observing
@@ -46,9 +46,9 @@ from shardline.optim.options import OptimizerOptions
 from shardline.plan.placement import STAGES, Placement
 from shardline.runtime.modes import outside_modes
 from shardline.runtime.topology import Topology
-from shardline.sharding.alike import Alike
 from shardline.sharding.boundary import Boundary, no_backward
 from shardline.sharding.build import Layout
+from shardline.sharding.consistency import ConsistencyCheck
 from shardline.sharding.fragments import ParamState, StateFragment, local_fragments
 from shardline.sharding.gradient import drop_grads
 from shardline.sharding.hooks import Hooks, watch_outputs
@@ -62,7 +62,7 @@ StepHook = Callable[[list[StateFragment]], None]
 
 @dataclass
 class Handle:
-    """Takes a registered function off again."""
+    """Removes a registered function."""
 
     hooks: list[StepHook]
     hook: StepHook
@@ -91,7 +91,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
     """
 
     _window_kind: type[Window] = Window
-    _leftovers_kind: type[Leftovers] = Leftovers
+    _loss_checks_kind: type[LossChecks] = LossChecks
 
     def __init__(
         self,
@@ -118,14 +118,13 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         self._after_step: list[StepHook] = []
         self._compiled = False
         notices = Notices(self.events)
-        self._leftovers = self._leftovers_kind(notices)
+        self._loss_checks = self._loss_checks_kind(notices)
         self._reporter = Reporter(self.events, comm, config)
         self._window = self._window_kind(config.gradient_accumulation_steps)
-        self._intake = Intake(config, self._window, self.window_start, notices)
+        self._batches = batches = BatchTracker(config, self._window, self.window_start, notices)
         self._calls = Calls(model, precision, comm.device, notices)
-        intake = self._intake
-        alike = Alike([OptimizerOptions(lambda: optimizer), LoaderPlace(lambda: intake.loader)])
-        make_boundary = partial(Boundary, scaler=self.scaler, config=config, progress=self.progress, alike=alike)
+        check = ConsistencyCheck([OptimizerOptions(lambda: optimizer), LoaderPlace(lambda: batches.loader)])
+        make_boundary = partial(Boundary, scaler=self.scaler, config=config, progress=self.progress, consistency=check)
         self.trainables = Trainables(
             model, layout, optimizer, groups, config, precision, comm,
             on_forward=self._begin_forward,
@@ -134,7 +133,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         )  # fmt: skip
         every_time = STAGES[config.zero_optimization.stage].gradients is not Placement.PARTIAL
         self._backwards = Backwards(
-            self._window, self.trainables, self._intake, self._leftovers, self.scaler, self._reporter,
+            self._window, self.trainables, self._batches, self._loss_checks, self.scaler, self._reporter,
             every_time=every_time,
         )  # fmt: skip
         self._outcome = Outcome(
@@ -143,7 +142,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         )  # fmt: skip
         self._grads = WindowGrads(self.trainables, self._window, comm, self.scaler, self._backwards.complete)
         self.checkpoints = Checkpointer(
-            EngineState(self, self.trainables, self._window, self._intake, self._backwards, self._outcome)
+            EngineState(self, self.trainables, self._window, self._batches, self._backwards, self._outcome)
         )
         self._on_destroy: list[Callable[[], None]] = []  # what was done to model and optimizer besides the hooks
         guarded = self.trainables.guard_optimizer(
@@ -160,7 +159,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         :meth:`destroy` closes it.
         """
         self.training_dataloader = loader
-        self._intake.attach(loader)
+        self._batches.attach(loader)
         loader.on_error = self.comm.give_up
 
     def on_destroy(self, undo: Callable[[], None]) -> None:
@@ -183,7 +182,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         """Run the model on inputs whose floating tensors are cast to the compute dtype. Returns what it returns."""
         trainables = self.trainables
         trainables.check_open("forward")
-        self._intake.see(args, kwargs)
+        self._batches.note_inputs(args, kwargs)
         args, kwargs = self._calls.cast(args, kwargs)
         try:
             with self._reporter.phase("forward"), self._calls.through_engine():
@@ -199,13 +198,13 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         return output
 
     def _watch(self, output: Any) -> None:
-        """See a backward that enters ``output`` by plain ``loss.backward()``."""
+        """Hook ``output``, so that a plain ``loss.backward()`` through it is noticed."""
         if self.trainables.params:
             watch_outputs(output, self._backwards.enter_foreign, self._backwards.end, self.trainables.params)
 
     @outside_modes
     def _begin_forward(self) -> Hooks:
-        """The model's forward begins outside of any backward: see what the user has changed since the last one.
+        """The model's forward begins outside of any backward: check what the user has changed since the last one.
 
         Returns the hooks of the layout that serves this forward.
         """
@@ -213,7 +212,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         if with_grad:
             self._window.begin_forward()
             if self.window_start.random is None:
-                self.window_start.mark(self._intake.position)
+                self.window_start.mark(self._batches.position)
         if not self._window.backwards:
             trainables.check_held(forget_edits=with_grad)
             if with_grad and trainables.have_changed():  # what is frozen for an evaluation needs no other layout
@@ -241,8 +240,8 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         self.trainables.check_trains("backward()")
         _check_loss(loss)
         divisor = self._window.accumulation if scale_wrt_gas else 1
-        factor = self._intake.share() / divisor * self.scaler.scale
-        grad_scale = self._leftovers.scale_of(loss, divisor)
+        factor = self._batches.share() / divisor * self.scaler.scale
+        grad_scale = self._loss_checks.scale_of(loss, divisor)
         with self._backwards.running(factor, by_accumulation=scale_wrt_gas):
             scaled = loss.float() if loss.dtype is torch.float16 else loss
             root = torch.full_like(scaled, factor)
@@ -255,7 +254,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         reported = loss.detach() / divisor
         if grad_scale is not None:
             reported = reported / grad_scale
-        self._window.add_loss(reported, self._intake.share())
+        self._window.add_loss(reported, self._batches.share())
         return reported
 
     # -- step -------------------------------------------------------------------------------------------------------
@@ -271,7 +270,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         however many calls of this method lay between.
 
         A batch of the engine's own loader counts for the samples in it, any other as a full one whatever it holds:
-        which dimension of its tensors is the batch, and what a loss is the mean of, cannot be seen.
+        the engine cannot know which dimension of its tensors is the batch, nor what a loss is the mean of.
 
         Args:
             weight: of this micro-step, where the losses given to ``backward`` were **sums** over ``weight`` samples or
@@ -290,7 +289,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         window, trainables = self._window, self.trainables
         end_of_window = trainables.check_trains("step()")
         ends = window.at_boundary if boundary is None else boundary
-        self._intake.check_weight(weight)
+        self._batches.check_weight(weight)
         if trainables.in_use:
             raise UsageError("step() was called inside a forward or inside gathered_parameters(). Call it after them.")
         if not self._backwards.collect_unseen() and not window.backwards and self.comm.data.size > 1:
@@ -313,19 +312,19 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
             self._end_as_sum()
         self._end_window(end_of_window, lr_kwargs or {})
         self.comm.watch.status.count(self.progress.global_steps, 0)
-        self.window_start.begin(self._intake.position)
+        self.window_start.begin(self._batches.position)
         self.checkpoints.after_step(leave=self.progress.exit_requested)
 
     def _count_micro_step(self, weight: float | None) -> None:
-        intake = self._intake
+        batches = self._batches
         if weight is None:
-            intake.tell_of_short_batch()
-        self._window.add_step(intake.share(), None if weight is None else float(weight), intake.samples)
+            batches.warn_of_short_batch()
+        self._window.add_step(batches.share(), None if weight is None else float(weight), batches.samples)
         self.progress.micro_steps += 1
-        intake.end_micro_step()
+        batches.end_micro_step()
 
     def _end_as_sum(self) -> None:
-        """The user said that the window ends: its gradient is a sum, and calls of ``step`` count for nothing."""
+        """The user has ended the window: its gradient is a sum, whatever number of calls of ``step`` it holds."""
         uncounted = self._window.end_as_sum()
         self.progress.micro_steps += uncounted
         if self.training_dataloader is None:
@@ -363,7 +362,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
 
     @outside_modes
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Discard what this window has accumulated and what is in flight. Where in the window we are stays."""
+        """Discard what this window has accumulated and what is in flight. The count of micro-steps stays."""
         self._backwards.discard(steps=self._window.steps)
         drop_grads(list(self.module.parameters()))
 
@@ -372,7 +371,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         return self._window.at_boundary
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
-        """Say whether the current micro-step and those after it end a window; ``None`` goes back to counting."""
+        """Set whether the current micro-step and those after it end a window; ``None`` counts them again."""
         self._window.forced_boundary = is_boundary
 
     @contextmanager
@@ -540,7 +539,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         trainables.close()
         self._backwards.close()
         self.comm.close()
-        self._intake.close()
+        self._batches.close()
         del self.checkpoints  # it refers back to the engine: see Trainables.close
 
 

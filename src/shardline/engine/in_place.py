@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from shardline.config import Config
 from shardline.engine.engine import Engine
 from shardline.engine.initialize import initialize
-from shardline.engine.leftovers import Leftovers, is_some_loss_scaled
+from shardline.engine.loss_checks import LossChecks, is_some_loss_scaled
 from shardline.engine.optimizer_state import states_by_name
 from shardline.errors import ConfigError, OptimizerError, UsageError
 from shardline.events import Notice
@@ -119,8 +119,8 @@ class LoopWindow(Window):
         return uncounted
 
 
-class _LoopLeftovers(Leftovers):
-    """In place a plain backward is not a leftover, and a GradScaler belongs to the loop."""
+class _LoopLossChecks(LossChecks):
+    """In place a plain backward is expected, and a GradScaler belongs to the loop."""
 
     def see_plain_backward(self, loss_scale: float) -> None:
         pass
@@ -131,7 +131,7 @@ class InPlaceEngine(Engine):
 
     _window: LoopWindow
     _window_kind = LoopWindow
-    _leftovers_kind = _LoopLeftovers
+    _loss_checks_kind = _LoopLossChecks
 
     def __init__(self, model: nn.Module, layout: Any, optimizer: Any, groups: Any, config: Config, *args: Any) -> None:
         if config.scheduler is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from shardline.checkpoint.engine.parts import Parts
 from shardline.data import Loader
 from shardline.engine.backwards import Backwards
-from shardline.engine.intake import Intake
+from shardline.engine.batch_tracker import BatchTracker
 from shardline.engine.outcome import Outcome
 from shardline.engine.trainables import Trainables
 from shardline.sharding.window import Window
@@ -27,7 +27,7 @@ class EngineState:
         engine: Engine,
         trainables: Trainables,
         window: Window,
-        intake: Intake,
+        batches: BatchTracker,
         backwards: Backwards,
         outcome: Outcome,
     ) -> None:
@@ -35,7 +35,7 @@ class EngineState:
         self.config, self.comm, self.events, self.scaler = engine.config, engine.comm, engine.events, engine.scaler
         self.window_start = engine.window_start
         self._engine, self._trainables, self._window = engine, trainables, window
-        self._intake, self._backwards, self._outcome = intake, backwards, outcome
+        self._batches, self._backwards, self._outcome = batches, backwards, outcome
 
     @property
     def lr_scheduler(self) -> Any:
@@ -45,7 +45,7 @@ class EngineState:
     @property
     def training_dataloader(self) -> Loader | None:
         """The engine's own loader."""
-        return self._intake.loader
+        return self._batches.loader
 
     @property
     def client_state(self) -> dict[str, Any]:
@@ -104,5 +104,5 @@ class EngineState:
         self._outcome.forget()
         for name, count in counters.items():
             setattr(self._engine.progress, name, count)
-        self._intake.end_micro_step()
-        self.window_start.begin(self._intake.position)
+        self._batches.end_micro_step()
+        self.window_start.begin(self._batches.position)

@@ -11,7 +11,7 @@ import torch
 from shardline.comm import digest
 from shardline.config import Config
 from shardline.errors import DisagreementError, UsageError
-from shardline.sharding.alike import Alike, Statement
+from shardline.sharding.consistency import ConsistencyCheck, Fingerprint
 from shardline.sharding.precision import LossScaler
 from shardline.sharding.schedule import Schedule
 from shardline.sharding.step import HostVerdict, StepReport, Update, Verdict
@@ -33,7 +33,7 @@ class JudgedStep:
     """A step between its verdict and the consequences that ranks take together.
 
     Attributes:
-        statement: what this rank stated in it.
+        fingerprint: of this rank's values that must be the same on all ranks.
         log: the collectives that this rank issued before it.
         late: some rank had late gradients, which a second round has reduced.
         host: the host's part of the verdict, once it was read.
@@ -41,7 +41,7 @@ class JudgedStep:
     """
 
     verdict: Verdict
-    statement: Statement
+    fingerprint: Fingerprint
     log: dict[str, array[int]]
     late: bool
     host: HostVerdict | None = None
@@ -67,10 +67,10 @@ class Boundary:
         scaler: LossScaler,
         config: Config,
         progress: Progress,
-        alike: Alike,
+        consistency: ConsistencyCheck,
     ) -> None:
         self.update, self.schedule, self.scaler = update, schedule, scaler
-        self.progress, self.alike = progress, alike
+        self.progress, self.consistency = progress, consistency
         self._clip = config.gradient_clipping
         self._check = config.bf16.check_grad_overflow or not config.bf16.enabled or config.debug.find_nonfinite
         self.reads_at_once = update.device.type == "cpu" or scaler.dynamic
@@ -111,14 +111,14 @@ class Boundary:
         for unit in self.update.units:
             unit.adopt_edits(restorable=False)
         self._reduce_rest(window)
-        left_order, statement = self.schedule.end_step(), self.alike.state()
+        left_order, fingerprint = self.schedule.end_step(), self.consistency.fingerprint()
         hooked = before is not None or after is not None
         reads = at_once or self._first or self.reads_at_once or self.update.needs_host(hooked)
-        judged = self._judge(window, left_order, statement, exit_requested, reads=reads, late=self._was_late)
+        judged = self._judge(window, left_order, fingerprint, exit_requested, reads=reads, late=self._was_late)
         self._was_late = False
         if judged.host is not None and judged.host.late:
             self._reduce_late()
-            judged = self._judge(window, left_order, statement, exit_requested, reads=reads, late=True)
+            judged = self._judge(window, left_order, fingerprint, exit_requested, reads=reads, late=True)
         verdict, host = judged.verdict, judged.host
         if host is not None:
             self._refuse(judged, host, "this step")
@@ -159,7 +159,7 @@ class Boundary:
         self,
         window: Window,
         left_order: bool,
-        statement: Statement,
+        fingerprint: Fingerprint,
         exit_requested: bool,
         *,
         reads: bool,
@@ -179,8 +179,8 @@ class Boundary:
             backwards=window.backwards,
             exit_requested=exit_requested,
             transitions=digest(*log.values()),
-            alike=statement.digest,
-            on_device=statement.on_device,
+            fingerprint=fingerprint.digest,
+            on_device=fingerprint.on_device,
             loss=None if window.loss is None else window.loss.double() * window.accumulation,
             counted=0.0 if window.loss is None else window.counted,
             tokens=window.tokens,
@@ -196,7 +196,7 @@ class Boundary:
         )
         verdict.send()
         return JudgedStep(
-            verdict, statement, log, late, verdict.read(self.update.comm.waiting_for_device) if reads else None
+            verdict, fingerprint, log, late, verdict.read(self.update.comm.waiting_for_device) if reads else None
         )
 
     def read(self) -> HostVerdict | None:
@@ -246,8 +246,8 @@ class Boundary:
         """Raise if the verdict refuses the step, which messages call ``what``. On every rank alike."""
         if host.diverged:
             raise self._differing_orders(judged.log, what)
-        if not host.alike:
-            raise self.alike.refusal(judged.statement, self.update.comm.messages.exchange, what)
+        if not host.consistent:
+            raise self.consistency.error(judged.fingerprint, self.update.comm.messages.exchange, what)
         if not host.backwards:
             raise no_backward(before=what == "the step before")
 

@@ -37,7 +37,7 @@ class StepReport:
         backwards: backwards in this window.
         exit_requested: whether this rank was asked to save and end.
         transitions: digest of the collectives issued since the last step.
-        alike: digest of what must be the same on all ranks (:class:`shardline.sharding.alike.Statement`).
+        fingerprint: digest of what must be the same on all ranks (:class:`shardline.sharding.consistency.Fingerprint`).
         on_device: the same of what only the device knows (0-dim, float64), if there is such a thing.
         loss: sum of this rank's losses, each times what it counts for (0-dim), if any was seen.
         counted: the sum of what they count for.
@@ -54,7 +54,7 @@ class StepReport:
     backwards: int
     exit_requested: bool
     transitions: int
-    alike: int
+    fingerprint: int
     on_device: Tensor | None
     loss: Tensor | None = None
     counted: float = 0.0
@@ -154,7 +154,7 @@ class Verdict:
             samples=int(sum(column["samples"])),
             backwards=int(sum(column["backwards"])),
             exit_requested=any(column["exit_requested"]),
-            alike=same["alike"] and same["on_device"],
+            consistent=same["fingerprint"] and same["on_device"],
             loss=sum(column["loss"]) / counted if counted else None,
             tokens=int(sum(column["tokens"])),
             waited=tuple(column["waited"]),
@@ -187,7 +187,7 @@ class HostVerdict:
     samples: int
     backwards: int
     exit_requested: bool = False
-    alike: bool = True
+    consistent: bool = True
     loss: float | None = None
     tokens: int = 0
     waited: tuple[float, ...] = ()
@@ -197,7 +197,7 @@ class HostVerdict:
     @property
     def refused(self) -> bool:
         """Whether this was not a step: the ranks did not do, or did not have, the same, or none had a backward."""
-        return self.diverged or not self.alike or not self.backwards
+        return self.diverged or not self.consistent or not self.backwards
 
 
 def _read(run: RunTensors, operation: str) -> Tensor:

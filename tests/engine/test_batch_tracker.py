@@ -11,7 +11,7 @@ import shardline
 from shardline.checkpoint.engine.window import WindowStart
 from shardline.config import load_config
 from shardline.data import Loader
-from shardline.engine.intake import Intake
+from shardline.engine.batch_tracker import BatchTracker
 from shardline.engine.notices import Notices
 from shardline.events import Events
 from shardline.sharding.window import State, Window
@@ -43,7 +43,7 @@ def test_sums_and_the_loaders_own_weights_do_not_mix(ranks) -> None:
     assert said[0] is None and is_sentence(said[1], "UsageError", '"weighting": "none"', "0.25")
 
 
-def intake_of(accumulation=2, weighting="samples"):
+def tracker_of(accumulation=2, weighting="samples"):
     config = load_config(
         {
             "train_micro_batch_size_per_gpu": 4,
@@ -55,37 +55,37 @@ def intake_of(accumulation=2, weighting="samples"):
     events, window, model = Events(), Window(accumulation), nn.Linear(2, 2)
     told = []
     events.subscribe(told.append)
-    return Intake(config, window, WindowStart(model, torch.device("cpu")), Notices(events)), window, told
+    return BatchTracker(config, window, WindowStart(model, torch.device("cpu")), Notices(events)), window, told
 
 
 @pytest.mark.parametrize(("weighting", "last"), [("samples", 0.75), ("none", 1.0)])
 def test_the_engines_loader_says_how_much_a_batch_counts(weighting, last) -> None:
     """Seven samples in batches of four: the second holds three quarters of a full one."""
-    intake, window, _ = intake_of(weighting=weighting)
+    tracker, window, _ = tracker_of(weighting=weighting)
     loader = Loader(
         list(range(7)), global_batch=8, micro_batch=4, accumulation=2, rank=0, world_size=1, seed=0, shuffle=False
     )
-    intake.attach(loader)
-    start, shares, samples = intake.position, [], []
+    tracker.attach(loader)
+    start, shares, samples = tracker.position, [], []
     for batch in loader:
         assert window.state is not State.EMPTY
-        shares.append(intake.share())
-        samples.append(intake.samples)
-        window.add_step(intake.share(), None, intake.samples)
-        intake.end_micro_step()
-        assert intake.share() == 1.0 and intake.samples == 4, "of a batch that the loader has not handed out"
+        shares.append(tracker.share())
+        samples.append(tracker.samples)
+        window.add_step(tracker.share(), None, tracker.samples)
+        tracker.end_micro_step()
+        assert tracker.share() == 1.0 and tracker.samples == 4, "of a batch that the loader has not handed out"
         del batch
     assert shares == [1.0, last] and samples == [4, 3]
-    assert intake.position == loader.position != start
-    intake.close()
+    assert tracker.position == loader.position != start
+    tracker.close()
     assert loader.on_batch is None
 
 
 def test_a_short_batch_of_the_users_is_told_of_once() -> None:
-    intake, _, told = intake_of()
+    tracker, _, told = tracker_of()
     for rows in (4, 4, 3, 2):
-        intake.see((torch.ones(rows, 2),), {})
-        assert intake.share() == 1.0 and intake.samples == 4
-        intake.tell_of_short_batch()
+        tracker.note_inputs((torch.ones(rows, 2),), {})
+        assert tracker.share() == 1.0 and tracker.samples == 4
+        tracker.warn_of_short_batch()
     assert [notice.message for notice in told] == [notice.message for notice in told[:1]]
     assert "a batch of 3 samples counts as one of 4" in told[0].message

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from shardline.engine.leftovers import grad_scale, is_divided_by, is_scaled_by
+from shardline.engine.loss_checks import grad_scale, is_divided_by, is_scaled_by
 from tests.harness import Setup, assert_close, seeded, start
 from tests.models import Mlp, mse, regression
 

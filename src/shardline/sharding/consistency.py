@@ -1,6 +1,6 @@
-"""What must be the same on all ranks at every step: named values, of which a digest travels in the step's report.
+"""Checks at every step that ranks have the same values where they must: the step report carries a digest of them.
 
-A difference is seen in the report, before a weight changes. Only then do ranks exchange the values, to name them.
+A difference shows in the report, before a weight changes. Only then do ranks exchange the values, to name them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shardline.errors import DisagreementError
 
-__all__ = ["Alike", "Source", "Statement"]
+__all__ = ["ConsistencyCheck", "Fingerprint", "Source"]
 
 _NAMED = 3  # values that a message spells out
 
@@ -47,8 +47,8 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Statement:
-    """What one rank states at one step.
+class Fingerprint:
+    """The values of one rank at one step, and their digests.
 
     Attributes:
         digest: 32 bits of everything that the host knows.
@@ -61,15 +61,15 @@ class Statement:
     tensors: list[Tensor | None] = field(repr=False)
 
 
-class Alike:
-    """The values of all ``sources``, and the error where ranks differ."""
+class ConsistencyCheck:
+    """The values of all ``sources``, and the error if ranks differ in them."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = sources
         self._latest: list[tuple[Sequence[Any], int]] = [((), 0)] * len(sources)
 
-    def state(self) -> Statement:
-        """What this rank states now. Nothing waits for a device."""
+    def fingerprint(self) -> Fingerprint:
+        """The fingerprint of this rank's values now. Nothing waits for a device."""
         values, tensors, digest = [], [], 0
         for place, source in enumerate(self.sources):
             found, watched = source.read()
@@ -81,16 +81,16 @@ class Alike:
             values.append(found)
             # A copy: a scheduler changes them before they are read.
             tensors.append(torch.stack([each.detach().double() for each in watched]) if watched else None)
-        return Statement(digest, _bits([each for each in tensors if each is not None]), values, tensors)
+        return Fingerprint(digest, _bits([each for each in tensors if each is not None]), values, tensors)
 
-    def refusal(self, statement: Statement, exchange: Callable[[Any], list[Any]], when: str) -> DisagreementError:
-        """Name what differs, on which ranks, and the values. Collective: ``exchange`` gives every rank's value (JSON).
+    def error(self, fingerprint: Fingerprint, exchange: Callable[[Any], list[Any]], when: str) -> DisagreementError:
+        """The error that names the values that differ, by rank. Collective: ``exchange`` gives each rank's value.
 
-        ``when`` says which step was not applied.
+        ``when`` is the text for the step that was not applied.
         """
         named = [
             dict(source.names(values, [] if tensors is None else tensors.tolist()))
-            for source, values, tensors in zip(self.sources, statement.values, statement.tensors, strict=True)
+            for source, values, tensors in zip(self.sources, fingerprint.values, fingerprint.tensors, strict=True)
         ]
         differing: list[str] = []
         advice: dict[str, None] = {}

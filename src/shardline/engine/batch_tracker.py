@@ -1,4 +1,4 @@
-"""The batches that an engine is given: how much each counts, how many samples it holds, and the loader's position."""
+"""Tracks the micro-batches of an engine: the weight of each, how many samples it holds, and the loader's position."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from shardline.engine.notices import Notices
 from shardline.errors import UsageError
 from shardline.sharding.window import Window
 
-__all__ = ["Intake"]
+__all__ = ["BatchTracker"]
 
 
-class Intake:
-    """Accounts for the micro-batches of one engine.
+class BatchTracker:
+    """The micro-batches of one engine.
 
     Attributes:
-        loader: the engine's own, or ``None`` where the user has one.
+        loader: the engine's own; ``None`` if the user has one.
         position: of ``loader``, where the last micro-step ended.
     """
 
@@ -58,15 +58,15 @@ class Intake:
             self._window.hand_out()
             self._start.mark(position)
 
-    def see(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Look at what the model is given: how many tokens, and where the loader is the user's own, how many rows."""
+    def note_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Count the tokens in the model's inputs, and the rows if the loader is the user's own."""
         if torch.is_grad_enabled():
             self._window.tokens += _tokens(args, kwargs)
             if self.loader is None:
                 self._short.see(args, kwargs)
 
     def share(self) -> float:
-        """How much this micro-step counts: 1.0, unless the loader has just handed out a smaller batch."""
+        """The weight of this micro-step in full batches: 1.0, unless the loader has just handed out a smaller one."""
         loader = self.loader
         if loader is not None and loader.position != self.position:
             self._batch_fraction = loader.weight if self._by_samples else 1.0
@@ -78,15 +78,15 @@ class Intake:
         return self._full if self._handed_out is None else self._handed_out
 
     def check_weight(self, weight: float | None) -> None:
-        """Refuse the user's ``weight`` of this micro-step where its batch was weighted already."""
+        """Raise if the user gives a ``weight`` for a micro-step whose batch was weighted already."""
         if weight is not None and (share := self.share()) != 1.0:
             raise UsageError(
                 f"step(weight=...) is for losses that are sums, but this batch of the loader holds {share:.3g} "
                 f'of a full one and was weighted as a mean. Set "data_loader": {{"weighting": "none"}}.'
             )
 
-    def tell_of_short_batch(self) -> None:
-        """Give notice where a batch of the user's seems smaller than those before."""
+    def warn_of_short_batch(self) -> None:
+        """Emit a notice if a batch of the user's own loader seems smaller than those before."""
         if (samples := self._short.pop()) is not None:
             self._notices.once(
                 f"a batch of {samples} samples counts as one of {self._full} like those before: only the engine's "

@@ -1,6 +1,6 @@
-"""What a loop written for plain PyTorch may still do to the loss that it gives to ``engine.backward``.
+"""Finds what a plain PyTorch loop has done to its loss before ``engine.backward``: a GradScaler, a division.
 
-The graph of a loss shows it: its last few nodes multiply or divide by a number.
+The graph of the loss shows it: its last few nodes multiply or divide by a number.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shardline.engine.notices import Notices
 
-__all__ = ["Leftovers", "grad_scale", "is_divided_by", "is_scaled_by", "is_some_loss_scaled"]
+__all__ = ["LossChecks", "grad_scale", "is_divided_by", "is_scaled_by", "is_some_loss_scaled"]
 
 _TIMES, _OVER = "MulBackward0", "DivBackward0"
 
@@ -22,11 +22,11 @@ _DEPTH = 4
 """Nodes to look at: ``scaler.scale(loss / n)`` and the like."""
 
 
-class Leftovers:
-    """Takes out what a GradScaler has multiplied a loss by, and gives notice of that and of other leftovers.
+class LossChecks:
+    """Finds the scale of a GradScaler in a loss, and emits notices about it and about a division that counts twice.
 
     Attributes:
-        grad_scale: of a GradScaler in the loop (0-dim). The first loss decides.
+        grad_scale: of a GradScaler in the loop (0-dim), or ``None``. The first loss decides.
     """
 
     def __init__(self, notices: Notices) -> None:
@@ -35,7 +35,7 @@ class Leftovers:
         self._saw_loss = self._saw_plain = False
 
     def scale_of(self, loss: Tensor, divisor: int) -> Tensor | None:
-        """The scale of a GradScaler in ``loss``, to take out again. ``divisor``: the engine divides the loss by it."""
+        """The scale of a GradScaler in ``loss``, which the caller takes out. ``divisor``: of the engine."""
         if self._saw_loss:
             known = self.grad_scale
             return known if known is not None and is_scaled_by(loss, known) else None

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from shardline.sharding.alike import Alike
+from shardline.sharding.consistency import ConsistencyCheck
 
 
 class Given:
@@ -30,21 +30,25 @@ def scalar(value):
 
 
 def state(values=(), tensors=()):
-    return Alike([Given(values, tensors)]).state()
+    return ConsistencyCheck([Given(values, tensors)]).fingerprint()
 
 
 def test_a_digest_is_that_of_the_values_and_follows_them() -> None:
     one = Given(["a", 0.1, None, True])
-    alike = Alike([one, Given([3])])
-    first = alike.state().digest
-    assert alike.state().digest == first == Alike([Given(["a", 0.1, None, True]), Given([3])]).state().digest
+    check = ConsistencyCheck([one, Given([3])])
+    first = check.fingerprint().digest
+    assert (
+        check.fingerprint().digest
+        == first
+        == ConsistencyCheck([Given(["a", 0.1, None, True]), Given([3])]).fingerprint().digest
+    )
     assert 0 <= first < 2**32
     for other in (["a", 0.1 + 1e-17 * 3, None, False], ["a", 0.10000000000000002, None, True], ["a", 0.1, None], []):
         one.values = other
-        assert alike.state().digest != first
+        assert check.fingerprint().digest != first
     one.values = ["a", 0.1, None, True]
-    assert alike.state().digest == first
-    assert Alike([Given([3]), one]).state().digest != first
+    assert check.fingerprint().digest == first
+    assert ConsistencyCheck([Given([3]), one]).fingerprint().digest != first
 
 
 def test_values_on_a_device_are_told_apart_there() -> None:
@@ -76,10 +80,10 @@ def refused(*sources: Given) -> str:
         return [value]
 
     for source in sources:
-        alike = Alike([source])
-        alike.refusal(alike.state(), exchange, "this step")
-    alike = Alike([sources[0]])
-    return str(alike.refusal(alike.state(), lambda value: sides, "this step"))
+        check = ConsistencyCheck([source])
+        check.error(check.fingerprint(), exchange, "this step")
+    check = ConsistencyCheck([sources[0]])
+    return str(check.error(check.fingerprint(), lambda value: sides, "this step"))
 
 
 @pytest.mark.parametrize(
@@ -100,8 +104,8 @@ def test_what_differs_is_named(values, words) -> None:
 def test_a_value_on_a_device_is_named_as_it_was() -> None:
     """By the time it is asked for, a scheduler may have changed the tensor."""
     watched = torch.tensor(0.5)
-    alike = Alike([Given(tensors=[watched])])
-    statement = alike.state()
+    check = ConsistencyCheck([Given(tensors=[watched])])
+    statement = check.fingerprint()
     watched.fill_(0.25)
-    said = alike.refusal(statement, lambda mine: [mine, [{"tensor 0": "0.25"}]], "the step before")
+    said = check.error(statement, lambda mine: [mine, [{"tensor 0": "0.25"}]], "the step before")
     assert "tensor 0 is 0.5 on rank 0, 0.25 on rank 1" in str(said)
