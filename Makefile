@@ -4,7 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 # Accelerators are hidden from all tests but test-gpu, so that a suite means the same on every machine.
-PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
+# Bytecode is written even where the caller's environment forbids it: tests start some hundred interpreters.
+PYTEST := CUDA_VISIBLE_DEVICES= PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 # What goes another way where the host reads a step's verdict late.
 LATE := --arrived --late-verdict tests/spec/test_01_swap.py tests/spec/test_06_edits.py tests/spec/test_07_uneven.py \
 	tests/engine/test_ema.py
@@ -13,7 +14,7 @@ COMPILED := command -v $${CXX:-g++} >/dev/null || { echo "SKIPPED, no C++ compil
 (Debian: g++), or name yours in CXX."; exit 0; };
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo demo-resume cifar10 test test-full test-faults test-deepspeed test-integrations test-device test-late test-gpu gpu-first gpu-wheels docs dist bench bench-quick bench-trainer check format clean
+.PHONY: help .venv demo demo-resume cifar10 test test-full test-faults test-deepspeed test-integrations test-device test-late test-gpu gpu-first gpu-wheels docs dist bench bench-quick bench-trainer check lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z.][a-z0-9.-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -136,13 +137,15 @@ dist: .venv-dist/.installed  ## sdist and wheel in dist/, installed into an empt
 	@.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build
 	@touch $@
 
-check: .venv  ## formatting, lint, types, import levels, sizes, and depth of the call stack down to a collective
+check: lint  ## formatting, lint, types, import levels, sizes, and depth of the call stack down to a collective
+	$(PYTEST) -q tests/test_call_depth.py
+
+lint: .venv  ## what of it runs no code of the package
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/budgets.py
-	$(PYTEST) -q tests/test_call_depth.py
 
 format: .venv  ## format and sort imports in place
 	$(BIN)/ruff check --fix --select I .

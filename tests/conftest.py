@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -26,6 +27,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--transport", choices=["auto", "gloo"], default="auto", help="how the ranks of all tests talk")
     parser.addoption("--late-verdict", action="store_true", help="steps are judged one step later, as on a device")
     parser.addoption("--arrived", action="store_true", help="what travels is said to have arrived, as on a stream")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # torch and 5,000 tests: no collection looks at them, nor copies their pages in a forked process
 
 
 def over_gloo(patch: pytest.MonkeyPatch) -> None:
@@ -90,7 +95,7 @@ class Ranks:
         self.ways = ways
 
     def __call__(
-        self, fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout: float = 60.0, **kwargs: Any
+        self, fn: Callable[..., Any], world_size: int = 2, *args: Any, timeout: float = 120.0, **kwargs: Any
     ) -> list[Any]:
         pool = self._pools.pop(world_size, None) or self.make_pool(world_size)
         while self._pools and sum(self._pools) + world_size > MAX_PROCESSES:
@@ -114,7 +119,7 @@ class Ranks:
 
 @pytest.fixture(scope="session")
 def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    """``ranks(fn, world_size, *args, timeout=60, **kwargs)`` -> what ``fn`` returned on each rank."""
+    """``ranks(fn, world_size, *args, timeout=120, **kwargs)`` -> what ``fn`` returned on each rank."""
     option = request.config.getoption
     chosen = {
         "gloo": option("--transport") == "gloo" or option("--arrived"),

@@ -5,9 +5,25 @@ from __future__ import annotations
 import gc
 import ipaddress
 import os
+import random
+import socket
+from contextlib import suppress
 from pathlib import Path
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def free_port() -> int:
+    """A port of the loopback interface that is free, and stays it until the caller's own process takes it.
+
+    It is below those that the system itself chooses from: one of these may go to any other process in between.
+    """
+    draw = random.SystemRandom()  # two sessions of tests on one machine do not draw alike
+    while True:
+        port = draw.randrange(16_000, 32_000)
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def listening(*pids: int) -> list[tuple[Address, int]]:

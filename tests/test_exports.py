@@ -59,7 +59,7 @@ def imported_by(code):
         f"{code}\n"
         "print(json.dumps([sorted(set(sys.modules) - before), calls]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -32,7 +32,7 @@ def left_out(folder: str, names: list[str]) -> set[str]:
 def backend(call: str, source: Path, out: Path) -> Path:
     """What ``python -m build --no-isolation`` asks of setuptools; the file that it made."""
     code = f"import setuptools.build_meta as backend; print(backend.{call}({str(out)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return out / done.stdout.splitlines()[-1]
 
@@ -84,7 +84,7 @@ def test_the_wheel_trains_where_nothing_else_is_installed(built, tmp_path):
 
     def run(*command: object) -> str:
         done = subprocess.run(
-            [*map(str, command)], cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=100
+            [*map(str, command)], cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=200
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

@@ -331,7 +331,8 @@ def _spawn(number: int, world_size: int, env: Mapping[str, str], preload: Sequen
         context = multiprocessing.get_context("spawn")
     else:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, "torch._dynamo"])  # which every optimizer's first step imports
+        tools = [name for name in ("pytest", "hypothesis") if name in sys.modules]
+        context.set_forkserver_preload([__name__, "torch._dynamo", "shardline.engine.initialize", *tools])
     ours, theirs = context.Pipe()
     stacks = tempfile.NamedTemporaryFile()  # noqa: SIM115 (closed with the pool)
     process = context.Process(
@@ -387,8 +388,9 @@ def _serve(
         return
     pipe.send_bytes(pickle.dumps(_Report()))
     cases = _Inbox(pipe)
-    gc.collect()
-    gc.freeze()  # torch's half a million objects: the collection after each case looks at the case's own only
+    # torch's half a million objects: the collection after each case looks at the case's own only. No collection before:
+    # it would cost five times as much as the rest of the start, and copy the pages that are shared with other ranks.
+    gc.freeze()
     while True:
         case = cases.next()
         report = _run_case(case)

@@ -102,7 +102,7 @@ def test_where_there_is_no_accelerator_it_ends_at_once(tmp_path):
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     env.pop("SIMCUDA", None)
     command = [sys.executable, str(ROOT / "benchmarks/gpu_first.py"), "--out", str(tmp_path)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1, done.stderr
     assert "FAILED: [machine] there is an accelerator" in (tmp_path / "report.txt").read_text()
     assert "stages" not in done.stdout

@@ -63,7 +63,7 @@ def _line(file: Any) -> str:
     return line
 
 
-def spawn(world: int, body: Callable[[Ring], None], seconds: float = 30.0) -> list[int]:
+def spawn(world: int, body: Callable[[Ring], None], seconds: float = 100.0) -> list[int]:
     """Run ``body`` on every rank of a forked world; returns exit codes, -9 for one that was killed."""
     pairs = [socket.socketpair() for _ in range(world - 1)]
     children = []

@@ -248,7 +248,7 @@ built.save_checkpoint(sys.argv[1], async_save=True)
 
 
 def test_exit_waits_for_it(ranks, tmp_path):
-    subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], check=True, capture_output=True, timeout=200)
     assert ranks(load_steps, 1, str(tmp_path), cases.config(0, 1)) == [1]
 
 
@@ -288,7 +288,7 @@ def start_failing(tmp_path, *command, more=()):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         [*command, str(script), str(tmp_path / "saves"), *more],
-        capture_output=True, text=True, timeout=100, env=environment,
+        capture_output=True, text=True, timeout=200, env=environment,
     )  # fmt: skip
     assert "the script is over" in done.stdout, done.stderr
     return done
@@ -351,7 +351,7 @@ def test_a_step_that_takes_long_is_finished_and_saved(ranks, tmp_path, name, who
         time.sleep(5.5)
         with contextlib.suppress(ProcessLookupError):
             os.kill(rank, number)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=200)
     assert process.returncode == 75
     assert f"ended with exit code 75, as {name} asked: start again to go on" in said
     assert said.endswith("shardline run: the ranks have saved; start again to go on (exit code 75).\n")

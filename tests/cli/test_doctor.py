@@ -41,7 +41,7 @@ def test_two_ranks_of_this_machine(capsys):
 
 def test_the_ranks_of_a_launcher():
     command = [sys.executable, "-m", "shardline", "run", "--nproc", "2", "-m", "shardline", "doctor"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert list(lines(done.stdout)) == NAMES
 

@@ -64,8 +64,8 @@ def test_which_transport(ranks, transports, kind) -> None:
 
 
 def attach_with(trouble):
-    """Rank 1 has some trouble."""
-    mine = dist.get_rank() == 1
+    """Rank 1 has some trouble. Whether there are no peers, and nothing is left of the attempt."""
+    mine, before = dist.get_rank() == 1, pages_here()
     with pytest.MonkeyPatch.context() as patch:
         if mine and trouble == "no page":
             patch.setattr(os, "posix_fallocate", no_space)
@@ -77,7 +77,7 @@ def attach_with(trouble):
             patch.setattr(page_module, "_libc", Forbidding)
         wanted = not (mine and trouble == "unwanted")
         peers = attach(Group.of(dist.group.WORLD), exchange, timedelta(seconds=9), TransitionLog(), wanted=wanted)
-    found = peers is None, pages_here()
+    found = peers is None, pages_here() == before
     if peers is not None:
         leave(peers)
     return found
@@ -95,7 +95,7 @@ class Forbidding:
 
 @pytest.mark.parametrize("trouble", ["no page", "another architecture", "another host", "forbidden", "unwanted"])
 def test_all_ranks_do_without_if_one_cannot(ranks, trouble) -> None:
-    assert ranks(attach_with, 2, trouble) == [(True, (0, 0))] * 2
+    assert ranks(attach_with, 2, trouble) == [(True, True)] * 2
 
 
 def pages_here():
@@ -327,7 +327,7 @@ def test_a_rank_that_is_killed_in_training_takes_the_others_along_and_leaves_not
         [sys.executable, "-m", "shardline.cli", "run", "--nproc", "2", str(script)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
     )
     assert done.returncode != 0 and done.stdout.count("ready") == 2
     assert set(os.listdir("/dev/shm")) <= before
@@ -549,7 +549,7 @@ def test_a_process_ends_when_what_it_announced_was_read(tmp_path) -> None:
     script = tmp_path / "job.py"
     script.write_text(EARLY)
     command = [sys.executable, "-m", "shardline.cli", "run", "--nproc", "2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert "read 1.0" in done.stdout and not done.returncode, done.stderr
 
 
@@ -557,7 +557,7 @@ def test_a_process_ends_when_what_it_announced_was_read(tmp_path) -> None:
 
 
 def many(count):
-    found = []
+    found = [pages_here()]  # of other tests whose engine was not destroyed
     for _ in range(count):
         peers = peers_here()
         buffer = torch.zeros(2 * LARGE)
@@ -570,13 +570,13 @@ def many(count):
 
 def test_files_and_mappings_go(ranks) -> None:
     for found in ranks(many, 2, 50):
-        assert set(found) == {(0, 0)}
+        assert len(set(found)) == 1
 
 
 def engines(count):
     import shardline
 
-    found = []
+    found = [pages_here()]
     for turn in range(count):
         model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(256, 256))
         engine = shardline.initialize(
@@ -599,4 +599,4 @@ def engines(count):
 
 def test_engines_give_everything_back(ranks) -> None:
     for found in ranks(engines, 2, 8):
-        assert set(found) == {(0, 0)}
+        assert len(set(found)) == 1

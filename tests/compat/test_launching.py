@@ -107,9 +107,9 @@ def test_a_script_alone(tmp_path):
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment = {**kept, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
-        [*command, str(script), "--a", "b"], env=environment, capture_output=True, text=True, timeout=100
+        [*command, str(script), "--a", "b"], env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.stdout == "['--a', 'b'] ['0', '1', '0'] shardline.compat.deepspeed 0.19.8\n", done.stderr
     assert done.stderr == f"shardline: {launching.ANNOUNCEMENT}\n"
-    done = subprocess.run([*command, "absent.py"], env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([*command, "absent.py"], env=environment, capture_output=True, text=True, timeout=200)
     assert (done.returncode, "There is no script 'absent.py'" in done.stderr) == (1, True)

@@ -582,7 +582,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process ends with its parent on Linux only")
 def test_a_worker_in_the_middle_of_a_sample_ends_with_a_rank_that_is_killed() -> None:
-    done = subprocess.run([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True, timeout=200)
     (worker,) = map(int, done.stdout.split())
     deadline = time.monotonic() + 20
     while (gone := not Path(f"/proc/{worker}").exists()) is False and time.monotonic() < deadline:

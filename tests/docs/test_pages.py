@@ -7,11 +7,16 @@ import io
 import logging
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+
+from shardline.testing import run_distributed
+from tests.sockets import free_port
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -40,19 +45,14 @@ def example() -> str:
     return found[1]
 
 
-def run(code: str, folder: Path, **env: str) -> str:
+def run(code: str, folder: Path) -> str:
     """Run ``code`` as a script of its own, in an environment without a launcher's variables; what it wrote."""
     script = folder / "train.py"
     script.write_text(code)
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     clean = {name: value for name, value in os.environ.items() if name not in launcher}
-    done = subprocess.run(
-        [sys.executable, script],
-        env=clean | {"OMP_NUM_THREADS": "1"} | env,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    env = clean | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -63,6 +63,13 @@ def losses(printed: str) -> list[float]:
 
 def norms(printed: str) -> list[str]:
     return re.findall(r"\| grad norm (\S+) \|", printed)
+
+
+def run_as_script(script: str, port: int) -> None:
+    """In a process of its own that has imported torch: run ``script`` as torchrun starts the only rank of a job."""
+    dist.destroy_process_group()  # which the script makes itself
+    os.environ["MASTER_PORT"] = str(port)
+    runpy.run_path(script, run_name="__main__")
 
 
 def run_here(code: str) -> str:
@@ -98,10 +105,9 @@ def test_the_example_is_ten_lines_and_learns(tmp_path, ranks):
 )
 def test_blocks_run_in_order(page, tmp_path):
     """All blocks of a page in one process, as torchrun would start the only one of a job."""
-    first = "import os, socket\ns = socket.socket(); s.bind(('127.0.0.1', 0))\n"
-    first += "os.environ['MASTER_PORT'] = str(s.getsockname()[1]); s.close()\n"
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    run(first + "\n".join(blocks(page)), tmp_path, CUDA_VISIBLE_DEVICES="", **alone)
+    script = tmp_path / "train.py"
+    script.write_text("\n".join(blocks(page)))
+    run_distributed(run_as_script, 1, str(script), free_port(), timeout=100)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -257,7 +257,7 @@ def test_the_network_has_the_tutorials_shape():
 
 def test_a_short_run_of_the_script_tells_the_accuracies(folder):
     options = ["--epochs=1", "--log-interval=3", "--stage=1", f"--data={folder}"]
-    done = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     # 100 images in batches of 16: seven steps, the last of 4 images
     assert re.findall(r"step +(\d+)  loss \d\.\d{3}", done.stdout) == ["3", "6"]
@@ -270,7 +270,7 @@ def test_a_short_run_of_the_script_tells_the_accuracies(folder):
 
 def test_the_script_ends_with_one_sentence_where_there_is_no_data(tmp_path):
     done = subprocess.run(
-        [sys.executable, SCRIPT, f"--data={tmp_path}"], capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, SCRIPT, f"--data={tmp_path}"], capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 1
     assert done.stderr.startswith("No CIFAR-10 in")

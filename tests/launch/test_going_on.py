@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ import torch
 
 from tests.checkpoint import cases
 from tests.harness import assert_close
-from tests.sockets import listening
+from tests.sockets import free_port, listening
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks end with their launcher on Linux only")
 
@@ -69,7 +68,7 @@ def weights_of(settings, steps):
 @pytest.mark.parametrize(
     ("kills", "stage", "background"),
     [
-        (2, 3, True),
+        (1, 3, True),
         pytest.param(20, 3, False, marks=pytest.mark.slow),
         pytest.param(20, 1, True, marks=pytest.mark.slow),
     ],
@@ -162,9 +161,7 @@ def straight_run(settings, steps):
 @contextmanager
 def hosts(count, tmp_path, arguments, inside=lambda number: (), master="127.0.0.1"):
     """Launchers, each of which stands for a host, and a function that starts one more."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     secret, launcher = tmp_path / "secret", tmp_path / "launcher.py"
     secret.write_text("a secret of enough letters")
     secret.chmod(0o600)

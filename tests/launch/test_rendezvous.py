@@ -23,7 +23,7 @@ from shardline.launch.rendezvous import BACKEND, ChangingNodes, FixedNodes, Meet
 from shardline.runtime import network, patience
 from shardline.runtime.network import open_store
 from shardline.runtime.process_group import init_distributed
-from tests.sockets import descendants, listening
+from tests.sockets import descendants, free_port, listening
 from tests.watch.documented import documented
 
 LIMIT = 90
@@ -37,12 +37,6 @@ def environment(monkeypatch):
     for name in ENVIRONMENT:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Forged:

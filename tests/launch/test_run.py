@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from shardline.cli import main
 from shardline.errors import LaunchError
 from shardline.launch.run import Launch, _check, _first, _Logs, _Record, launch
+from tests.sockets import free_port
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # see gc.collect() below
@@ -283,9 +284,7 @@ def test_restarts(run, script, tmp_path, monkeypatch):
 )
 def test_ranks_find_each_other_after_a_restart(run, script, master):
     """What the last attempt left in its store, such as the addresses of its ranks, must not be found by the next."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     file = script(
         "import torch, torch.distributed as dist\n"
         "dist.init_process_group('gloo')\n"
@@ -329,9 +328,7 @@ def test_a_script_finds_its_neighbours_and_its_functions_can_be_sent(run, script
 
 def test_two_nodes_on_one_machine(script):
     """Each launcher is a node; they meet at the address given."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     file = script("print(rank, os.environ['WORLD_SIZE'], os.environ['GROUP_RANK'], os.environ['LOCAL_RANK'])")
     place = ["--nproc", "1", "--nnodes", "2", "--master", f"127.0.0.1:{port}", "--node-rank"]
     with started(file, *place, "0") as first, started(file, *place, "1") as second:

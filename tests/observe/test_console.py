@@ -116,6 +116,6 @@ def test_lines_are_seen_without_any_logging_configured():
         "events, _ = attach(steps_per_print=1)\n"
         "events.emit(STEP)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert result.stderr == "step 1 | loss 2.5000 | lr 1.00e-03 | grad norm 0.987 | 64.0 samples/s | 512 MB\n"
     assert result.stdout == ""

@@ -36,7 +36,7 @@ class Ended:
         self._process = launch(folder, *ranks, **{"steps": LAST + 3, "at": LAST, "late": True, **job}, config=config)
 
     def wait(self) -> None:
-        printed, self.error = self._process.communicate(timeout=110)
+        printed, self.error = self._process.communicate(timeout=200)
         self.losses, self.code = losses_of(printed), self._process.returncode
 
 

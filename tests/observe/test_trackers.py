@@ -76,7 +76,7 @@ class Job:
 
     def _run(self, *, expect: int, **job: object) -> str:
         process = launch(self.folder, config=self.config, steps=STEPS, **job)
-        printed, error = process.communicate(timeout=110)
+        printed, error = process.communicate(timeout=200)
         assert process.returncode == expect, error
         self.losses |= losses_of(printed)
         return error

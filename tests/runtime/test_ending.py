@@ -41,7 +41,7 @@ def run(tmp_path: Path, end: str, group: str = "here", *options: str, **kwargs: 
         input="print(1 + 1)\n",
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
     )
     assert (tmp_path / "table").read_text() == "a row"
     return done.returncode, done.stdout, done.stderr

@@ -211,7 +211,7 @@ print("RESULT" + json.dumps(outcomes))
 @pytest.fixture(scope="module")
 def sweep() -> dict[str, str]:
     """Every method and attribute of a tensor, with seven kinds of arguments, on a sealed parameter; one process."""
-    done = subprocess.run([sys.executable, "-c", SWEEP], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", SWEEP], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, f"crashed at {done.stdout.splitlines()[-1:]}: {done.stderr[-2000:]}"
     return json.loads(done.stdout.rpartition("RESULT")[2])
 

@@ -23,7 +23,7 @@ def launch(tmp_path, what: str, transport: str) -> subprocess.CompletedProcess[s
     path = f"import sys; sys.path[:0] = {sys.path!r}\n"
     script.write_text(path + SCRIPT.format(what=what, transport=transport, folder=str(tmp_path / "saved")))
     command = [sys.executable, *COMMAND, str(script)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
 @pytest.mark.parametrize("transport", ["auto", pytest.param("gloo", marks=pytest.mark.slow)])
@@ -66,7 +66,7 @@ def torchrun(tmp_path, what: str, transport: str = "auto") -> tuple[int, str]:
     script.write_text(path + SCRIPT.format(what=what, transport=transport, folder=str(tmp_path / "saved")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     with open(tmp_path / "stderr", "w+") as stderr:
-        done = subprocess.run(command, stdout=stderr, stderr=stderr, timeout=100)
+        done = subprocess.run(command, stdout=stderr, stderr=stderr, timeout=200)
         assert [pid for pid in pids.iterdir() if Path(f"/proc/{pid.name}").exists()] == []
         stderr.seek(0)
         return done.returncode, stderr.read()
