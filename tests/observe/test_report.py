@@ -146,10 +146,38 @@ def test_the_command(tmp_path, capsys) -> None:
     assert '"run_log": {"dir":' in capsys.readouterr().err
 
 
-def test_a_log_without_steps_is_an_error(tmp_path) -> None:
-    (tmp_path / "events.jsonl").write_text("\n")
-    with pytest.raises(UsageError, match="holds no step yet"):
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([], "holds no step yet"),
+        ([{"event": "RunStarted", "environment": {}, "config": {}, "origins": {}, "units": []}], "holds no step yet"),
+        (["some text", {"step": 3}], "is no run log: it holds no line that a run writes"),
+        (
+            [{"event": "StepSkipped", "step": n, "reason": "a gradient is NaN"} for n in (1, 2)],
+            r"no step that was applied: all 2 were skipped \(a gradient is NaN\)",
+        ),
+    ],
+)
+def test_a_log_without_steps_is_an_error(tmp_path, lines, said) -> None:
+    (tmp_path / "events.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with pytest.raises(UsageError, match=said):
         read(tmp_path)
+
+
+def test_sentences_count_right(tmp_path) -> None:
+    """One of a kind, and a run that was started again on another number of ranks."""
+    start, *_ = (json.loads(line) for line in (log(tmp_path) / "events.jsonl").read_text().splitlines()[:1])
+    once = page(Record(starts=[start], steps={1: step(1)}))
+    assert (
+        "1 step was applied" in once
+        and "1 unit<" in once
+        and "started" not in once.split("<header>")[1].split("</header>")[0]
+    )
+    other = start | {"environment": start["environment"] | {"ranks": 3}}
+    assert "started 2 times<" in page(Record(starts=[start, start], steps={1: step(1)}))
+    assert "started 3 times, on 2, then 3 ranks<" in page(Record(starts=[start, start, other], steps={1: step(1)}))
+    huge = page(Record(starts=[start], steps={1: step(1, sent={"gather": 3 << 40})}))
+    assert "Rank 0 sent 3.00 TiB" in huge
 
 
 def test_the_command_needs_no_torch(tmp_path) -> None:
@@ -159,14 +187,19 @@ def test_the_command_needs_no_torch(tmp_path) -> None:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium to look at the page")
-@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
-def test_a_browser_draws_every_chart_without_an_error(tmp_path, width, height) -> None:
-    text = page(read(log(tmp_path)))
+@pytest.mark.parametrize(("width", "height", "steps"), [(1280, 900, 0), (390, 844, 0), (390, 844, 1)])
+def test_a_browser_draws_every_chart_without_an_error(tmp_path, width, height, steps) -> None:
+    """One step makes no line: it is a point, or a bar."""
+    record = read(log(tmp_path))
+    if steps:
+        record = Record(starts=record.starts, steps={1: step(1)}, phases={1: record.phases[1]})
+    text = page(record)
     # What only a browser knows goes into the title.
     probe = (
         "<script>document.title = JSON.stringify({over: document.documentElement.scrollWidth - innerWidth, empty: "
         "[...document.querySelectorAll('[data-chart]')].filter((e) => !e.querySelector('svg *')).length, "
-        "lines: document.querySelectorAll('svg path').length, text: [...document.querySelectorAll('svg text')]"
+        "lines: document.querySelectorAll('svg path').length, points: document.querySelectorAll('svg circle').length, "
+        "bars: document.querySelectorAll('svg g rect').length, text: [...document.querySelectorAll('svg text')]"
         ".filter((e) => e.getBoundingClientRect().right > innerWidth + 1).length})</script></body>"
     )
     file = tmp_path / "page.html"
@@ -180,5 +213,7 @@ def test_a_browser_draws_every_chart_without_an_error(tmp_path, width, height) -
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr, done.stderr
     found = json.loads(done.stdout.split("<title>")[1].split("</title>")[0])
-    assert found["lines"] > 12
+    assert (found["lines"] > 12, found["points"] > 6, found["bars"] > 5) == (
+        (False, True, True) if steps else (True, False, False)
+    )
     assert found["over"] <= 0 and (found["empty"], found["text"]) == (0, 0)

@@ -119,7 +119,7 @@ def _cells(rows: Sequence[UnitRow]) -> tuple[list[str], list[list[str]], list[st
     ]
     sums = [amount(sum(getattr(row, kind) for row in rows)) for kind in KINDS]
     parameters, trained = (f"{sum(counts):,}" for counts in ([r.parameters for r in rows], [r.trained for r in rows]))
-    return head, body, [f"{len(rows)} units", parameters, trained, "", *sums, "", ""]
+    return head, body, [f"{len(rows)} unit{'s' * (len(rows) != 1)}", parameters, trained, "", *sums, "", ""]
 
 
 def amount(count: int) -> str:

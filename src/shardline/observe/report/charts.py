@@ -183,7 +183,7 @@ def _norms(record: Record) -> dict[str, Chart]:
     groups = _per_index(record, "grad_norms", "param group")
     series = [Series("all parameters", _thin(norms)), *groups] if groups else _curve("norm", norms)
     clipping = record.config.get("gradient_clipping")
-    note = "L2 norm over all parameters, before clipping" + (f" at {clipping:g}." if clipping else "; none is clipped.")
+    note = "L2 norm over all parameters, before clipping" + (f" at {clipping:g}." if clipping else ", which is off.")
     return {"norm": Chart("Gradient norm", note, series, y="norm", zero=True, is_wide=False)}
 
 

@@ -156,7 +156,7 @@
     if (isCut) node("text", { x: width - right, y: 11, "text-anchor": "end" }, svg, `a few steps reach further, ${most}`);
     node("text", { x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle" }, svg, chart.x);
     const unit = chart.x === "step" ? "" : "s";
-    const every = ticks(x0, x1, Math.max(2, Math.floor(width / 110))).filter((t) => unit || Number.isInteger(t));
+    const every = ticks(x0, x1, Math.max(2, Math.floor(width / 110))).filter((t) => unit || (Number.isInteger(t) && xs.length > 1) || xs.includes(t));
     every.forEach((tick) => {
       node("text", { x: X(tick), y: height - bottom + 17, "text-anchor": "middle" }, svg, label(tick, unit));
     });
@@ -180,6 +180,12 @@
     series.forEach((one, i) => {
       const points = one.points.filter(([, y]) => y !== null && (!chart.log || y > 0));
       const path = points.map(([x, y], n) => `${n ? "L" : "M"}${X(x).toFixed(1)} ${Y(y).toFixed(1)}`).join("");
+      if (points.length === 1) { // one step makes no line
+        const [[x, y, base = y]] = points;
+        if (areas) node("rect", { x: X(x) - 20, y: Y(y), width: 40, height: Y(base) - Y(y), fill: tints[i], opacity: 0.82 }, plot);
+        else node("circle", { cx: X(x), cy: Y(y), r: 3.5, fill: tints[i] }, plot);
+        return;
+      }
       if (areas) {
         const back = [...points].reverse().map(([x, , y]) => `L${X(x).toFixed(1)} ${Y(y).toFixed(1)}`).join("");
         node("path", { d: `${path}${back}Z`, fill: tints[i], opacity: 0.82 }, plot);

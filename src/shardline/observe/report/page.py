@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.resources import files
+from itertools import groupby
 from pathlib import PurePath
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -102,7 +103,7 @@ def _bytes(count: float) -> str:
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
         count /= 1024
-    return f"{count:.2f} GiB"
+    return f"{count:.2f} GiB" if count < 1024 else f"{count / 1024:,.2f} TiB"
 
 
 def _duration(seconds: float) -> str:
@@ -118,6 +119,10 @@ def _number(value: float) -> str:
     if not math.isfinite(value):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _moment(seconds: float) -> str:
@@ -183,7 +188,9 @@ def _head(record: Record) -> str:
     first, last = record.steps[steps[0]]["time"], record.steps[steps[-1]]["time"]
     when = f"{_moment(first)} to {_moment(last)}"
     if len(record.starts) > 1:
-        when += f" · {len(record.starts)} processes, one after another"
+        ranks = [str(line["environment"].get("ranks", 1)) for line in record.starts]
+        last = "" if len(set(ranks)) == 1 else f", on {', then '.join(key for key, _ in groupby(ranks))} ranks"
+        when += f" · started {len(record.starts)} times{last}"
     return (
         f'<header><p class="eyebrow">Shardline run report</p><h1>{_text(here.get("model", "Training run"))}</h1>'
         f'<p class="facts">{_text(" · ".join(filter(None, facts)))}</p><p class="when">{_text(when)}</p></header>'
@@ -215,7 +222,7 @@ def _findings(record: Record) -> str:
     """What a reader would look for first, in sentences."""
     steps = list(record.steps.values())
     took = _duration(sum(line["seconds"] for line in steps))
-    said = [f"{len(steps):,} steps were applied, in {took} of training."]
+    said = [f"{_count(len(steps), 'step')} {'was' if len(steps) == 1 else 'were'} applied, in {took} of training."]
     bad = [line["step"] for line in steps if line.get("loss") is not None and not math.isfinite(float(line["loss"]))]
     if bad:
         said.append(f"The loss was not finite in {len(bad):,} of them, first in step {bad[0]:,}.")
@@ -321,7 +328,7 @@ def _units(record: Record) -> str:
         for u in units
     ]
     sums = [_bytes(sum(unit[kind] for unit in units)) for kind in kinds]
-    total = (f"{len(units)} units", f"{sum(u['parameters'] for u in units):,}", "", *sums, "")
+    total = (_count(len(units), "unit"), f"{sum(u['parameters'] for u in units):,}", "", *sums, "")
     note = (
         "The parts of the model whose weights are gathered and whose gradients are reduced together, and the bytes of "
     )

@@ -59,16 +59,25 @@ def read(folder: Path) -> Record:
     """The record of the run whose log is in ``folder``.
 
     Raises:
-        UsageError: there is no log, or none with a step in it.
+        UsageError: there is no log, it cannot be read, or no step in it was applied.
     """
     path = folder / FILE if folder.is_dir() else folder
     if not path.is_file():
         raise UsageError(
             f'{folder} holds no {FILE}. A run writes one where its configuration has "run_log": {{"dir": "{folder}"}}.'
         )
-    record = Record()
-    for line in _lines(path):
-        _add(record, line)
+    record, is_log = Record(), False
+    try:
+        for line in _lines(path):
+            is_log = True
+            _add(record, line)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {(error.strerror or str(error)).lower()}.") from None
+    if not is_log and path.stat().st_size:
+        raise UsageError(f"{path} is no run log: it holds no line that a run writes.")
+    if record.skipped and not record.steps:
+        why = "; ".join(dict.fromkeys(str(line["reason"]) for line in record.skipped.values()))
+        raise UsageError(f"{path} holds no step that was applied: all {len(record.skipped):,} were skipped ({why}).")
     if not record.steps:
         raise UsageError(f"{path} holds no step yet.")
     return record
