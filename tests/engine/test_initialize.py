@@ -428,7 +428,7 @@ def test_offload_param_elsewhere_says_what_to_do() -> None:
     def config(**offload):
         return load_config(config_of(zero_optimization={"stage": 3, "offload_param": offload}), 2)
 
-    with pytest.raises(shardline.ConfigError, match="If the model fits, deleting offload_param from the file is all"):
+    with pytest.raises(shardline.ConfigError, match="If the model fits, delete offload_param from the configuration"):
         _refuse_offload_param(config(device="cpu"), torch.device("cuda"))
     _refuse_offload_param(config(device="none"), torch.device("cuda"))
     _refuse_offload_param(config(device="cpu"), torch.device("cpu"))

@@ -79,7 +79,7 @@ def fill_from(model, init_fn=None):
     """The values of the parameters of ``model`` after it was filled, by name."""
     kept = Store(model)
     torch.manual_seed(0)
-    fill(model, {param: name for name, param in kept.params.items()}, kept.store, kept.fetch, kept.put, init_fn)
+    fill(model, {param: name for name, param in kept.params.items()}, kept, init_fn)
     assert not is_on_meta(model)
     return kept.values
 
@@ -455,15 +455,16 @@ def test_parameters_stay_the_objects_they_are_and_ties_ties() -> None:
 def test_initialisers_get_what_they_touch_and_nobody_holds_the_model_whole() -> None:
     with torch.device("meta"):
         model = LateInit()
-    params = dict(model.named_parameters())
-    values, here = {}, []
+    here = []
 
-    def store(name: str) -> None:
-        with torch._C.DisableTorchFunctionSubclass():
-            here.append(sum(param.untyped_storage().nbytes() > 8 for param in params.values()))
-        values[name] = params[name].detach().clone()
+    class Counting(Store):
+        def store(self, name: str) -> None:
+            with torch._C.DisableTorchFunctionSubclass():
+                here.append(sum(param.untyped_storage().nbytes() > 8 for param in self.params.values()))
+            super().store(name)
 
-    fill(model, {param: name for name, param in params.items()}, store, values.__getitem__, None)
+    kept = Counting(model)
+    fill(model, {param: name for name, param in kept.params.items()}, kept)
     assert set(here) <= {1, 2}, "one module's weight and bias"
 
 
@@ -506,7 +507,7 @@ def test_a_mixture_keeps_what_is_real() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, device="meta"))
     kept = Store(model)
     before = dict(kept.values)
-    fill(model, {p: n for n, p in model.named_parameters()}, kept.store, kept.fetch, None)
+    fill(model, {p: n for n, p in model.named_parameters()}, kept)
     assert kept.taken == ["1.weight", "1.bias"]
     assert all(torch.equal(kept.values[name], value) for name, value in before.items())
 

@@ -15,10 +15,10 @@ from shardline.sharding.averages import Averages
 from shardline.sharding.build import (
     group_parameters,
     lay_out,
+    lay_out_again,
     load_model,
     needs_full_params,
     new_optimizer,
-    regroup,
     take_over,
 )
 from shardline.sharding.fragments import full_weights
@@ -222,7 +222,7 @@ def test_an_optimizer_is_taken_over_in_place() -> None:
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(run.param) for run in layout.runs]
 
 
-# --- regroup ----------------------------------------------------------------------------------------------------------
+# --- lay_out_again ---------------------------------------------------------------------------------------------------
 
 
 def freeze_and_unfreeze(stage):
@@ -238,7 +238,7 @@ def freeze_and_unfreeze(stage):
     for trains in (True, False, True):
         if layout.params[name].requires_grad != trains or not seen:
             layout.params[name].requires_grad_(trains)
-            layout = regroup(
+            layout = lay_out_again(
                 layout, *settled, optimizer, groups, waiting, Averages(), lambda unit: False, param_aligned=False
             )
         for run in layout.runs:

@@ -214,10 +214,10 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
             if self.window_start.random is None:
                 self.window_start.mark(self._batches.position)
         if not self._window.backwards:
-            trainables.check_held(forget_edits=with_grad)
+            trainables.check_before_forward(forget_edits=with_grad)
             if with_grad and trainables.have_changed():  # what is frozen for an evaluation needs no other layout
                 self._outcome.act_on_verdict()
-                trainables.regroup()
+                trainables.lay_out_again()
         return trainables.hooks
 
     # -- backward ---------------------------------------------------------------------------------------------------
@@ -399,7 +399,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
             rank0_only: other ranks take part and get an empty dict.
         """
         self.trainables.check_open("full_state_dict()")
-        self.trainables.check_contents()
+        self.trainables.check_parameters()
         wanted = not rank0_only or self.comm.data.rank == 0
         return full_state_dict(self.module, self.trainables.layout, self.comm, dtype, wanted=wanted)
 

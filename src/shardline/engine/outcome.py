@@ -66,7 +66,7 @@ class Outcome:
     # -- the verdict ------------------------------------------------------------------------------------------------
 
     def read(self) -> None:
-        """Learn what became of the last step, if that is not known yet, and emit it. One rank may do this alone."""
+        """Read whether the last step was applied, and emit its event, the first time. A rank may do so alone."""
         boundary, pending = self._trainables.boundary, self._pending
         host = None if boundary is None else boundary.read()
         if host is None or pending is None:
@@ -78,10 +78,10 @@ class Outcome:
             self._progress.global_steps -= 1
         else:
             self._note(host, pending.ended.step)
-            self._reporter.tell(pending.ended, host, self._progress, loss_scale=self._loss_scale())
+            self._reporter.emit(pending.ended, host, self._progress, loss_scale=self._loss_scale())
 
     def _note(self, host: HostVerdict, step: int) -> None:
-        """Count what was skipped in a row, and say what counted as zeros."""
+        """Count the steps that were skipped in a row, and emit a notice about ranks without a backward."""
         self._skips = self._skips + 1 if host.skipped and not host.late else 0
         self._loss = host.loss
         if host.idle:
@@ -93,7 +93,7 @@ class Outcome:
             )
 
     def _check_finite(self) -> None:
-        """Raise where so many steps in a row were skipped that none will be applied. On every rank alike."""
+        """Raise if the allowed number of steps in a row was skipped. On every rank alike."""
         most, count = self._max_skips, self._skips
         if most is None or count < most:
             return
@@ -114,7 +114,7 @@ class Outcome:
         )
 
     def finish(self) -> None:
-        """No step follows, as the process may end: tell what is known late. One rank may do this alone."""
+        """No step follows: emit the events that were delayed. A rank may do so alone."""
         self.read()
         self._reporter.finish()
 
@@ -127,7 +127,7 @@ class Outcome:
             self._check_finite()
 
     def forget(self) -> None:
-        """Other states were loaded: the last step does not count any more."""
+        """Forget the last step: other states were loaded."""
         if self._trainables.boundary is not None:
             self._trainables.boundary.forget()
         self._last_epoch = None

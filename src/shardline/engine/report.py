@@ -58,8 +58,8 @@ class Reporter:
 
     Args:
         events: the stream.
-        comm: of which transfers are told, whose device is timed, and where this rank writes down what it does.
-        config: says what is measured.
+        comm: whose transfers are reported, whose device is timed, and whose status page is kept up to date.
+        config: chooses what is measured.
     """
 
     def __init__(self, events: Events, comm: Comm, config: Config) -> None:
@@ -70,17 +70,17 @@ class Reporter:
         if config.flops_profiler.enabled:
             self._flops = FlopsProfiler(config, comm.device, comm.data.size, speaks=comm.data.rank == 0)
         self._phases: list[Phase] = []
-        self._untold: deque[tuple[int, list[Phase]]] = deque()  # phases of steps that the device may not have ended
+        self._delayed: deque[tuple[int, list[Phase]]] = deque()  # phases of steps that the device may not have ended
         self._bytes: Counter[str] = Counter()
         self._last_step = time.perf_counter()
-        self._has_told = False
+        self._has_emitted = False
         self._traces = _TRACED_STEP if config.run_log.dir is not None and comm.data.rank == 0 else 0
         self._trace: MemoryTrace | None = None
         self._profile: Profile | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what runs within to the phase ``name``, and write it down for the other ranks. Waits for no device."""
+        """Time what runs within as phase ``name``, and publish it to the other ranks. Waits for no device."""
         self._status.enter(_PHASES[name])
         try:
             with self._measured(name):
@@ -105,11 +105,11 @@ class Reporter:
                 self._trace.phase(name, started, time.perf_counter())
 
     def ended(self, step: int, *, lr: list[float | Tensor], loss_scale: float | None) -> StepFigures:
-        """Step number ``step`` is over; :meth:`tell` follows when its verdict is known."""
+        """Step number ``step`` is over; :meth:`emit` follows when its verdict is known."""
         now_ = time.perf_counter()
         seconds, self._last_step = now_ - self._last_step, now_
         if self._times:
-            self._untold.append((step, self._phases))
+            self._delayed.append((step, self._phases))
         self._phases = []
         if self._traces:
             self._trace_memory(step, seconds)
@@ -142,19 +142,19 @@ class Reporter:
         ranks = self._comm.data.size
         return {name: (count - before[name]) * (ranks - 1) // ranks for name, count in self._bytes.items()}
 
-    def tell(self, ended: StepFigures, host: HostVerdict, progress: Progress, *, loss_scale: float | None) -> None:
-        """What became of a step that was not refused; ``loss_scale`` is that of the step after it."""
+    def emit(self, ended: StepFigures, host: HostVerdict, progress: Progress, *, loss_scale: float | None) -> None:
+        """Emit the event of a step that was not refused; ``loss_scale`` is that of the step after it."""
         if host.skipped:
             bad_loss = host.loss is not None and not math.isfinite(host.loss)
             why = _LATE if host.late else f"gradients that are not finite{', as the loss was not' * bad_loss}"
             self.events.emit(StepSkipped(ended.step, why, ended.loss_scale, loss_scale))
         else:
-            self._tell_done(ended, host, progress)
-        self._tell_phases()
-        if not self._has_told:  # sinks were opened in it, which is not part of the next step
-            self._has_told, self._last_step = True, time.perf_counter()
+            self._emit_done(ended, host, progress)
+        self._emit_phases()
+        if not self._has_emitted:  # sinks were opened in it, which is not part of the next step
+            self._has_emitted, self._last_step = True, time.perf_counter()
 
-    def _tell_done(self, ended: StepFigures, host: HostVerdict, progress: Progress) -> None:
+    def _emit_done(self, ended: StepFigures, host: HostVerdict, progress: Progress) -> None:
         flops, mfu = None, None
         if self._flops is not None:
             if ended.counted:
@@ -181,21 +181,21 @@ class Reporter:
             )
         )
 
-    def _tell_phases(self, *, wait: bool = False) -> None:
-        while self._untold:
-            step, phases = self._untold[0]
+    def _emit_phases(self, *, wait: bool = False) -> None:
+        while self._delayed:
+            step, phases = self._delayed[0]
             found: dict[str, float] = {}
             for name, begin, end in phases:
                 seconds = seconds_between(begin, end, wait=wait)
                 if seconds is None:
                     return
                 found[name] = found.get(name, 0.0) + seconds
-            self._untold.popleft()
+            self._delayed.popleft()
             self.events.emit(PhaseTimes(step, found))
 
     def finish(self) -> None:
-        """No step follows: tell what was to be told late."""
-        self._tell_phases(wait=True)
+        """No step follows: emit the events that were delayed."""
+        self._emit_phases(wait=True)
         if self._trace is not None:
             self._trace.end(0)
             self._trace = None

@@ -68,7 +68,7 @@ class EngineState:
     def checkpoint_parts(self) -> Parts:
         """This rank's tensors, with edits adopted and the last step's verdict acted on. Collective."""
         trainables = self._trainables
-        trainables.check_contents()
+        trainables.check_parameters()
         self._outcome.act_on_verdict()
         trainables.adopt_edits()
         layout = trainables.layout

@@ -19,7 +19,7 @@ from shardline.sharding.admission import HeldParameters
 from shardline.sharding.averages import Averages
 from shardline.sharding.boundary import Boundary
 from shardline.sharding.bucket import Bucket
-from shardline.sharding.build import Layout, group_parameters, needs_full_params, regroup, resting_stage
+from shardline.sharding.build import Layout, group_parameters, lay_out_again, needs_full_params, resting_stage
 from shardline.sharding.fragments import ParamState, is_per_element
 from shardline.sharding.hooks import Hooks
 from shardline.sharding.precision import Precision
@@ -38,14 +38,14 @@ class Trainables:
     Attributes:
         layout: how the model lies on this rank.
         schedule: gathers, releases and reduces its units.
-        hooks: tell the schedule what the model does.
+        hooks: call the schedule as the model runs.
         boundary: ends windows; ``None`` without an optimizer.
         params: the parameters that are trained.
         groups: the param group of every parameter that the optimizer was given, frozen ones too, by first name.
         frozen_states: the optimizer state of frozen parameters, whole on every rank.
         averages: the moving averages of the weights.
-        states_are_away: whether masters and optimizer state wait in host memory for training to go on.
-        is_closed: whether the model has its own parameters again.
+        states_are_away: whether masters and optimizer state were moved to host memory until training continues.
+        is_closed: whether the model has ordinary parameters again.
     """
 
     layout: Layout
@@ -81,7 +81,7 @@ class Trainables:
         self._arrange()
 
     def _arrange(self) -> None:
-        """Make what drives the current layout."""
+        """Make the schedule, hooks and boundary of the current layout."""
         zero, units = self._config.zero_optimization, self.layout.units
         self._comm.watch.names = [unit.name for unit in units]
         self._requires_grad = self._read_requires_grad()
@@ -95,7 +95,7 @@ class Trainables:
             on_host=self._comm.device.type == "cpu",
         )
         self._make_hooks()
-        self._show_divided_grads()
+        self._set_sharded_grad()
         if self._optimizer is not None:
             update = Update(units, self._comm, self._optimizer, self.layout.runs)
             self.boundary = self._make_boundary(update, self.schedule)
@@ -106,13 +106,13 @@ class Trainables:
             self._on_output,
         )  # fmt: skip
 
-    def _show_divided_grads(self) -> None:
+    def _set_sharded_grad(self) -> None:
         for unit in self.layout.units:
             for bucket in unit.trainable:
                 bucket.sharded_grad = self._sharded_grad
 
     def serve_loop(self, on_output: Callable[[Any], None], sharded_grad: ShardedGradOf) -> None:
-        """The loop calls the model, and uses gradients, itself.
+        """Serve a loop that calls the model and uses gradients itself.
 
         Args:
             on_output: see :class:`shardline.sharding.hooks.Hooks`.
@@ -120,10 +120,10 @@ class Trainables:
         """
         self._on_call, self._on_output, self._sharded_grad = None, on_output, sharded_grad
         self.renew_hooks()
-        self._show_divided_grads()
+        self._set_sharded_grad()
 
     def renew_hooks(self) -> None:
-        """What the hooks are made from has changed: modules were compiled, or calls are watched otherwise."""
+        """Make the hooks again, after modules were compiled or the callbacks changed."""
         self.hooks.remove()
         self._make_hooks()
 
@@ -133,7 +133,7 @@ class Trainables:
             raise UsageError(f"{what} was called after destroy(). Make a new engine with shardline.initialize.")
 
     def check_trains(self, what: str) -> Boundary:
-        """The boundary; raise if ``what`` is called without an optimizer, or after :meth:`close`."""
+        """Return the boundary. Raise if ``what`` is called without an optimizer, or after :meth:`close`."""
         self.check_open(what)
         self.averages.check_hidden(what)
         if self.boundary is None:
@@ -145,11 +145,11 @@ class Trainables:
 
     # -- what changes -----------------------------------------------------------------------------------------------
 
-    def check_held(self, *, forget_edits: bool) -> None:
-        """See that the model holds the parameters that it held, and these the engine's tensors.
+    def check_before_forward(self, *, forget_edits: bool) -> None:
+        """Check that the model still holds its parameters, and these the engine's tensors.
 
         Args:
-            forget_edits: whether earlier values of edited parameters are needed no longer.
+            forget_edits: whether to forget the values that edited parameters had before.
         """
         self._held_parameters.check()
         for unit in self.layout.units:
@@ -178,7 +178,7 @@ class Trainables:
         self.groups.update(dict.fromkeys(joining, index))
         self._requires_grad = {}
 
-    def regroup(self, state_steps: Mapping[str, int] | None = None) -> None:
+    def lay_out_again(self, state_steps: Mapping[str, int] | None = None) -> None:
         """Lay the model out again, keeping all state; the last step's verdict was acted on. Collective.
 
         Args:
@@ -192,7 +192,7 @@ class Trainables:
         self.schedule.release_all()
         self.hooks.remove()
         aligned = needs_full_params(optimizer, resting_stage(self._config, self.layout.offload), self._comm.shard.size)
-        self.layout = regroup(
+        self.layout = lay_out_again(
             self.layout, self._config, self._precision, self._comm, optimizer, self.groups, self.frozen_states,
             self.averages, self.on_sealed_access, param_aligned=aligned, state_steps=state_steps,
         )  # fmt: skip
@@ -204,19 +204,19 @@ class Trainables:
         if self._optimizer is not None:
             self._optimizer.state.clear()
         self.frozen_states.clear()
-        self.regroup(state_steps)
+        self.lay_out_again(state_steps)
 
-    def check_contents(self) -> None:
-        """See that the model holds the parameters and modules that it held."""
+    def check_parameters(self) -> None:
+        """Check that the model still holds its parameters, under the same names."""
         self._held_parameters.check()
 
     def adopt_edits(self) -> None:
-        """Take what the user wrote into weights over into the masters."""
+        """Bring what the user wrote into weights into the masters."""
         for unit in self.layout.units:
             unit.adopt_edits(restorable=True)
 
     def on_sealed_access(self, unit: Unit) -> bool:
-        """A sealed parameter of ``unit`` is used outside of its module. Says whether it was gathered."""
+        """A sealed parameter of ``unit`` is used outside of its module. Returns whether it was gathered."""
         return self.hooks.on_sealed_access(unit)
 
     @property
@@ -244,9 +244,9 @@ class Trainables:
         )
 
     def move_states(self, *, away: bool) -> int:
-        """Move masters, averages and optimizer state to host memory, or to where they belong.
+        """Move masters, averages and optimizer state to host memory, or back to their own device.
 
-        What is there already stays, and so do masters that are the weights themselves. Returns the bytes that moved.
+        Masters that are the weights themselves stay. Returns how many bytes were moved.
         """
         self.states_are_away, moved = away, 0
         for unit in self.layout.units:
@@ -263,12 +263,12 @@ class Trainables:
         return moved
 
     def bring_states(self) -> None:
-        """Have the states where a step needs them."""
+        """Move the states back to their own device, if they were moved away."""
         if self.states_are_away:
             self.move_states(away=False)
 
     def note_new_weights(self, notices: Notices) -> None:
-        """The weights were updated: graphs of the old ones cannot be used."""
+        """The weights were updated: make autograd reject graphs of the old ones, and emit notices about edits."""
         torch.autograd.graph.increment_version(self.params)
         if not self.averages.followed and self.averages.exist(self.layout.units):
             self.averages.drop(self.layout.units)

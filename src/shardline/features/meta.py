@@ -36,6 +36,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from shardline.errors import ModelError, UsageError
 from shardline.features.streaming import StreamedWeights
 from shardline.names import join
+from shardline.sharding.build import ParamStore
 from shardline.sharding.parameter import ParamRecord, make_ordinary, seal
 
 __all__ = ["empty_weights", "fill", "is_on_meta"]
@@ -88,29 +89,25 @@ def is_on_meta(model: nn.Module) -> bool:
 def fill(
     model: nn.Module,
     names: dict[nn.Parameter, str],
-    store: Callable[[str], None],
-    fetch: Callable[[str], Tensor],
-    put: Callable[[str, int, Tensor], None],
+    store: ParamStore,
     init_fn: Callable[[nn.Module], None] | None = None,
 ) -> None:
-    """Give everything on ``meta`` its values. Parameters are left without theirs, which ``store`` has taken.
+    """Give everything on ``meta`` its values. Those of parameters are in ``store`` afterwards, not in the model.
 
     Args:
-        names: the first name of every parameter. The values of those that are not on ``meta`` are stored already.
-        store: takes the values of a parameter that is whole now.
-        fetch: gives the values that are stored of a parameter, whole, in any dtype and on any device.
-        put: takes a part of a parameter's values, with its first element in the order of storage.
-        init_fn: gets every module once all are filled, in the order of ``nn.Module.apply``.
+        names: the first name of every parameter.
+        store: where values go. Those of parameters that are not on ``meta`` are there already.
+        init_fn: called with every module once all are filled, in the order of ``nn.Module.apply``.
 
     Raises:
         ModelError: naming every parameter and buffer that nothing has written, or that the constructor wrote in a way
             that cannot be repeated.
     """
-    filling = _Filling(model, names, store, fetch)
+    filling = _Filling(model, names, store)
     filling.rehearse()
     filling.construct(init_fn.names if isinstance(init_fn, StreamedWeights) else frozenset())
     if isinstance(init_fn, StreamedWeights):
-        filling.stream(init_fn, put)
+        filling.stream(init_fn)
     if init_fn is not None:
         filling.let(init_fn)
     filling.finish()
@@ -180,14 +177,8 @@ class _Call:
 class _Filling:
     """The filling of one model."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        names: dict[nn.Parameter, str],
-        store: Callable[[str], None],
-        fetch: Callable[[str], Tensor],
-    ) -> None:
-        self._model, self._store, self._fetch = model, store, fetch
+    def __init__(self, model: nn.Module, names: dict[nn.Parameter, str], store: ParamStore) -> None:
+        self._model, self._store = model, store
         self._writes = _Writes()
         self._here: dict[nn.Parameter, tuple[int, int]] | None = None  # whole now: versions and addresses as they came
         self._places = [
@@ -286,7 +277,7 @@ class _Filling:
         state = self._params[param]
         value = _unset(state.like)
         if state.stored:
-            value.copy_(self._fetch(state.name))
+            value.copy_(self._store.fetch(state.name))
         make_ordinary(param, value)
         self._here[param] = param._version, value.data_ptr()
         self._writes.watch(value, state)
@@ -324,7 +315,7 @@ class _Filling:
                 f"parameter {state.name!r} has shape {tuple(state.like.shape)}, and its initialiser made "
                 f"{tuple(param.shape)} of it. Write its values in place."
             )
-        self._store(state.name)
+        self._store.store(state.name)
         state.stored = True
 
     # -- the construction, once more --------------------------------------------------------------------------------
@@ -378,15 +369,15 @@ class _Filling:
                 tensor.copy_(value)
         self._place_params(lambda state: not state.real)
 
-    def stream(self, values: StreamedWeights, put: Callable[[str, int, Tensor], None]) -> None:
-        """Let the parameters that ``values`` holds have theirs, a part at a time. Collective."""
+    def stream(self, values: StreamedWeights) -> None:
+        """Store the values of the parameters that ``values`` holds, a part at a time. Collective."""
         for module in _post_order(self._model):
             for name, param in values.params_of(module):
                 state = self._params[param]
                 like = state.like
                 if torch.empty_like(like).stride() != like.stride():  # it will be stored dense
                     like = like.contiguous()
-                values.stream(name, like, partial(put, state.name))
+                values.stream(name, like, partial(self._store.put, state.name))
                 state.stored = state.written = state.final = True
 
     def let(self, init_fn: Callable[[nn.Module], Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,13 @@ __all__ = [
     "Fill",
     "Layout",
     "ParamGroups",
+    "ParamStore",
     "group_parameters",
     "lay_out",
+    "lay_out_again",
     "load_model",
     "needs_full_params",
     "new_optimizer",
-    "regroup",
     "resting_stage",
     "sample_optimizer",
     "take_over",
@@ -46,11 +47,22 @@ __all__ = [
 
 ParamGroups = list[dict[str, Any]]
 
-Fill = Callable[
-    [dict[nn.Parameter, str], Callable[[str], None], Callable[[str], Tensor], Callable[[str, int, Tensor], None]], None
-]
-"""Gives a model on ``meta`` its values: takes the first name of every parameter; what stores the values of the
-parameter of a name, which is whole; what returns them; and what stores a part of them, which begins at an element."""
+
+class ParamStore(Protocol):
+    """The values of a model's parameters, by first name, while the model is loaded."""
+
+    def store(self, name: str) -> None:
+        """Store the values of a parameter, which is whole now. Rank 0's win. Collective."""
+
+    def put(self, name: str, start: int, elements: Tensor) -> None:
+        """Store ``elements`` (1-D, any float dtype), from the parameter's element ``start`` on in storage order."""
+
+    def fetch(self, name: str) -> Tensor:
+        """The stored values of a parameter, whole, in its shape, in any dtype and on any device. Collective."""
+
+
+Fill = Callable[[dict[nn.Parameter, str], ParamStore], None]
+"""Gives a model on ``meta`` its values: called with the first name of every parameter, and where values are stored."""
 
 
 @dataclass
@@ -215,20 +227,20 @@ def load_model(
 ) -> None:
     """Move the model's values into the units, unit by unit, and its buffers to the device.
 
-    Rank 0's win on every rank. Where some of the model is on ``meta``, ``fill`` gives it its values. What is sharded
-    already comes a range at a time, from the rank that has it.
+    Rank 0's win on every rank. If some of the model is on ``meta``, ``fill`` gives it its values. Parameters that are
+    sharded already are moved a range at a time, from the rank that has it.
 
     Raises:
         ModelError: for a parameter or buffer that nothing gives a value, or another one than its constructor did.
     """
-    values = _Values(layout, comm)
+    values = _UnitStore(layout, comm)
     before = DONE  # rank 0 packs the next bucket while the others still copy this one
     for unit in layout.units:
         unit.allocate()
         for bucket in unit.buckets:
             drop_grads(bucket.params)
             if any(param.is_meta or sharded_param_of(param) is not None for param in bucket.params):
-                values.take_over(bucket)
+                values.store_all(bucket)
             else:
                 work = bucket.weights.load(bucket.params)
                 before.wait()
@@ -238,7 +250,7 @@ def load_model(
                     unit.seal_or_bind(bucket, entry)
     before.wait()
     if fill is not None:
-        fill({param: name for name, param in layout.params.items()}, values.store, values.fetch, values.put)
+        fill({param: name for name, param in layout.params.items()}, values)
         values.forget()
         for name in layout.params:
             unit, bucket, entry = layout.where(name)
@@ -249,18 +261,15 @@ def load_model(
     _move_buffers(model, precision, comm)
 
 
-class _Values:
-    """The values of single parameters in the units, to be stored and read while a model is loaded.
-
-    The bucket that was read last stays here whole: neighbours are read one after another.
-    """
+class _UnitStore:
+    """The :class:`ParamStore` of units. The bucket that was read last is kept whole: neighbours are read in turn."""
 
     def __init__(self, layout: Layout, comm: Comm) -> None:
         self._layout, self._comm = layout, comm
         self._held: tuple[Bucket, Tensor] | None = None
 
-    def take_over(self, bucket: Bucket) -> None:
-        """Store what ``bucket``'s parameters have, whole or sharded. Those on ``meta`` have nothing."""
+    def store_all(self, bucket: Bucket) -> None:
+        """Store the values of ``bucket``'s parameters, whole or sharded. Those on ``meta`` have none."""
         for param, entry in zip(bucket.params, bucket.plan.entries, strict=True):
             sharded = sharded_param_of(param)
             if sharded is not None:
@@ -269,7 +278,6 @@ class _Values:
                 self.store(entry.param.name)
 
     def store(self, name: str) -> None:
-        """Store the parameter's value of rank 0."""
         _, bucket, entry = self._layout.where(name)
         value = self._layout.params[name].detach()
         self._comm.messages.broadcast([value])
@@ -279,13 +287,11 @@ class _Values:
             view(self._held[1], entry).copy_(value)
 
     def put(self, name: str, start: int, elements: Tensor) -> None:
-        """Store ``elements`` from the parameter's element ``start`` on."""
         _, bucket, entry = self._layout.where(name)
         self.forget()
         bucket.weights.store_range(entry, start, elements)
 
     def fetch(self, name: str) -> Tensor:
-        """The parameter's value, whole."""
         unit, bucket, entry = self._layout.where(name)
         if self._held is None or self._held[0] is not bucket:
             self.forget()
@@ -357,7 +363,7 @@ def take_over(optimizer: Optimizer, layout: Layout) -> None:
 
 
 def sample_optimizer(name: str, params: Mapping[str, Any]) -> Optimizer:
-    """The configured optimizer on a tensor of nothing, to learn what it needs before the layout is made."""
+    """The configured optimizer on a dummy tensor, to learn what it needs before the layout is made."""
     return build_optimizer(name, params, [{"params": [torch.zeros(8, 8)]}])
 
 
@@ -376,7 +382,7 @@ def new_optimizer(name: str, params: Mapping[str, Any], groups: ParamGroups, lay
     return optimizer
 
 
-def regroup(
+def lay_out_again(
     layout: Layout,
     config: Config,
     precision: Precision,
