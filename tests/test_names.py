@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shardline.errors import ConfigError
-from shardline.names import call, nearest
+from shardline.names import call, listed, nearest, ranks_text
 
 
 def build(optimizer: str, size: int, rate: float = 1.0, *, stairs: bool = False) -> tuple[str, int, float, bool]:
@@ -17,6 +17,20 @@ def build(optimizer: str, size: int, rate: float = 1.0, *, stairs: bool = False)
 def test_nearest_ignores_case_and_says_nothing_when_nothing_is_near() -> None:
     assert nearest("adamv", ["AdamW", "SGD"]) == " Did you mean 'AdamW'?"
     assert nearest("zzz", ["AdamW", "SGD"]) == ""
+
+
+def test_lists_are_cut_and_say_how_much_is_left() -> None:
+    assert [listed(range(count), 2) for count in (0, 1, 2, 4)] == ["", "0", "0, 1", "0, 1 and 2 more"]
+
+
+def test_ranks_in_a_row_are_a_range() -> None:
+    assert [ranks_text(ranks) for ranks in ([3], [0, 1], [1, 2, 3], [0, 2, 5], [0, *range(2, 12)])] == [
+        "rank 3",
+        "ranks 0, 1",
+        "ranks 1 to 3",
+        "ranks 0, 2, 5",
+        "ranks 0, 2, 3, 4, 5, 6, 7, 8 and 3 more",
+    ]
 
 
 def test_call_passes_on_what_was_given() -> None:

@@ -1,15 +1,15 @@
-"""Names: dotted paths, the nearest known name to one that a user wrote, and arguments checked before a call."""
+"""Names: dotted paths, lists of names and ranks in a message, the nearest known name, and arguments of a call."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from shardline.errors import ConfigError, text_of
 
-__all__ = ["call", "closest", "join", "nearest", "outwards"]
+__all__ = ["call", "closest", "join", "listed", "nearest", "outwards", "ranks_text"]
 
 T = TypeVar("T")
 LONGEST = 200
@@ -27,6 +27,21 @@ def outwards(path: str) -> Iterator[str]:
         yield path
         path = path.rpartition(".")[0]
     yield ""
+
+
+def listed(items: Sequence[object], most: int) -> str:
+    """``a, b and 3 more``: the first ``most`` of ``items``, and how many there are besides."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(map(str, items[:most])) + more
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """``rank 0``, ``ranks 1 to 3``, or ``ranks 0, 2, 5``; of many the first eight, and how many more."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"ranks {listed(ranks, 8)}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -149,7 +149,7 @@ def test_how_tensors_travel(where, group, backend, word):
 
 def test_few_ranks_are_named():
     _, notice = choose_backend(places(*"a" * 20), BOTH)
-    assert "ranks 0, 1, 2, 3, 4, 5, 6, 7, ... share" in notice
+    assert "ranks 0 to 19 share" in notice
 
 
 def test_ranks_on_devices_of_two_types_are_an_error():

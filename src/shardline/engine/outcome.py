@@ -15,6 +15,7 @@ from shardline.engine.notices import Notices
 from shardline.engine.report import Reporter, StepFigures
 from shardline.engine.trainables import Trainables
 from shardline.errors import NonFiniteError
+from shardline.names import ranks_text
 from shardline.optim import lr
 from shardline.sharding.precision import LossScaler, Precision
 from shardline.sharding.step import HostVerdict
@@ -85,10 +86,10 @@ class Outcome:
         self._skips = self._skips + 1 if host.skipped and not host.late else 0
         self._loss = host.loss
         if host.idle:
-            ranks = f"rank{'s' * (len(host.idle) > 1)} {', '.join(map(str, host.idle))}"
             self._notices.once(
-                f"in step {step} {ranks} had no backward, and the others had: the gradients of these ranks count as "
-                f"zeros in the average. A rank without data passes step(weight=0), and all others their weights",
+                f"in step {step} {ranks_text(host.idle)} had no backward, and the others had: the gradients of these "
+                f"ranks count as zeros in the average. A rank without data passes step(weight=0), and all others their "
+                f"weights",
                 key="no backward",
             )
 

@@ -35,11 +35,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardline.errors import ModelError, UsageError
 from shardline.features.streaming import StreamedWeights
-from shardline.names import join
+from shardline.names import join, listed
 from shardline.sharding.build import ParamStore
 from shardline.sharding.parameter import ParamRecord, make_ordinary, seal
 
 __all__ = ["empty_weights", "fill", "is_on_meta"]
+
+_NAMED = 20
+"""Tensors that a message names."""
 
 
 @contextmanager
@@ -418,18 +421,18 @@ class _Filling:
         unwritten = [*(state.name for state in states if not state.written), *_on_meta(self._model)]
         if unwritten:
             raise ModelError(
-                f"nothing gave these tensors of the model on meta a value: {_listed(unwritten)}. Only the constructor "
-                f"knows it: build the model inside `with shardline.empty_weights():` instead, which makes buffers and "
-                f"parameters of fewer than min_numel elements for real. Or write them in init_fn= of initialize, or in "
-                f"a reset_parameters() of their modules."
+                f"nothing gave these tensors of the model on meta a value: {listed(unwritten, _NAMED)}. Only the "
+                f"constructor does: build the model inside `with shardline.empty_weights():` instead, which makes "
+                f"buffers and parameters of fewer than min_numel elements for real. Or write them in init_fn= of "
+                f"initialize, or in a reset_parameters() of their modules."
             )
         changed = [state.name for state in states if state.constructed > state.repeated and not state.final]
         if changed:
             raise ModelError(
                 f"the constructor of the model on meta wrote these tensors in a way that cannot be repeated, outside "
-                f"reset_parameters() and _init_weights(): {_listed(changed)}. Write them in init_fn= of initialize, "
-                f"which runs last, or build the model inside `with shardline.empty_weights(min_numel=...):`, which "
-                f"makes smaller ones for real."
+                f"reset_parameters() and _init_weights(): {listed(changed, _NAMED)}. Write them in init_fn= of "
+                f"initialize, which runs last, or build the model inside `with shardline.empty_weights(min_numel=...):`, "
+                f"which makes smaller ones for real."
             )
 
 
@@ -525,11 +528,6 @@ def _on_meta(model: nn.Module) -> Iterator[str]:
                 if isinstance(item, Tensor) and item.is_meta and item.grad_fn is None:
                     yield join(path, name)
                     break
-
-
-def _listed(names: Sequence[str]) -> str:
-    most = 20
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _post_order(module: nn.Module) -> Iterator[nn.Module]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, supported_activities
 
+from shardline.names import listed
 from shardline.sharding.unit import Unit
 
 __all__ = ["Profile"]
@@ -71,8 +72,7 @@ class Profile:
 
 def _name(unit: Unit) -> str:
     names = [entry.param.name for bucket in unit.plan.buckets for entry in bucket.entries]
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"{unit.name} ({', '.join(names[:_NAMED])}{more})"
+    return f"{unit.name} ({listed(names, _NAMED)})"
 
 
 def _range(name: str) -> AbstractContextManager[Any]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from shardline.errors import DisagreementError, LaunchError
+from shardline.names import ranks_text
 
 __all__ = [
     "Accelerators",
@@ -156,9 +157,8 @@ def choose_backend(places: Sequence[RankDevice], group: Mapping[str, str]) -> tu
             )
     shared = sharing(places)
     if shared:
-        few = ", ".join(map(str, shared[:8])) + (", ..." if len(shared) > 8 else "")
         return "gloo", (
-            f"ranks {few} share a {kind} device, which {kind}'s own way between ranks does not allow: what ranks send "
+            f"{ranks_text(shared)} share a {kind} device, which {kind}'s own backend does not allow: what ranks send "
             f"goes through host memory and gloo, and the host waits for it. Start one process for each device, or "
             f"compute on the CPU with SHARDLINE_DEVICE=cpu"
         )

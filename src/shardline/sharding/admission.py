@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shardline.errors import ModelError
-from shardline.names import join
+from shardline.names import join, listed
 from shardline.plan.describe import first_names
 from shardline.sharding.parameter import is_sealed, record_of
 from shardline.sharding.sharded_param import sharded_param_of
@@ -196,7 +196,7 @@ class HeldParameters:
                 self._look()
             return
         changes = [
-            f"{_listed(names)} {what}" for names, what in ((other, "another"), (new, "new"), (gone, "gone")) if names
+            f"{_subject(names)} {what}" for names, what in ((other, "another"), (new, "new"), (gone, "gone")) if names
         ]
         raise ModelError(
             f"the model was changed after initialize: {', '.join(changes)}. The engine trains, saves and shows the "
@@ -205,7 +205,6 @@ class HeldParameters:
         )
 
 
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"parameter {shown} is" if len(names) == 1 else f"parameters {shown}{more} are"
+def _subject(names: list[str]) -> str:
+    shown = listed([repr(name) for name in names], 3)
+    return f"parameter {shown} is" if len(names) == 1 else f"parameters {shown} are"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shardline.errors import DisagreementError
+from shardline.names import ranks_text
 
 __all__ = ["ConsistencyCheck", "Fingerprint", "Source"]
 
@@ -123,13 +124,4 @@ def _by_rank(texts: Sequence[str]) -> str:
     ranks: dict[str, list[int]] = {}
     for rank, text in enumerate(texts):
         ranks.setdefault(text, []).append(rank)
-    return ", ".join(f"{text} on {_listed(those)}" for text, those in ranks.items())
-
-
-def _listed(ranks: Sequence[int]) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
-        return f"ranks {ranks[0]} to {ranks[-1]}"
-    shown = ", ".join(map(str, ranks[:8]))
-    return f"ranks {shown}" if len(ranks) <= 8 else f"ranks {shown} and {len(ranks) - 8} more"
+    return ", ".join(f"{text} on {ranks_text(having)}" for text, having in ranks.items())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from shardline.config import Config
 from shardline.errors import ShardlineError
+from shardline.names import listed
 from shardline.plan.placement import Placement
 from shardline.sharding.containers import replace_tensors, tensors_in
 
@@ -133,12 +134,11 @@ class Precision:
             if not isinstance(module, nn.modules.batchnorm._NormBase)
         }
         if others:
-            named = ", ".join(f"{name} ({dtype})" for name, dtype in list(others.items())[:_NAMED])
+            named = listed([f"{name} ({dtype})" for name, dtype in others.items()], _NAMED)
             error.add_note(
-                f"Weights and inputs are {self.compute} here, and these buffers are not: {named}"
-                + (f" and {len(others) - _NAMED} more. " if len(others) > _NAMED else ". ")
-                + "Floating buffers keep their dtype. Cast them where they are used, or have all of them cast: "
-                '"data_types": {"buffer_dtype": "' + _SHORT_NAMES[self.compute] + '"}.'
+                f"Weights and inputs are {self.compute} here, and these buffers are not: {named}. Floating buffers "
+                f"keep their dtype. Cast them where they are used, or have all of them cast: "
+                f'"data_types": {{"buffer_dtype": "{_SHORT_NAMES[self.compute]}"}}.'
             )
         return True
 

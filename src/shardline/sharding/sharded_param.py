@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardline.comm import Comm, Exchange
 from shardline.errors import DisagreementError, ModelError, UsageError, text_of
+from shardline.names import ranks_text
 from shardline.runtime.modes import outside_modes
 from shardline.sharding.buffer import flat, owns_its_memory
 from shardline.sharding.parameter import ParamRecord, make_ordinary, record_of, seal
@@ -303,8 +304,8 @@ def check_sharded_params(params: Iterable[nn.Parameter], group: dist.ProcessGrou
             )
         if sharded.ranks.members != members:
             raise UsageError(
-                f"the model was sharded over the ranks {_listed(sharded.ranks.members)}, and initialize shards over "
-                f"{_listed(members)}. Give sharded_weights() and initialize() the same mesh=."
+                f"the model was sharded over {ranks_text(sharded.ranks.members)}, and initialize shards over "
+                f"{ranks_text(members or (0,))}. Give sharded_weights() and initialize() the same mesh=."
             )
         if sharded.elements is None:
             raise ModelError(
@@ -319,10 +320,6 @@ def _state_of(param: nn.Parameter | None, *, shared: bool) -> str:
 
 
 _GONE, _IN_USE = "gone", "in use"
-
-
-def _listed(ranks: tuple[int, ...]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "") if ranks else "of no group"
 
 
 def _dense(value: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from shardline.checkpoint.engine.parts import Parts, optimizer_name
 from shardline.checkpoint.format.reader import CheckpointReader
 from shardline.checkpoint.format.values import decode, dtype_named
 from shardline.errors import CheckpointError, UsageError, shown
-from shardline.names import join
+from shardline.names import join, listed
 from shardline.optim import prepare
 from shardline.plan import Fragment, runs_fit
 from shardline.plan.describe import persistent_buffers
@@ -110,8 +110,7 @@ def match(parts: Parts, reader: CheckpointReader, *, strict: bool) -> Match:
 
 
 def _some(items: list[str], limit: int = 20) -> str:
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(shown(item, 300) for item in items[:limit]) + more
+    return listed([shown(item, 300) for item in items], limit)
 
 
 def load_weights(parts: Parts, reader: CheckpointReader, found: Match) -> None:

@@ -45,6 +45,7 @@ from shardline.checkpoint.format.manifest import (
     read_manifest,
 )
 from shardline.errors import CheckpointError, shown, text_of
+from shardline.names import listed
 
 __all__ = ["Directory", "Found", "check_files", "dissolve", "has_mark", "set_mark", "sync"]
 
@@ -332,8 +333,7 @@ class Directory:
                 f"{shown(path.absolute().parent)} and the tag {shown(repr(path.absolute().name))}"
             )
         names = [shown(each.name, 40) for each in self._entries() if each.name != LOCK]
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        holds = f"it holds {', '.join(names[:5])}{more}" if names else "it is empty"
+        holds = f"it holds {listed(names, 5)}" if names else "it is empty"
         return f"{shown(path.absolute())} has no folder in it with a {MANIFEST} of Shardline's: {holds}"
 
     def _entries(self) -> list[Path]:
