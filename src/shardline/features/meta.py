@@ -431,8 +431,8 @@ class _Filling:
             raise ModelError(
                 f"the constructor of the model on meta wrote these tensors in a way that cannot be repeated, outside "
                 f"reset_parameters() and _init_weights(): {listed(changed, _NAMED)}. Write them in init_fn= of "
-                f"initialize, which runs last, or build the model inside `with shardline.empty_weights(min_numel=...):`, "
-                f"which makes smaller ones for real."
+                f"initialize, which runs last, or build the model inside "
+                f"`with shardline.empty_weights(min_numel=...):`, which makes smaller ones for real."
             )
 
 

@@ -22,7 +22,7 @@ def now(device: torch.device) -> Moment:
 
 
 def seconds_between(begin: Moment, end: Moment, *, wait: bool = False) -> float | None:
-    """Seconds from ``begin`` to ``end``; None while the device has not come to ``end``, unless told to ``wait``."""
+    """Seconds from ``begin`` to ``end``; None if the device has not reached ``end`` yet, unless ``wait`` is set."""
     if isinstance(begin, float) and isinstance(end, float):
         return end - begin
     if isinstance(begin, float) or isinstance(end, float):

@@ -178,7 +178,7 @@ def _own_part(store: Any, world_size: int) -> Any:
 
 
 def _wait_for_all(store: Any, rank: int, world_size: int, patience: Patience) -> Any:
-    """Return ``store`` when all ranks have come to the group that is about to be made. Collective.
+    """Return ``store`` when all ranks have joined the group that is about to be made. Collective.
 
     Raises:
         LaunchError: some did not come in time; all that came raise it.

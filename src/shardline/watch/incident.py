@@ -28,7 +28,7 @@ class Seen:
     seconds: float
     """How long it has been where it is."""
     quiet: float = 0.0
-    """How long it has written nothing new, as far as another rank saw; 0 where nobody did."""
+    """How long it has written nothing new, as far as another rank saw; 0 if none did."""
     labels: tuple[tuple[int, ...], ...] = ()
     """Of its newest transfers on each channel, the newest last; empty where they are not known."""
 

@@ -1,7 +1,7 @@
 """What ranks of other hosts do: the rows of a host in the rendezvous store, which its lowest live rank writes.
 
 A host writes its table at most once a second. A rank reads those of other hosts only when it has waited, or lost a
-connection. A thread does both, and nobody waits for it: behind a network that is gone a store may never answer.
+connection. A thread does both, and no other thread waits for it: without a network a store may never answer.
 """
 
 from __future__ import annotations
