@@ -84,7 +84,7 @@ def _schema(args: argparse.Namespace) -> int:
 
 
 def _try_classes(config: Config) -> None:
-    """Build the optimizer and the scheduler over one number: their classes know best which arguments they take."""
+    """Build the optimizer and the scheduler over one number: their classes check their arguments."""
     if config.optimizer is None and config.scheduler is None:
         return
     import torch  # the other commands answer without it

@@ -32,7 +32,7 @@ class Exchange:
         device: of tensors that are sent.
         transport: by which they are sent.
         channel: of ``host``; None for a thread other than the main one, which is not watched.
-        before: called with what says whether a collective on ``host`` is over, before it is waited for.
+        before: called before a wait for a collective on ``host``, with a function that returns whether it is over.
     """
 
     def __init__(

@@ -398,7 +398,7 @@ def attach(
 
     Args:
         exchange: gives every rank's value (of JSON), in rank order.
-        timeout: how long this rank waits for a peer, where ``watch`` does not say it.
+        timeout: how long this rank waits for a peer, if ``watch`` has no limit.
         log: of transitions.
         watch: what this rank sees of the others in any case.
     """

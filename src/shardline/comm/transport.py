@@ -53,8 +53,8 @@ class Work:
         handles: of c10d; ``finish`` waits for each.
         then: called after that.
         hold: what is kept.
-        arrived: what :meth:`has_arrived` returns, where the handles do not know it.
-        log: is told how long the host waits for ``handles``, where it does.
+        arrived: what :meth:`has_arrived` returns, if the handles cannot answer it.
+        log: counts how long the host waits for ``handles``.
     """
 
     def __init__(

@@ -83,7 +83,7 @@ def solve_changing(
     accumulation follows.
 
     Args:
-        uneven: None where it is not given: it is true then where it is needed, and the origins say so.
+        uneven: None if it is not given: it is then true where it is needed, which the origins record.
 
     Raises:
         BatchError: train is not given, or ``uneven`` is False and the sizes do not fit.

@@ -1,4 +1,4 @@
-"""Sections of the configuration that say who is told of a run: DeepSpeed's monitors, and Shardline's own sinks."""
+"""Sections of the configuration for monitoring a run: DeepSpeed's monitors, and Shardline's own sinks."""
 
 from __future__ import annotations
 

@@ -150,6 +150,6 @@ SCHEDULERS: dict[str, type[Section]] = {
 
 
 def known(models: dict[str, type[Section]], name: object) -> type[Section] | None:
-    """The model of the parameters of ``name``, None for a class that the configuration does not know."""
+    """The model of the parameters of ``name``, None for an unknown class."""
     wanted = name.lower() if isinstance(name, str) else None
     return next((model for one, model in models.items() if one.lower() == wanted), None)

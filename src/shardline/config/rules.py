@@ -65,7 +65,7 @@ _RISES = {
 
 
 def _falling(config: Config) -> Iterator[tuple[str, list[str]]]:
-    """Schedules that would fall where they say that they rise. A value that is left out is the class's business."""
+    """Schedules whose parameters make a rise fall. Values that are left out are checked by the class."""
     if config.scheduler is None:
         return
     params = config.scheduler.params

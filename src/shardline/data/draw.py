@@ -179,7 +179,7 @@ def introduce(worker: int) -> None:
     """Tell the user's dataset in worker processes what torch's get_worker_info() would say without Shardline between.
 
     A stream that splits itself by worker would leave each worker a part, and this rank's piece would be cut from it:
-    samples would be lost. It is told that it has the only worker, so that it yields the whole stream.
+    samples would be lost. It sees only one worker, so that it yields the whole stream.
     """
     info = get_worker_info()
     if info is None:

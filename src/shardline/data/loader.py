@@ -42,11 +42,11 @@ class Loader:
     **Iterable datasets** keep their own order. Each rank, and each of its workers, reads the whole stream and keeps its
     pieces, so all ranks know where it ends. So the stream must be the same on all ranks, a global batch must fit
     into memory, and costly work belongs in ``collate_fn``, which gets this rank's samples only. A dataset that splits
-    itself by ``get_worker_info()`` is told that it has the only worker. One that splits itself by *rank* must say so
+    itself by ``get_worker_info()`` sees only one worker. One that splits itself by *rank* must say so
     with an attribute ``sharded = True``; it needs a ``len()``, the number of samples on this rank, which must be the
     same on all ranks, and the world size cannot change in a resume. Resuming reads the stream again up to the position.
 
-    A dataset with a method ``set_epoch(n)`` is told the epoch, in the process that draws.
+    A dataset's ``set_epoch(n)``, if it has one, is called with the epoch, in the process that draws.
 
     Args:
         dataset: has ``__getitem__`` and ``__len__``, or is iterable.

@@ -72,7 +72,7 @@ class SampleOrder:
         self._crc: tuple[int, int] | None = None
 
     def length(self, epoch: int) -> int:
-        """Samples in the epoch. Without a sampler it asks the dataset and lays out no order."""
+        """Samples in the epoch. Without a sampler it is that of the dataset, and no order is made."""
         if self.sampler is not None:
             return len(self.indices(epoch))
         length = length_of(self.dataset)
@@ -95,7 +95,7 @@ class SampleOrder:
         return self._crc[1]
 
     def digest(self, epoch: int) -> str:
-        """A short digest of the first indices: tells another order (shuffle, sampler, torch's permutation) apart."""
+        """A short digest of the first indices: another order (shuffle, sampler, torch's permutation) has another."""
         return blake2b(repr(self.indices(epoch)[:1024].tolist()).encode(), digest_size=8).hexdigest()
 
     def _compute(self, epoch: int) -> torch.Tensor:

@@ -132,7 +132,7 @@ class LoaderState:
         return self._normal(position)
 
     def _normal(self, position: Position) -> Position:
-        """The end of an epoch is the start of the next. Only reading a stream tells where it ends."""
+        """The end of an epoch is the start of the next. The end of a stream is known only once it is read."""
         if self.order is not None and position.batch >= (self.batches(position.epoch) or 0):
             return Position(position.epoch + 1)
         return position

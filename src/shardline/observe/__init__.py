@@ -1,4 +1,4 @@
-"""What a run says: sinks for the event stream, the report of a run, and the table of an engine."""
+"""Observing a run: sinks for the event stream, the report of a run, and the table of an engine."""
 
 from shardline.observe.console import Console
 from shardline.observe.registry import register

@@ -10,7 +10,7 @@ __all__ = ["Pending", "Row"]
 Row = tuple[int, dict[str, float]]
 
 _STEPS = 3
-"""Steps of which something may still come: a device tells late how long its phases took."""
+"""Steps that are not complete: the times of their phases are known only later, on a device."""
 
 
 class Pending:

@@ -27,7 +27,7 @@ _OF_A_STEP = (StepDone, StepSkipped, PhaseTimes, Scalars)
 
 
 class Sinks:
-    """Hands events to sinks, and tells them where a run begins.
+    """Passes events to sinks, and marks where a run begins.
 
     Args:
         sinks: by name; empty on other ranks than 0.
@@ -118,6 +118,6 @@ def _end(sinks: ref[Sinks], finish: WeakMethod[Callable[[], None]]) -> None:
     found, emit = sinks(), finish()
     if found is not None and not found.is_closed:
         if emit is not None:
-            with contextlib.suppress(Exception):  # after an error a device may tell nothing any more
+            with contextlib.suppress(Exception):  # after an error a device may not answer any more
                 emit()
         found.close()

@@ -279,7 +279,7 @@ class OneCycle(ClosedForm):
     From t = S on, with k = (t - S + 1) / decay_step_size: ``lr = min / (1 + decay_lr_rate * k)`` and
     ``beta1 = max_mom * (1 + decay_mom_rate * k)``, kept below one; decay_step_size 0 is no decay.
 
-    An optimizer without ``betas`` keeps its momentum: a warning says so.
+    An optimizer without ``betas`` keeps its momentum, with a warning.
     """
 
     def __init__(

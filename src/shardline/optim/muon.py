@@ -59,7 +59,7 @@ class MuonAdamW(Optimizer):
         def rate(own: float | Tensor | None, default: float) -> float | Tensor:
             return next((each for each in (own, lr) if each is not None), default)
 
-        # They check what they are given, hold the defaults of their half, and say what its options are.
+        # They check what they are given, hold the defaults of their half, and name its options.
         muon = Muon(
             _nothing(),
             lr=rate(muon_lr, 0.02),  # type: ignore[arg-type]
@@ -180,7 +180,7 @@ def split_groups(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[dic
 
 
 def _matrices(model: nn.Module) -> set[Tensor]:
-    """The parameters that are Muon's unless the user says otherwise."""
+    """The parameters that Muon steps unless the user chooses otherwise."""
     roots = blocks(model) or [""]
     inside = {path for path, _ in model.named_modules() if any(path == root or is_below(path, root) for root in roots)}
     matrices: set[Tensor] = set()

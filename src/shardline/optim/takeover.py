@@ -26,7 +26,7 @@ def replace_params(
     updating the old ones. Call `prepare` afterwards.
     """
     name = type(optimizer).__name__
-    # Adagrad makes its state when it is built and would make the same again; before the first step it says nothing.
+    # Adagrad makes its state when it is built and would make the same again; before the first step it holds nothing.
     state = {param: entries for param, entries in optimizer.state.items() if entries and entries.get("step") != 0}
     if state and carry is None:
         raise OptimizerError(

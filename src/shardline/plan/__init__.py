@@ -1,4 +1,4 @@
-"""The plan: where every element of the model lies, as pure values that know nothing of torch.distributed."""
+"""The plan: where every element of the model lies, as pure values without torch.distributed."""
 
 from shardline.plan.plan import (
     ALIGNMENT,

@@ -51,7 +51,7 @@ gradient is kept without a copy: there is no communication to batch."""
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """What the plan knows of one parameter.
+    """What the plan holds of one parameter.
 
     Attributes:
         name: its first name in the model.
@@ -86,7 +86,7 @@ class ParamSpec:
 
 @dataclass(frozen=True)
 class ModuleSpec:
-    """What the plan knows of one module: its path, its class, and the parameters it holds directly.
+    """What the plan holds of one module: its path, its class, and the parameters it holds directly.
 
     Attributes:
         path: dotted path from the model, ``""`` for the model itself.

@@ -1,4 +1,4 @@
-"""What the environment says: who this process is in the launcher's variables, where rank 0 is, which device to use."""
+"""Reads the environment: the launcher's variables for this process, the address of rank 0, the device to use."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _LAUNCHERS = (
 
 @dataclass(frozen=True)
 class Launched:
-    """What the launcher's variables say about this process; None where they say nothing."""
+    """What the launcher's variables define of this process; None if they define nothing."""
 
     launcher: str | None = None
     rank: int = 0

@@ -15,7 +15,7 @@ __all__ = ["allocated_bytes", "host_bytes", "peak_bytes", "resident_bytes"]
 
 
 def host_bytes() -> int | None:
-    """Memory of this host; None where the system does not tell."""
+    """Memory of this host; None if the system does not report it."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -41,7 +41,7 @@ def resident_bytes() -> int:
 def allocated_bytes(device: torch.device) -> int:
     """Bytes allocated and not freed now: by torch on an accelerator, by all of this process on CPU.
 
-    Where the C library does not tell, it is what is resident.
+    If the C library does not report it, it is the resident memory.
     """
     if device.type != "cpu":
         return torch.accelerator.memory.memory_allocated(device)

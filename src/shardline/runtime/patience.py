@@ -42,7 +42,7 @@ class Patience:
         return waited > self._seconds or (bool(self._speaker) and waited > self._word)
 
     def wait(self, why: str) -> None:
-        """Wait a little, as ``why``: a sentence without its end, which says what is missing.
+        """Wait a little. ``why`` is a sentence without its end that names what is missing.
 
         Raises:
             LaunchError: the limit has passed.

@@ -21,7 +21,7 @@ _PF_EXITING = 0x4  # of the kernel's flags of a process: it ends, and may still 
 
 
 def describe(page: SharedPage | None) -> dict[str, Any]:
-    """What this process tells the other ranks of itself once, at set-up."""
+    """What this process sends to the other ranks about itself once, at set-up."""
     found: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
     if page is not None:
         found["page"] = [page.fd, page.size, page.counters[0]]
@@ -124,7 +124,7 @@ class NearMember(Member):
 
 
 class DistantMember(Member):
-    """A rank of another host, of which a table tells.
+    """A rank of another host, as a table shows it.
 
     Args:
         tables: of the other hosts; ``lowest`` is the lowest rank of its host.

@@ -168,7 +168,7 @@ class Watch:
             self.page.post("" if error is None else f"{type(error).__name__}: {text_of(error)}")
 
     def fail(self, error: BaseException) -> None:
-        """The process ends by ``error``: the others learn of it."""
+        """The process ends by ``error``: publish it to the other ranks."""
         if self.page is not None:
             if not self.page.shows:
                 self.page.post(f"{type(error).__name__}: {text_of(error)}")
@@ -445,7 +445,7 @@ def same_error(rank: int, text: str) -> ShardlineError:
 
 
 def _in_short(error: RuntimeError) -> str:
-    """What gloo says, without the place in its source and its advice."""
+    """gloo's message, without the place in its source and its advice."""
     text = re.sub(r"^(\[[^\]]*\.(cc|cpp|h):\d+\] *)+", "", str(error).partition("\n")[0])
     return text.partition(". This is typically")[0].rstrip(". ")
 
@@ -457,7 +457,7 @@ def open_watches() -> list[Watch]:
 
 @cache
 def _end_at_exit() -> None:
-    """Let the others know that this process ends, before it closes its connections."""
+    """Publish to the other ranks that this process ends, before it closes its connections."""
 
     def end_all() -> None:
         for watch in open_watches():

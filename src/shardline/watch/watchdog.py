@@ -1,4 +1,4 @@
-"""The thread that looks when its rank waits and nothing moves: it says who waits for whom, once for each incident."""
+"""The thread that acts when its rank waits and nothing moves: it reports who waits for whom, once for each incident."""
 
 from __future__ import annotations
 

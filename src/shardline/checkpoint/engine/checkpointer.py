@@ -1,4 +1,4 @@
-"""Checkpoints of one engine: on demand, and by themselves where the configuration says so."""
+"""Checkpoints of one engine: on demand, and automatically as configured."""
 
 from __future__ import annotations
 

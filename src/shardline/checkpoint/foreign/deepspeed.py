@@ -344,7 +344,7 @@ def _parameters(trained: Trained, frozen: Mapping[str, Tensor]) -> Iterator[tupl
 
 
 def _class(config: Any, groups: Sequence[Mapping[str, Any]]) -> str:
-    """DeepSpeed's Adam decouples weight decay unless told otherwise, which is torch's AdamW."""
+    """DeepSpeed's Adam decouples weight decay by default, which is torch's AdamW."""
     section = config.get("optimizer") if isinstance(config, dict) else None
     params = (section or {}).get("params") or {}
     coupled = str((section or {}).get("type", "adam")).lower() == "adam" and params.get("adam_w_mode") is False

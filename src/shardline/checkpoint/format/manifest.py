@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: ``manifest.json`` as a typed value, read and checked in this one place. No torch.
+"""The manifest of a checkpoint, ``manifest.json``, as a typed value, read and checked in this one place. No torch.
 
 Anyone who can write to a directory can also write a matching checksum, so a right one does not vouch for the content.
 Here everything has a type and a range, the pieces of each tensor cover it, and what they hold fits into the files. Keys

@@ -135,7 +135,7 @@ class _Section(NamedTuple):
     body: str
 
     def html(self) -> str:
-        """Nothing where there is nothing to say."""
+        """An empty string if there is nothing to show."""
         return f'<section id="{self.name}">\n<h2>{_text(self.title)}</h2>\n{self.body}\n</section>' if self.body else ""
 
 

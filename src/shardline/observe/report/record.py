@@ -1,4 +1,4 @@
-"""A run as its log tells it: the steps that count, what else happened, and what it ran with. No torch."""
+"""A run as its log records it: the steps that count, the other events, and what it ran with. No torch."""
 
 from __future__ import annotations
 
