@@ -13,7 +13,7 @@ import torch
 
 from shardline.plan import Entry, ParamSpec
 from shardline.runtime.memory import resident_bytes
-from shardline.sharding.buffer import BufferPool, empty, view
+from shardline.sharding.buffer import BufferPool, empty, in_storage_order, view
 
 CPU = torch.device("cpu")
 LARGE = 1 << 16  # elements; well above what the pool thinks worth keeping
@@ -157,3 +157,11 @@ def test_a_view_has_the_shape_and_strides_of_its_parameter() -> None:
     assert sorted(shown.flatten().tolist()) == flat[64:88].tolist()
     shown.zero_()
     assert bool((flat[64:88] == 0).all()) and flat[63] != 0 and flat[88] != 0
+
+
+def test_elements_come_in_the_order_in_which_the_parameter_stores_them() -> None:
+    by_columns = Entry(ParamSpec("w", ("w",), (2, 3), (1, 2), torch.float32, 0), 0)
+    value = torch.arange(6.0).view(2, 3)
+    assert in_storage_order(value, by_columns).tolist() == [0, 3, 1, 4, 2, 5] == value.t().flatten().tolist()
+    stored = torch.empty(6).as_strided((2, 3), (1, 2)).copy_(value)
+    assert in_storage_order(stored, by_columns).data_ptr() == stored.data_ptr()

@@ -152,7 +152,7 @@ def test_a_run_without_state_begins_with_none() -> None:
 
 
 def test_states_of_different_ages_cannot_share_a_run() -> None:
-    with pytest.raises(OptimizerError, match="ages"):
+    with pytest.raises(OptimizerError, match="number of steps"):
         run = run_of("a", "b")
         put_states([run], {"a": state_of(1, 3.0), "b": state_of(1, 4.0)}, torch.optim.Adam([run.param]))
 

@@ -13,6 +13,7 @@ from shardline.engine.window_grads import WindowGrads
 from shardline.errors import UsageError
 from shardline.runtime.modes import outside_modes
 from shardline.sharding.bucket import RunTensors
+from shardline.sharding.buffer import in_storage_order
 from shardline.sharding.flat_grads import cut
 from shardline.sharding.fragments import StateFragment, collect_states, full_weights, local_fragments
 
@@ -107,13 +108,12 @@ class ParameterAccess:
         """
         self._check(value, "set_full_state()")
         entry = self._trainables.layout.where(self.name)[2]
-        stored = torch.empty(entry.stop - entry.offset, dtype=value.dtype, device=value.device)
-        stored.as_strided(entry.param.shape, entry.param.stride).copy_(value)
-        for piece in self._local():
-            state = piece.state.get(key)
-            if not isinstance(state, Tensor) or state.numel() != piece.stop - piece.start:
+        elements = in_storage_order(value.detach(), entry)
+        for fragment in self._local():
+            state = fragment.state.get(key)
+            if not isinstance(state, Tensor) or state.numel() != fragment.stop - fragment.start:
                 raise UsageError(f"parameter {self.name!r} has no state {key!r} with an element for each of its own.")
-            state.copy_(stored[piece.start : piece.stop])
+            state.copy_(elements[fragment.start : fragment.stop])
 
     # -- this rank's elements -----------------------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ class ParameterAccess:
         bucket = layout.where(self.name)[1]
         runs = [run for run in layout.runs if run.bucket is bucket]
         found = local_fragments(runs, self._optimizer, _collected)
-        return [piece for piece in found if piece.name == self.name]
+        return [fragment for fragment in found if fragment.name == self.name]
 
     @property
     def _optimizer(self) -> Optimizer:

@@ -20,7 +20,7 @@ from shardline.engine.trainables import Trainables
 from shardline.errors import UsageError
 from shardline.plan.placement import Placement
 from shardline.sharding.bucket import Bucket
-from shardline.sharding.buffer import view
+from shardline.sharding.buffer import in_storage_order, view
 from shardline.sharding.containers import tensors_in
 from shardline.sharding.parameter import HARMLESS
 from shardline.sharding.precision import LossScaler
@@ -184,11 +184,9 @@ class WindowGrads:
         _, bucket, entry = self._trainables.layout.where(name)
         if bucket.grads.reduced is None:
             return
-        memory = torch.empty(entry.stop - entry.offset, dtype=value.dtype, device=value.device)
-        memory.as_strided(entry.param.shape, entry.param.stride).copy_(value)
-        start = max(entry.offset, bucket.shard.start)
+        elements, start = in_storage_order(value.detach(), entry), max(entry.offset, bucket.shard.start)
         for piece in self._pieces_of(name):
-            piece.copy_(memory[start - entry.offset :][: piece.numel()])
+            piece.copy_(elements[start - entry.offset :][: piece.numel()])
         self._norms.clear()
 
     def full(self, name: str) -> Tensor | None:

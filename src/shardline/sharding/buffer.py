@@ -19,28 +19,25 @@ from torch import Tensor
 
 from shardline.plan import Entry
 
-__all__ = ["BufferPool", "empty", "flat", "owns_its_memory", "view"]
+__all__ = ["BufferPool", "empty", "flat", "in_storage_order", "owns_its_memory", "view"]
 
-_SMALL = 1 << 16
-"""Bytes below which a buffer is not worth keeping: malloc serves these from memory that is already mapped."""
-
+_SMALLEST_KEPT = 1 << 16
+"""Bytes below which a buffer is not kept: malloc serves these from memory that is already mapped."""
 
 _SLACK = 1.75
 """How many times larger than the request a free buffer may be: units of nearly one size then share a few buffers."""
 
-_CLOSE = 1.1
+_LASTING_SLACK = 1.1
 """The same for buffers of which many are alive at once."""
 
-_PATIENCE = 20
-"""Times 0.1 ms to wait for a piece that comes free in a moment: new memory costs page faults for all of it."""
+_TRIES = 20
+"""How often to look, every 0.1 ms, for a buffer that will be free soon: new memory costs page faults for all of it."""
 
+_READERS_SECONDS = 1.0
+"""How long to wait for other ranks that read a buffer: they release it at their next transition."""
 
-_SECONDS = 1.0
-"""To wait for other ranks that read a piece: they release it at their next transition."""
-
-
-_LARGE = 2 << 20
-"""Bytes of a large page of the system, and of the smallest buffer that asks for some."""
+_LARGE_PAGE = 2 << 20
+"""Bytes of a large page of the system, and of the smallest buffer that uses them."""
 
 
 def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -52,13 +49,13 @@ def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     size = numel * dtype.itemsize
     # Buffers outlive the inference_mode in which one may first be needed, so they must not be inference tensors.
     with torch.inference_mode(False):
-        if device.type != "cpu" or size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        if device.type != "cpu" or size < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
             return torch.empty(numel, dtype=dtype, device=device)
-        memory = mmap.mmap(-1, size + _LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        first = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _LARGE
+        memory = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        first = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _LARGE_PAGE
         # The last piece stays in small pages: a large one would take memory that is not used.
         with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE, first, size // _LARGE * _LARGE)
+            memory.madvise(mmap.MADV_HUGEPAGE, first, size // _LARGE_PAGE * _LARGE_PAGE)
         return torch.frombuffer(memory, dtype=dtype, count=numel, offset=first)
 
 
@@ -66,8 +63,8 @@ class BufferPool:
     """Lends flat 1-D buffers on one device.
 
     Giving 64 MB back to the system and taking it again costs about ten times as long as filling it, in page faults, so
-    on CPU memory is kept. The best-fitting free piece is lent. A new piece is as large as the largest buffer that it
-    may serve, so that few serve all.
+    on CPU memory is kept. The best-fitting free storage is lent. A new storage is as large as the largest buffer that
+    it may serve, so that few serve all.
 
     Args:
         device: of the buffers.
@@ -88,12 +85,12 @@ class BufferPool:
     def borrow(self, numel: int, dtype: torch.dtype, *, lasting: bool = False) -> Tensor:
         """A buffer of ``numel`` elements with arbitrary contents.
 
-        With ``lasting`` it gets a piece of its own size: others like it will live as long, so what it leaves
-        unused would be wasted.
+        With ``lasting`` it gets a storage of nearly its own size: many such buffers are alive at once, and a larger
+        storage would stay partly unused.
         """
         size = numel * dtype.itemsize
-        slack = _CLOSE if lasting else _SLACK
-        if size >= _SMALL:
+        slack = _LASTING_SLACK if lasting else _SLACK
+        if size >= _SMALLEST_KEPT:
             memory = self._find(size, slack)
             if memory is not None:
                 self._free = [other for other in self._free if other is not memory]
@@ -104,14 +101,15 @@ class BufferPool:
         return empty(-(-size // dtype.itemsize), dtype, self.device)[:numel]
 
     def _find(self, size: int, slack: float) -> torch.UntypedStorage | None:
-        """The smallest free piece of at least ``size`` bytes, and not much more, that no tensor uses."""
+        """The smallest free storage of at least ``size`` bytes, and at most ``slack`` times as many, that no tensor
+        uses."""
         fits = [memory for memory in self._free if size <= memory.nbytes() < slack * size]
-        for turn in range(_PATIENCE if fits else 0):
+        for turn in range(_TRIES if fits else 0):
             unused = [memory for memory in fits if _is_unused(memory)]
             if unused:
                 return min(unused, key=torch.UntypedStorage.nbytes)
             if self._wait_for_readers is not None and not turn:
-                self._wait_for_readers(_SECONDS)
+                self._wait_for_readers(_READERS_SECONDS)
             else:
                 time.sleep(1e-4)  # a transport's thread releases its tensors a moment after its work is done
         # A user, or autograd, holds these for longer: do not lend them again.
@@ -122,7 +120,7 @@ class BufferPool:
         """Take a lent buffer back. The caller must not use it any more."""
         memory = buffer.untyped_storage()
         self._labels.pop(memory._cdata, None)
-        if self._keep and memory.nbytes() >= _SMALL:
+        if self._keep and memory.nbytes() >= _SMALLEST_KEPT:
             self._free.append(memory)
 
     def label(self, buffer: Tensor, label: object) -> None:
@@ -152,6 +150,17 @@ def owns_its_memory(tensor: Tensor) -> bool:
 def flat(tensor: Tensor) -> Tensor:
     """The elements of a dense ``tensor`` in storage order, as a 1-D view."""
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def in_storage_order(value: Tensor, entry: Entry) -> Tensor:
+    """The elements of ``value``, of the shape of ``entry``'s parameter, in that parameter's storage order (1-D).
+
+    A view if ``value`` has the parameter's strides, else a copy.
+    """
+    if value.stride() != entry.param.stride:
+        stored = torch.empty_strided(value.shape, entry.param.stride, dtype=value.dtype, device=value.device)
+        value = stored.copy_(value)
+    return flat(value)
 
 
 def view(buffer: Tensor, entry: Entry) -> Tensor:

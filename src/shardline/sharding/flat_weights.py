@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from shardline.comm import Comm, Work
 from shardline.plan import Entry
 from shardline.plan.placement import Placement
-from shardline.sharding.buffer import BufferPool, empty, flat, view
+from shardline.sharding.buffer import BufferPool, empty, in_storage_order, view
 from shardline.sharding.host import HostMemory
 from shardline.sharding.precision import Precision
 from shardline.sharding.shard import Range, Shard, within
@@ -113,9 +113,7 @@ class FlatWeights:
 
     def store(self, entry: Entry, value: Tensor) -> None:
         """Copy ``value``, the whole parameter of ``entry`` in any float dtype, into weights and masters."""
-        if value.stride() != entry.param.stride:
-            value = torch.empty_strided(entry.param.shape, entry.param.stride, dtype=value.dtype).copy_(value)
-        self.store_range(entry, 0, flat(value))
+        self.store_range(entry, 0, in_storage_order(value, entry))
 
     def store_range(self, entry: Entry, start: int, elements: Tensor) -> None:
         """Copy ``elements`` (1-D, any float dtype), which begin at the parameter's element ``start`` in the order of
@@ -126,10 +124,8 @@ class FlatWeights:
 
     def store_master(self, entry: Entry, value: Tensor) -> None:
         """Copy ``value``, the whole parameter of ``entry``, into the masters alone."""
-        if value.stride() != entry.param.stride:
-            value = torch.empty_strided(entry.param.shape, entry.param.stride, dtype=value.dtype).copy_(value)
         if self.master is not None:
-            self._store(flat(value), entry.offset, self.master, self.shard.states)
+            self._store(in_storage_order(value, entry), entry.offset, self.master, self.shard.states)
 
     @staticmethod
     def _store(elements: Tensor, offset: int, target: Tensor, covered: Range) -> None:

@@ -195,7 +195,9 @@ def put_states(runs: Iterable[RunTensors], states: Mapping[str, ParamState], opt
             continue
         steps = {piece.name: state.steps for piece, state in pieces}
         if len(set(steps.values())) > 1:
-            raise OptimizerError(f"parameters with states of different numbers of steps cannot share a run: {steps}")
+            raise OptimizerError(
+                f"parameters whose optimizer states differ in their number of steps cannot share a run: {steps}"
+            )
         target: dict[str, Any] = dict(pieces[0][1].scalars)
         for key in sorted({key for _, state in pieces for key in state.tensors}):
             sample = next(state.tensors[key] for _, state in pieces if key in state.tensors)
