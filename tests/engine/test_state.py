@@ -29,11 +29,11 @@ def trained(config):
     assert trainer.client_state is engine.client_state and trainer.lr_scheduler is engine.lr_scheduler
     trainer.client_state = {"best": 2}
     assert engine.client_state == {"best": 2}
-    parts = trainer.checkpoint_parts()
-    assert parts.optimizer is engine.optimizer and parts.units is engine.trainables.layout.units
+    view = trainer.checkpoint_view()
+    assert view.optimizer is engine.optimizer and view.units is engine.trainables.layout.units
     trainer.go_on_from({"global_steps": 7, "micro_steps": 14, "global_samples": 3, "skipped_steps": 0})
     after = trainer.checkpoint_counters(), trainer.in_window()
-    del trainer, state, parts
+    del trainer, state, view
     engine.destroy()
     held = weakref.ref(engine)
     gc.disable()

@@ -56,7 +56,7 @@ class EMA:
         engine.comm.messages.agree(
             {"decay of the EMA": self.decay, "every of the EMA": every, "warmup of the EMA": bool(warmup)}
         )
-        units = engine.checkpoints.parts().units
+        units = engine.checkpoints.view().units
         if not averages.exist(units):
             engine.progress.average_updates = 0
         averages.begin(units)
@@ -105,17 +105,17 @@ class EMA:
     @torch.no_grad()
     def _swap(self) -> None:
         """Exchange masters and averages, and bring what the masters are now into the weights of all ranks."""
-        trainables, parts = self.engine.trainables, self.engine.checkpoints.parts()
+        trainables, view = self.engine.trainables, self.engine.checkpoints.view()
         if trainables.in_use:
             raise UsageError(
                 "ema.applied() was entered or left inside a forward or inside gathered_parameters(). Do it outside."
             )
         trainables.hooks.unpin()
-        for unit in parts.units:
+        for unit in view.units:
             unit.reshard()
-        parts.comm.wait_for_readers()
-        trainables.averages.swap(parts.units)
-        finish_load(parts)
+        view.comm.wait_for_readers()
+        trainables.averages.swap(view.units)
+        finish_load(view)
 
     def remove(self) -> None:
         """Stop averaging, and discard the averages."""

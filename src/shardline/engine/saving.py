@@ -182,8 +182,8 @@ class Saving:
         Raises:
             CheckpointError: on every rank, if rank 0 could not write.
         """
-        parts, frozen = self.checkpoints.parts(), not exclude_frozen_parameters
-        return [str(file) for file in export_model(parts, save_dir, dtype, frozen=frozen, shard_bytes=max_shard_bytes)]
+        engine, frozen = self.checkpoints.view(), not exclude_frozen_parameters
+        return [str(file) for file in export_model(engine, save_dir, dtype, frozen=frozen, shard_bytes=max_shard_bytes)]
 
     @outside_modes
     @collective
@@ -196,8 +196,8 @@ class Saving:
         """Write the whole model in its compute dtype, as :meth:`export` does: safetensors whatever the name says."""
         stem = os.path.splitext(save_filename)[0]
         stem = "model" if stem == "pytorch_model" else stem  # the name that goes with safetensors
-        parts, frozen = self.checkpoints.parts(), not exclude_frozen_parameters
-        export_model(parts, save_dir, self.precision.compute, frozen=frozen, stem=stem)
+        engine, frozen = self.checkpoints.view(), not exclude_frozen_parameters
+        export_model(engine, save_dir, self.precision.compute, frozen=frozen, stem=stem)
         return True
 
     save_fp16_model = save_16bit_model

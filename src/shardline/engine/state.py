@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from shardline.checkpoint.engine.parts import Parts
+from shardline.checkpoint.engine.view import EngineView
 from shardline.data import Loader
 from shardline.engine.backwards import Backwards
 from shardline.engine.batch_tracker import BatchTracker
@@ -65,14 +65,14 @@ class EngineState:
         """Have sinks write what is left; returns what they need to go on with the same run, by name."""
         return self._engine.sinks.save()
 
-    def checkpoint_parts(self) -> Parts:
+    def checkpoint_view(self) -> EngineView:
         """This rank's tensors, with edits adopted and the last step's verdict acted on. Collective."""
         trainables = self._trainables
         trainables.check_parameters()
         self._outcome.act_on_verdict()
         trainables.adopt_edits()
         layout = trainables.layout
-        return Parts(
+        return EngineView(
             self.module, layout.units, layout.runs, self.optimizer, trainables.frozen_states, trainables.averages,
             trainables.groups, self.comm,
         )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shardline.checkpoint.engine.parts import Parts, optimizer_name
+from shardline.checkpoint.engine.view import EngineView, optimizer_name
 from shardline.checkpoint.format.checksum import crc32
 from shardline.checkpoint.format.content import Captured, add_reports, parameter_entry
 from shardline.checkpoint.format.manifest import key_of
@@ -34,9 +34,9 @@ DEVICE_KEYS = ("fused", "foreach", "capturable")
 """Options that say how a device computes, not what: those of the reading job stay."""
 
 
-def capture_tensors(found: Captured, parts: Parts, *, frozen: bool = True) -> None:
+def capture_tensors(found: Captured, engine: EngineView, *, frozen: bool = True) -> None:
     """Add weights and optimizer state of this rank's shards. ``frozen``: those of frozen parameters too."""
-    for unit in parts.units:
+    for unit in engine.units:
         for bucket in unit.buckets:
             if not (bucket.plan.trainable or frozen):
                 continue
@@ -49,10 +49,10 @@ def capture_tensors(found: Captured, parts: Parts, *, frozen: bool = True) -> No
                 if average is not None:
                     tensor = average[piece.offset - low : piece.offset - low + size]
                     found.add_piece("average", piece.name, piece.start, piece.stop, tensor)
-                elif piece.name in parts.averages.of_frozen:
-                    tensor = parts.averages.of_frozen[piece.name][piece.start : piece.stop]
+                elif piece.name in engine.averages.of_frozen:
+                    tensor = engine.averages.of_frozen[piece.name][piece.start : piece.stop]
                     found.add_piece("average", piece.name, piece.start, piece.stop, tensor)
-                state = parts.frozen_states.get(piece.name)
+                state = engine.frozen_states.get(piece.name)
                 if state is not None:
                     for key, value in state.tensors.items():
                         found.add_piece(
@@ -60,9 +60,9 @@ def capture_tensors(found: Captured, parts: Parts, *, frozen: bool = True) -> No
                         )
                     if piece.start == 0:
                         found.add_uncut(piece.name, state.scalars)
-    if parts.optimizer is not None:
-        for run in parts.runs:
-            _capture_state(found, run, parts.optimizer.state.get(run.param, {}))
+    if engine.optimizer is not None:
+        for run in engine.runs:
+            _capture_state(found, run, engine.optimizer.state.get(run.param, {}))
     for tensor in found.tensors.values():
         if tensor.dtype not in CODES:
             raise CheckpointError(f"safetensors files cannot hold tensors of {tensor.dtype}.")
@@ -114,24 +114,24 @@ def capture_buffers(
     return writers
 
 
-def optimizer_record(parts: Parts, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+def optimizer_record(engine: EngineView, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
     """Class and param groups' options of the optimizer."""
-    if parts.optimizer is None:
+    if engine.optimizer is None:
         return None
     return {
-        "class": optimizer_name(parts.optimizer),
+        "class": optimizer_name(engine.optimizer),
         "groups": [
             encode(
                 {key: value for key, value in group.items() if key not in ("params", *DEVICE_KEYS)},
                 f"optimizer/groups[{index}]",
                 tensors,
             )
-            for index, group in enumerate(parts.optimizer.param_groups)
+            for index, group in enumerate(engine.optimizer.param_groups)
         ],
     }
 
 
-def merge(parts: Parts, reports: list[dict[str, Any]], *, frozen: bool) -> dict[str, Any]:
+def merge(engine: EngineView, reports: list[dict[str, Any]], *, frozen: bool) -> dict[str, Any]:
     """The manifest's ``parameters``: for each its shape, and where its elements are: ``[file, start, stop]``."""
     entries = {
         name: parameter_entry(
@@ -140,9 +140,9 @@ def merge(parts: Parts, reports: list[dict[str, Any]], *, frozen: bool) -> dict[
             stride=spec.stride,
             aliases=[alias for alias in spec.aliases if alias != name],
             trainable=spec.trainable,
-            group=parts.groups.get(name),
+            group=engine.groups.get(name),
             saved=frozen or spec.trainable,
         )
-        for name, spec in parts.specs.items()
+        for name, spec in engine.specs.items()
     }
     return add_reports(entries, reports)

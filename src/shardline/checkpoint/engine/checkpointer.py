@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from shardline.checkpoint.engine.parts import Parts
 from shardline.checkpoint.engine.restorer import Restorer, Scope
 from shardline.checkpoint.engine.saver import Saver
 from shardline.checkpoint.engine.termination import TerminationSignal
 from shardline.checkpoint.engine.trainer import Trainer
+from shardline.checkpoint.engine.view import EngineView
 from shardline.errors import CheckpointError
 from shardline.events import Notice
 from shardline.runtime.ending import GO_ON
@@ -33,9 +33,9 @@ class Checkpointer:
         """Whether this process was asked to save and end."""
         return self._termination.received is not None
 
-    def parts(self) -> Parts:
+    def view(self) -> EngineView:
         """The engine's tensors as they are now, edits adopted."""
-        return self._trainer.checkpoint_parts()
+        return self._trainer.checkpoint_view()
 
     def register(self, name: str, loader: Any) -> None:
         """Keep the position of a loader of the user's: see :meth:`Loaders.add`."""

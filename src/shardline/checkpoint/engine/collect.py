@@ -16,9 +16,9 @@ from shardline.checkpoint.engine.capture import (
     optimizer_record,
 )
 from shardline.checkpoint.engine.extra import capture_extra
-from shardline.checkpoint.engine.parts import Parts
 from shardline.checkpoint.engine.randomness import RandomState
 from shardline.checkpoint.engine.trainer import Trainer
+from shardline.checkpoint.engine.view import EngineView
 from shardline.checkpoint.format.commit import together
 from shardline.checkpoint.format.content import Body, Captured, Content, buffer_entry
 from shardline.checkpoint.format.values import encode, name_of
@@ -46,20 +46,20 @@ def collect(
         CheckpointError: on every rank, for a value that a checkpoint cannot hold on any.
         DisagreementError: for different tags.
     """
-    parts, within, start = trainer.checkpoint_parts(), trainer.in_window(), trainer.window_start
-    comm = parts.comm
-    buffers = start.buffers() if within else {name: b.detach() for name, b in persistent_buffers(parts.module)}
+    engine, within, start = trainer.checkpoint_view(), trainer.in_window(), trainer.window_start
+    comm = engine.comm
+    buffers = start.buffers() if within else {name: b.detach() for name, b in persistent_buffers(engine.module)}
     found, bodies = Captured(), list[Body]()
 
     def capture() -> dict[str, Any]:
         """The part that may fail on one rank only: values that cannot be saved. Returns what ranks compare."""
-        capture_tensors(found, parts, frozen=frozen)
+        capture_tensors(found, engine, frozen=frozen)
         tensors: dict[str, Tensor] = {}
-        extra = capture_extra(parts.module, tensors)  # on every rank: it may be collective
+        extra = capture_extra(engine.module, tensors)  # on every rank: it may be collective
         found.tensors.update(start.loaders.to_tensors())
         if comm.data.rank == 0:
             found.tensors.update(tensors)
-            bodies.append(_body(trainer, parts, counters, client_state, extra, found.tensors, within=within))
+            bodies.append(_body(trainer, engine, counters, client_state, extra, found.tensors, within=within))
         return {"tag": tag, "loaders": start.loaders.names, "buffers": checksums(buffers)}
 
     everyone = together(comm.messages, "collecting the checkpoint", capture)
@@ -77,7 +77,7 @@ def collect(
     def body(reports: list[dict[str, Any]]) -> Body:
         return replace(
             bodies[0],
-            parameters=merge(parts, reports, frozen=frozen),
+            parameters=merge(engine, reports, frozen=frozen),
             buffers={
                 name: buffer_entry(buffer.shape, name_of(buffer.dtype), writers[name])
                 for name, buffer in buffers.items()
@@ -90,7 +90,7 @@ def collect(
 
 def _body(
     trainer: Trainer,
-    parts: Parts,
+    engine: EngineView,
     counters: Mapping[str, int],
     client_state: Mapping[str, Any],
     extra_state: Mapping[str, Any],
@@ -104,10 +104,10 @@ def _body(
         raise UsageError(f"client_state is a {type(client_state).__name__}; it must be a dict.")
     at = trainer.window_start.position if within else None
     return Body(
-        world_size=parts.comm.data.size,
+        world_size=engine.comm.data.size,
         stage=trainer.config.zero_optimization.stage,
         counters=counters,
-        optimizer=optimizer_record(parts, tensors),
+        optimizer=optimizer_record(engine, tensors),
         scheduler=None if scheduler is None else encode(scheduler.state_dict(), "scheduler", tensors),
         scaler=trainer.scaler.state_dict() if trainer.scaler.dynamic else None,
         loader=None if loader is None else loader.state_dict(at=at),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from shardline.checkpoint.engine.capture import DEVICE_KEYS
-from shardline.checkpoint.engine.parts import Parts
+from shardline.checkpoint.engine.view import EngineView
 from shardline.checkpoint.format.reader import CheckpointReader
 from shardline.errors import CheckpointError, shown
 from shardline.optim import MuonAdamW
@@ -51,20 +51,20 @@ class Groups:
                 group.update(self.options[source])
 
 
-def match_groups(parts: Parts, reader: CheckpointReader) -> Groups:
+def match_groups(engine: EngineView, reader: CheckpointReader) -> Groups:
     """Match the groups, before anything is changed.
 
     Raises:
         CheckpointError: for an option that cannot be one of this optimizer.
     """
-    record, optimizer = reader.manifest.optimizer, parts.optimizer
+    record, optimizer = reader.manifest.optimizer, engine.optimizer
     if record is None or optimizer is None:
         return Groups()
     found = Groups(count=len(record.groups), options=[_options(reader.value(group)) for group in record.groups])
     members: list[list[str]] = [[] for _ in optimizer.param_groups]
-    for name, index in parts.groups.items():
+    for name, index in engine.groups.items():
         members[index].append(name)
-    specs = parts.specs
+    specs = engine.specs
     for index, (group, names) in enumerate(zip(optimizer.param_groups, members, strict=True)):
         theirs: dict[int, str] = {}  # the checkpoint's groups that hold parameters of this one: one of them
         for name in names:

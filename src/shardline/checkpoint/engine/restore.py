@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shardline.checkpoint.engine.extra import EXTRA_KEY, takers
 from shardline.checkpoint.engine.groups import Groups
-from shardline.checkpoint.engine.parts import Parts, optimizer_name
+from shardline.checkpoint.engine.view import EngineView, optimizer_name
 from shardline.checkpoint.format.reader import CheckpointReader
 from shardline.checkpoint.format.values import decode, dtype_named
 from shardline.errors import CheckpointError, UsageError, shown
@@ -53,7 +53,7 @@ class Match:
     notes: list[str] = field(default_factory=list)
 
 
-def match(parts: Parts, reader: CheckpointReader, *, strict: bool) -> Match:
+def match(engine: EngineView, reader: CheckpointReader, *, strict: bool) -> Match:
     """Compare names and shapes, before anything is changed.
 
     Raises:
@@ -62,7 +62,7 @@ def match(parts: Parts, reader: CheckpointReader, *, strict: bool) -> Match:
     found = Match()
     wrong = []
     excluded = {name for name, entry in reader.parameters.items() if entry.weight is None}
-    for name, spec in parts.specs.items():
+    for name, spec in engine.specs.items():
         theirs = next((reader.aliases[alias] for alias in spec.aliases if alias in reader.aliases), None)
         if theirs is None:
             found.missing.append(name)
@@ -73,11 +73,11 @@ def match(parts: Parts, reader: CheckpointReader, *, strict: bool) -> Match:
             found.params[name] = theirs
         else:
             found.notes.append(f"frozen parameter {name!r} was left out of the checkpoint and stays as it is")
-    known = {alias for spec in parts.specs.values() for alias in spec.aliases}
+    known = {alias for spec in engine.specs.values() for alias in spec.aliases}
     found.unexpected += [
         name for name, entry in reader.parameters.items() if not known.intersection((name, *entry.aliases))
     ]
-    ours = dict(persistent_buffers(parts.module))
+    ours = dict(persistent_buffers(engine.module))
     theirs_buffers = reader.manifest.buffers
     for name, buffer in ours.items():
         if name not in theirs_buffers:
@@ -88,8 +88,10 @@ def match(parts: Parts, reader: CheckpointReader, *, strict: bool) -> Match:
         else:
             found.buffers.append(name)
     found.unexpected += [name for name in theirs_buffers if name not in ours]
-    found.missing += [join(path, EXTRA_KEY) for path in takers(parts.module) if path not in reader.manifest.extra_state]
-    modules = dict(parts.module.named_modules())
+    found.missing += [
+        join(path, EXTRA_KEY) for path in takers(engine.module) if path not in reader.manifest.extra_state
+    ]
+    modules = dict(engine.module.named_modules())
     found.unexpected += [join(path, EXTRA_KEY) for path in reader.manifest.extra_state if path not in modules]
     if wrong:
         raise CheckpointError(f"{reader.path} does not fit the model: {_some(wrong)}. Nothing was loaded.")
@@ -113,21 +115,21 @@ def _some(items: list[str], limit: int = 20) -> str:
     return listed([shown(item, 300) for item in items], limit)
 
 
-def load_weights(parts: Parts, reader: CheckpointReader, found: Match) -> None:
+def load_weights(engine: EngineView, reader: CheckpointReader, found: Match) -> None:
     """Read masters and weights, and bring them where they rest. Collective where stages gather.
 
     Raises:
         UsageError: if a unit is in use.
     """
-    busy = [unit.name for unit in parts.units if unit.holds]
+    busy = [unit.name for unit in engine.units if unit.holds]
     if busy:
         raise UsageError(
             f"load_checkpoint() was called while unit {busy[0]!r} is in use. Call it outside of forward and of "
             f"gathered_parameters()."
         )
-    for unit in parts.units:
+    for unit in engine.units:
         unit.reshard()
-        parts.comm.wait_for_readers()
+        engine.comm.wait_for_readers()
         for bucket in unit.buckets:
             target, low, high = bucket.weights.authoritative()
             strides = {entry.param.name: entry.param.stride for entry in bucket.plan.entries}
@@ -138,26 +140,26 @@ def load_weights(parts: Parts, reader: CheckpointReader, found: Match) -> None:
                     reader.fill(out, name, "weight", piece.start, piece.stop, strides[piece.name])
 
 
-def load_averages(parts: Parts, reader: CheckpointReader, found: Match, *, wanted: bool) -> None:
+def load_averages(engine: EngineView, reader: CheckpointReader, found: Match, *, wanted: bool) -> None:
     """Read the moving averages of weights that were loaded. What has none begins with its weight.
 
     Args:
         wanted: whether those of the checkpoint are taken at all.
     """
-    specs, averages = parts.specs, parts.averages
+    specs, averages = engine.specs, engine.averages
     held = {
         name: theirs
         for name, theirs in found.params.items()
         if wanted and reader.parameters[theirs].average is not None
     }
     if not held and not averages.followed:
-        averages.drop(parts.units)
+        averages.drop(engine.units)
         return
     if not held:
         found.notes.append("the moving average starts from the loaded weights")
-    averages.drop(parts.units)
-    averages.begin(parts.units)
-    for unit in parts.units:
+    averages.drop(engine.units)
+    averages.begin(engine.units)
+    for unit in engine.units:
         for bucket in unit.buckets:
             low, high = bucket.shard.states
             average = bucket.weights.average
@@ -170,45 +172,45 @@ def load_averages(parts: Parts, reader: CheckpointReader, found: Match, *, wante
         spec = specs[name]
         if not spec.trainable:
             stored = reader.parameters[theirs].stored("average")
-            out = torch.empty(spec.numel, dtype=dtype_named(stored.dtype), device=parts.units[0].state_device)
+            out = torch.empty(spec.numel, dtype=dtype_named(stored.dtype), device=engine.units[0].state_device)
             reader.fill(out, theirs, "average", 0, spec.numel, spec.stride)
             averages.of_frozen[name] = out
 
 
-def finish_load(parts: Parts) -> None:
+def finish_load(engine: EngineView) -> None:
     """Update the weights of all ranks from the masters, without counting that as an edit. Collective."""
     works = []
-    for unit in parts.units:
+    for unit in engine.units:
         works += unit.refresh()
         unit.advance_generation()
     for work in works:
         work.wait()
-    params = [param for unit in parts.units for bucket in unit.buckets for param in bucket.params]
+    params = [param for unit in engine.units for bucket in unit.buckets for param in bucket.params]
     torch.autograd.graph.increment_version(params)
-    for unit in parts.units:
+    for unit in engine.units:
         unit.note_versions()
 
 
-def load_buffers(parts: Parts, reader: CheckpointReader, found: Match) -> None:
+def load_buffers(engine: EngineView, reader: CheckpointReader, found: Match) -> None:
     """Each rank's own at the same world size, rank 0's elsewhere."""
-    same = reader.manifest.world_size == parts.comm.data.size
+    same = reader.manifest.world_size == engine.comm.data.size
     known = set(found.buffers)
     with torch.no_grad():
-        for name, buffer in persistent_buffers(parts.module):
+        for name, buffer in persistent_buffers(engine.module):
             if name in known:
-                buffer.copy_(reader.buffer(name, parts.comm.data.rank if same else 0))
+                buffer.copy_(reader.buffer(name, engine.comm.data.rank if same else 0))
 
 
 # -- the optimizer ----------------------------------------------------------------------------------------------------
 
 
-def steps_to_lay_out(parts: Parts, reader: CheckpointReader, found: Match) -> dict[str, int] | None:
+def steps_to_lay_out(engine: EngineView, reader: CheckpointReader, found: Match) -> dict[str, int] | None:
     """Steps that each trained parameter's state has seen, if parameters of one run differ in that, else ``None``.
 
     They cannot share a run then, and the model must be laid out again.
     """
-    steps = {name: _steps(reader, found.params.get(name)) for name, spec in parts.specs.items() if spec.trainable}
-    return None if runs_fit([unit.plan for unit in parts.units], steps) else steps
+    steps = {name: _steps(reader, found.params.get(name)) for name, spec in engine.specs.items() if spec.trainable}
+    return None if runs_fit([unit.plan for unit in engine.units], steps) else steps
 
 
 def _steps(reader: CheckpointReader, name: str | None) -> int:
@@ -224,13 +226,13 @@ def _no_tensor(key: str) -> Tensor:
     raise CheckpointError(f"the manifest refers to a tensor {key!r} where only numbers can be.")
 
 
-def load_optimizer(parts: Parts, reader: CheckpointReader, found: Match, groups: Groups) -> str | None:
+def load_optimizer(engine: EngineView, reader: CheckpointReader, found: Match, groups: Groups) -> str | None:
     """Read this rank's part of the optimizer's state and the options of its param groups.
 
     Returns:
         Why only the weights could be taken, or ``None``.
     """
-    optimizer, record = parts.optimizer, reader.manifest.optimizer
+    optimizer, record = engine.optimizer, reader.manifest.optimizer
     if optimizer is None or record is None:
         return "the checkpoint holds no optimizer state" if optimizer is not None else None
     if record.kind != optimizer_name(optimizer):
@@ -240,17 +242,17 @@ def load_optimizer(parts: Parts, reader: CheckpointReader, found: Match, groups:
         )
     groups.apply(optimizer.param_groups)
     optimizer.state.clear()
-    strides = {name: spec.stride for name, spec in parts.specs.items()}
-    for run in parts.runs:
+    strides = {name: spec.stride for name, spec in engine.specs.items()}
+    for run in engine.runs:
         state = _run_state(run, reader, found.params, strides, _group_of(optimizer, run.param))
         if state:
             optimizer.state[run.param] = state
     prepare(optimizer)
-    parts.frozen_states.clear()
-    for name, spec in parts.specs.items():
+    engine.frozen_states.clear()
+    for name, spec in engine.specs.items():
         theirs_name = found.params.get(name)
         if theirs_name is not None and not spec.trainable and _has_state(reader, theirs_name):
-            parts.frozen_states[name] = _frozen_state(reader, theirs_name, spec.stride, parts.units[0].state_device)
+            engine.frozen_states[name] = _frozen_state(reader, theirs_name, spec.stride, engine.units[0].state_device)
     return None
 
 

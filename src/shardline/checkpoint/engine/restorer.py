@@ -11,7 +11,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from shardline.checkpoint.engine.extra import load_extra
 from shardline.checkpoint.engine.groups import Groups, match_groups, scheduler_state
-from shardline.checkpoint.engine.parts import Parts, optimizer_name
 from shardline.checkpoint.engine.randomness import RandomState, derive_states
 from shardline.checkpoint.engine.restore import (
     Match,
@@ -26,6 +25,7 @@ from shardline.checkpoint.engine.restore import (
 from shardline.checkpoint.engine.selection import select
 from shardline.checkpoint.engine.states import check_states
 from shardline.checkpoint.engine.trainer import Trainer
+from shardline.checkpoint.engine.view import EngineView, optimizer_name
 from shardline.checkpoint.format.commit import together
 from shardline.checkpoint.format.directory import Directory
 from shardline.checkpoint.format.reader import CheckpointReader
@@ -109,22 +109,22 @@ class Restorer:
 
     def _prepare(self, reader: CheckpointReader, scope: Scope) -> _Prepared:
         trainer, manifest = self._trainer, reader.manifest
-        parts = trainer.checkpoint_parts()
-        found = match(parts, reader, strict=scope.strict)
+        engine = trainer.checkpoint_view()
+        found = match(engine, reader, strict=scope.strict)
         kind = None if manifest.optimizer is None else manifest.optimizer.kind
-        same_kind = parts.optimizer is not None and kind == optimizer_name(parts.optimizer)
-        groups = match_groups(parts, reader) if same_kind else Groups()
+        same_kind = engine.optimizer is not None and kind == optimizer_name(engine.optimizer)
+        groups = match_groups(engine, reader) if same_kind else Groups()
         if scope.optimizer and same_kind:
-            check_states(parts, reader, found, groups)
-        scheduler = scope.scheduler and (not scope.optimizer or same_kind or parts.optimizer is None)
+            check_states(engine, reader, found, groups)
+        scheduler = scope.scheduler and (not scope.optimizer or same_kind or engine.optimizer is None)
         prepared = _Prepared(
             found,
             groups,
-            schedule=self._schedule(reader, parts, groups, found) if scheduler else None,
+            schedule=self._schedule(reader, engine, groups, found) if scheduler else None,
             client_state=_values(reader, "client_state", manifest.client_state),
             extra={path: reader.value(value) for path, value in manifest.extra_state.items()},
             random=self._random(reader) if scope.counters else None,
-            steps=steps_to_lay_out(parts, reader, found) if scope.optimizer and same_kind else None,
+            steps=steps_to_lay_out(engine, reader, found) if scope.optimizer and same_kind else None,
         )
         loader = trainer.training_dataloader
         if scope.position:
@@ -140,22 +140,22 @@ class Restorer:
         trainer, manifest, found = self._trainer, reader.manifest, prepared.found
         if prepared.steps is not None:
             trainer.lay_out_by_state_steps(prepared.steps)
-        parts = trainer.checkpoint_parts()
+        engine = trainer.checkpoint_view()
 
         def read() -> str | None:
-            load_weights(parts, reader, found)
-            load_averages(parts, reader, found, wanted=scope.counters)
-            load_buffers(parts, reader, found)
-            load_extra(parts.module, prepared.extra)
-            return load_optimizer(parts, reader, found, prepared.groups) if scope.optimizer else None
+            load_weights(engine, reader, found)
+            load_averages(engine, reader, found, wanted=scope.counters)
+            load_buffers(engine, reader, found)
+            load_extra(engine.module, prepared.extra)
+            return load_optimizer(engine, reader, found, prepared.groups) if scope.optimizer else None
 
         try:
-            weights_only = together(parts.comm.messages, f"reading the checkpoint {reader.path}", read)[0]
+            weights_only = together(engine.comm.messages, f"reading the checkpoint {reader.path}", read)[0]
         except CheckpointError as error:
             raise CheckpointError(
                 f"{text_of(error)} The model may hold a part of it now: load an intact one, or end."
             ) from error
-        finish_load(parts)
+        finish_load(engine)
         found.notes += [weights_only] if weights_only is not None else prepared.groups.notes if scope.optimizer else []
         if prepared.schedule is not None:
             _restore_schedule(trainer.lr_scheduler, prepared.schedule, reader)
@@ -175,13 +175,15 @@ class Restorer:
         else:
             random.restore(trainer.comm.device)
 
-    def _schedule(self, reader: CheckpointReader, parts: Parts, groups: Groups, found: Match) -> dict[str, Any] | None:
+    def _schedule(
+        self, reader: CheckpointReader, engine: EngineView, groups: Groups, found: Match
+    ) -> dict[str, Any] | None:
         """The state of the schedule in the order of this optimizer's param groups."""
         scheduler, state = self._trainer.lr_scheduler, reader.manifest.scheduler
         if scheduler is None or state is None:
             return None
         if not groups.sources:  # another optimizer, whose state is not loaded: nothing to match by
-            count = 0 if parts.optimizer is None else len(parts.optimizer.param_groups)
+            count = 0 if engine.optimizer is None else len(engine.optimizer.param_groups)
             groups = Groups(list(range(count)), count)
         elif not groups.in_order and not isinstance(scheduler, LRScheduler):
             found.notes.append(

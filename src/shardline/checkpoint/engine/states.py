@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from shardline.checkpoint.engine.groups import Groups
-from shardline.checkpoint.engine.parts import Parts, optimizer_name
 from shardline.checkpoint.engine.restore import Match
+from shardline.checkpoint.engine.view import EngineView, optimizer_name
 from shardline.checkpoint.format.manifest import ParameterEntry
 from shardline.checkpoint.format.reader import CheckpointReader
 from shardline.checkpoint.format.values import decode, dtype_named
@@ -23,7 +23,7 @@ _LARGEST = 1 << 20
 """Elements: no larger parameter is tried with state that has a shape of its own."""
 
 
-def check_states(parts: Parts, reader: CheckpointReader, found: Match, groups: Groups) -> None:
+def check_states(engine: EngineView, reader: CheckpointReader, found: Match, groups: Groups) -> None:
     """Parameters whose optimizer state has the same tensors have the same numbers, too, and the optimizer can step from
     each form that there is: else it would fail in the middle of a step.
 
@@ -37,10 +37,10 @@ def check_states(parts: Parts, reader: CheckpointReader, found: Match, groups: G
                 f"{reader.path} holds optimizer state of {shown(repr(name))} that differs in form from that of the "
                 f"other parameters, which no optimizer makes. Nothing was loaded."
             )
-    optimizer, tried = parts.optimizer, set[Any]()
+    optimizer, tried = engine.optimizer, set[Any]()
     if optimizer is None:
         return
-    for ours, index in parts.groups.items():
+    for ours, index in engine.groups.items():
         name = found.params.get(ours, "")
         found_entry = reader.parameters.get(name)
         if found_entry is None or not (found_entry.state or found_entry.scalars):

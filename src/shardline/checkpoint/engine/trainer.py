@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.optim import Optimizer
 
-from shardline.checkpoint.engine.parts import Parts
+from shardline.checkpoint.engine.view import EngineView
 from shardline.checkpoint.engine.window import WindowStart
 from shardline.comm import Comm
 from shardline.config import Config
@@ -50,7 +50,7 @@ class Trainer(Protocol):
         """Have sinks write what is left; returns what they need to go on with the same run, by name."""
         ...
 
-    def checkpoint_parts(self) -> Parts:
+    def checkpoint_view(self) -> EngineView:
         """The engine's tensors, with edits adopted and the last step's verdict read."""
         ...
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shardline.checkpoint.engine.parts import Parts
+from shardline.checkpoint.engine.view import EngineView
 from shardline.checkpoint.format.commit import together
 from shardline.checkpoint.format.directory import sync
 from shardline.checkpoint.format.reader import CheckpointReader
@@ -180,7 +180,7 @@ def export_checkpoint(
 
 
 def export_model(
-    parts: Parts,
+    engine: EngineView,
     out: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     *,
@@ -193,10 +193,10 @@ def export_model(
     Raises:
         CheckpointError: on every rank, if rank 0 could not write.
     """
-    comm = parts.comm
+    comm = engine.comm
     exporter: Exporter | None = None
     failure: Exception | None = None
-    buffers = dict(persistent_buffers(parts.module))
+    buffers = dict(persistent_buffers(engine.module))
 
     def attempt(action: Callable[[], object]) -> None:
         # Rank 0 goes on taking part in the gathers after a failure: the others wait for it.
@@ -211,7 +211,7 @@ def export_model(
         nonlocal exporter
         items: dict[str, Item] = {}
         aliases: dict[str, str] = {}
-        for unit in parts.units:
+        for unit in engine.units:
             for bucket in unit.buckets:
                 stored = bucket.plan.dtype if bucket.weights.master is None else bucket.weights.master.dtype
                 for entry in bucket.plan.entries if bucket.plan.trainable or frozen else ():
@@ -226,7 +226,7 @@ def export_model(
             exporter.add(name, tensor)
 
     attempt(begin)
-    for unit in parts.units:
+    for unit in engine.units:
         for entry, tensor in full_weights(unit):
             if entry.param.trainable or frozen:
                 attempt(partial(add, entry.param.name, tensor))

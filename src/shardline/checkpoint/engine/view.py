@@ -1,4 +1,4 @@
-"""What a checkpoint is made from: the state of an engine, as it hands it over."""
+"""The tensors of an engine, as a checkpoint reads and writes them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from shardline.sharding.bucket import RunTensors
 from shardline.sharding.fragments import ParamState
 from shardline.sharding.unit import Unit
 
-__all__ = ["Parts"]
+__all__ = ["EngineView"]
 
 
 @dataclass
-class Parts:
-    """The tensors of one engine in its current layout. All are its own, to be read and written in place.
+class EngineView:
+    """The tensors of one engine in its current layout, to be read and written in place.
 
     Attributes:
         runs: this rank's runs, the very tensors that the optimizer holds.
