@@ -101,7 +101,7 @@ def measure(stage: int, warm_up: int = 3) -> tuple[Trace, float]:
         "communication_transport": "gloo",
     }
     model = nn.Sequential(*(Block() for _ in range(DEPTH)))
-    buffer._LARGE = sys.maxsize
+    buffer._LARGE_PAGE = sys.maxsize
     engine, *_ = shardline.initialize(model=model, config=config)
     x = torch.randn(BATCH, WIDTH)
     with Watch(engine.trainables.layout.pool, base) as watch:

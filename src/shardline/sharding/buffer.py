@@ -53,7 +53,7 @@ def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
             return torch.empty(numel, dtype=dtype, device=device)
         memory = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         first = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _LARGE_PAGE
-        # The last piece stays in small pages: a large one would take memory that is not used.
+        # The end stays in small pages: a large one would take memory that is not used.
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE, first, size // _LARGE_PAGE * _LARGE_PAGE)
         return torch.frombuffer(memory, dtype=dtype, count=numel, offset=first)

@@ -85,13 +85,13 @@ def local_fragments(
             key: flat(value) if is_per_element(value, run.param) else value
             for key, value in optimizer.state.get(run.param, {}).items()
         }
-        for piece in run.fragments:
-            low = piece.offset - run.run.start
-            high = low + piece.stop - piece.start
+        for fragment in run.fragments:
+            low = fragment.offset - run.run.start
+            high = low + fragment.stop - fragment.start
             yield StateFragment(
-                piece.name,
-                piece.start,
-                piece.stop,
+                fragment.name,
+                fragment.start,
+                fragment.stop,
                 weight[low:high],
                 None if grad is None else grad[low:high],
                 {
@@ -120,22 +120,22 @@ def collect_states(unit: Unit, runs: Sequence[RunTensors], optimizer: Optimizer)
         mine = [run for run in runs if bucket.weights.master is not None and _lies_in(run.param, bucket.weights.master)]
         # By parameter: an optimizer may keep other tensors for one than for another in the same bucket.
         keys = {
-            piece.name: [
+            fragment.name: [
                 (key, str(value.dtype))
                 for key, value in optimizer.state.get(run.param, {}).items()
                 if is_per_element(value, run.param)
             ]
             for run in mine
-            for piece in run.fragments
+            for fragment in run.fragments
         }
         scalars = {
-            piece.name: {
+            fragment.name: {
                 key: value.clone() if isinstance(value, Tensor) else value
                 for key, value in optimizer.state.get(run.param, {}).items()
                 if not is_per_element(value, run.param)
             }
             for run in mine
-            for piece in run.fragments
+            for fragment in run.fragments
         }
         for run in mine:
             for key, value in optimizer.state.get(run.param, {}).items():
@@ -190,22 +190,22 @@ def put_states(runs: Iterable[RunTensors], states: Mapping[str, ParamState], opt
     """
     groups = {param: group for group in optimizer.param_groups for param in group["params"]}
     for run in runs:
-        pieces = [(piece, states[piece.name]) for piece in run.fragments if piece.name in states]
-        if not any(state.tensors or state.scalars for _, state in pieces):
+        fragments = [(fragment, states[fragment.name]) for fragment in run.fragments if fragment.name in states]
+        if not any(state.tensors or state.scalars for _, state in fragments):
             continue
-        steps = {piece.name: state.steps for piece, state in pieces}
+        steps = {fragment.name: state.steps for fragment, state in fragments}
         if len(set(steps.values())) > 1:
             raise OptimizerError(
                 f"parameters whose optimizer states differ in their number of steps cannot share a run: {steps}"
             )
-        target: dict[str, Any] = dict(pieces[0][1].scalars)
-        for key in sorted({key for _, state in pieces for key in state.tensors}):
-            sample = next(state.tensors[key] for _, state in pieces if key in state.tensors)
+        target: dict[str, Any] = dict(fragments[0][1].scalars)
+        for key in sorted({key for _, state in fragments for key in state.tensors}):
+            sample = next(state.tensors[key] for _, state in fragments if key in state.tensors)
             whole = torch.zeros_like(run.param, dtype=sample.dtype)
-            for piece, state in pieces:
+            for fragment, state in fragments:
                 if key in state.tensors:
-                    low = piece.offset - run.run.start
-                    part = state.tensors[key][piece.start : piece.stop]
+                    low = fragment.offset - run.run.start
+                    part = state.tensors[key][fragment.start : fragment.stop]
                     flat(whole)[low : low + part.numel()].copy_(part)
             target[key] = whole
         optimizer.state[run.param] = {
