@@ -156,7 +156,7 @@ def initialize(
 
 
 def _connect(group: dist.ProcessGroup | None, device: torch.device, settings: Config) -> Comm:
-    """The ranks of ``group``, as the configuration has them talk and wait. Collective."""
+    """The communication of the ranks of ``group``, as configured. Collective."""
     watchdog, folder = settings.watchdog, settings.checkpoint.dir
     seconds = watchdog.timeout_seconds
     return Comm(
@@ -182,7 +182,7 @@ def _make_engine(
     comm: Comm,
     undo: ExitStack,
 ) -> Engine:
-    """An engine on ``comm``; ``undo`` gets what takes back each thing that was done for it."""
+    """An engine on ``comm``. For each thing that is done, ``undo`` gets the function that reverts it."""
     _agree(comm, settings, training_data)
     everywhere = _Everywhere(comm)
     sinks = everywhere.run(partial(_sinks, settings, comm))
@@ -207,7 +207,7 @@ def _make_engine(
 
     # from here on the model changes
 
-    undo.push(_WayBack(Origin(model, training.given), layout, everywhere, made).restore)
+    undo.push(_Rollback(Origin(model, training.given), layout, everywhere, made).restore)
     fill = partial(meta.fill, model, init_fn=init_fn) if meta.is_on_meta(model) else None
     load_model(model, layout, precision, comm, fill)
 
@@ -231,19 +231,19 @@ def _make_engine(
 
 
 def _sinks(settings: Config, comm: Comm) -> Sinks:
-    """Those that ``settings`` ask for, on rank 0; packages are looked for on every rank alike."""
+    """The configured sinks, on rank 0. Every rank checks that their packages are installed."""
     check_packages(settings)
     return Sinks(sinks_of(settings) if comm.data.rank == 0 else {}, settings)
 
 
 def _on_sealed_access(made: Sequence[weakref.ref[Engine]], unit: Unit) -> bool:
-    """A sealed parameter of ``unit`` is used: ask the engine, once it is made."""
+    """A sealed parameter of ``unit`` is used: the engine decides, once it exists."""
     engine = made[0]() if made else None
     return engine is not None and engine.trainables.on_sealed_access(unit)
 
 
 def _agree(comm: Comm, settings: Config, training_data: Any) -> None:
-    """See that ranks were given the same. Collective."""
+    """Check that ranks were given the same arguments, configuration and versions. Collective."""
     values = settings.to_dict()
     comm.messages.agree(
         {
@@ -257,11 +257,11 @@ def _agree(comm: Comm, settings: Config, training_data: Any) -> None:
 
 
 class _Everywhere:
-    """Errors that every rank of ``comm`` knows of."""
+    """Runs work on every rank of ``comm``, and raises on all of them if it fails on one."""
 
     def __init__(self, comm: Comm) -> None:
         self._comm = comm
-        self._told: BaseException | None = None
+        self._sent: BaseException | None = None
 
     def run(self, work: Callable[[], T]) -> T:
         """What ``work``, which communicates with no rank, returns, if it raises on no rank. Collective.
@@ -273,21 +273,21 @@ class _Everywhere:
             result = work()
         except Exception as error:
             self._comm.messages.exchange(f"{type(error).__name__}: {text_of(error)}")
-            self._told = error
+            self._sent = error
             raise
-        for rank, said in enumerate(self._comm.messages.exchange(None)):
-            if said is not None:
-                raise DisagreementError(f"initialize failed on rank {rank}, and not on this one: {said}")
+        for rank, failure in enumerate(self._comm.messages.exchange(None)):
+            if failure is not None:
+                raise DisagreementError(f"initialize failed on rank {rank}, and not on this one: {failure}")
         return result
 
     def has(self, error: BaseException) -> bool:
         alike = isinstance(error, ShardlineError) and not isinstance(error, LostRankError)
-        return alike or error is self._told or self._comm.data.size == 1
+        return alike or error is self._sent or self._comm.data.size == 1
 
 
 @dataclass(frozen=True)
-class _WayBack:
-    """Puts the model and its optimizer back as they were, if ``initialize`` fails and every rank knows of it."""
+class _Rollback:
+    """Restores the model and its optimizer if ``initialize`` fails on every rank."""
 
     origin: Origin
     layout: Layout
