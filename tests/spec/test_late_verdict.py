@@ -253,7 +253,7 @@ def test_a_step_that_is_refused_late_leaves_nothing(ranks) -> None:
     for said, told in ranks(refused, 2, Setup().config(2)):
         first, after, second, again = said
         assert "weight_decay" in first and "the step before was not applied" in first
-        assert "before this one came without a backward" in second
+        assert "before this one was called without a backward" in second
         assert after == again == (2, 16, True)
         assert told == [("StepDone", 1), ("StepDone", 2), ("StepDone", 3)]
 

@@ -141,9 +141,8 @@ def train_after_agreement(config, plan):
 
     rank, engine, said = dist.get_rank(), start(Routed, config), None
     asked = []
-    asking, engine.trainables.schedule._negotiation._ask = engine.trainables.schedule._negotiation._ask, lambda row: (
-        asked.append(1), asking(row)
-    )[1]  # fmt: skip
+    negotiation = engine.trainables.schedule._negotiation
+    gather, negotiation._all_gather_ints = negotiation._all_gather_ints, lambda row: (asked.append(1), gather(row))[1]
     counts = []
     try:
         for number, each in enumerate(plan):
