@@ -42,6 +42,12 @@ def test_what_has_no_page_of_its_own():
     assert (str(ShardlineError("as it is")), ShardlineError("").page) == ("as it is", "")
     assert text_of(ValueError("not ours")) == "not ours"
 
+    class Mute(Exception):
+        def __str__(self):
+            raise KeyError("no text")
+
+    assert text_of(Mute()) == "(its text cannot be had: KeyError)"
+
     class Special(shardline.CheckpointError):
         """A subclass is explained where its base is."""
 

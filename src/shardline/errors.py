@@ -88,7 +88,12 @@ def _escape(char: str) -> str:
 
 def text_of(error: BaseException) -> str:
     """The text of ``error`` for use inside another text: of Shardline's own errors without the code."""
-    return error.message if isinstance(error, ShardlineError) else str(error)
+    if isinstance(error, ShardlineError):
+        return error.message
+    try:
+        return str(error)
+    except Exception as second:  # of the script's own class: it must not hide the error
+        return f"(its text cannot be had: {type(second).__name__})"
 
 
 class ConfigError(ShardlineError, ValueError):

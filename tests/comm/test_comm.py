@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +22,27 @@ CPU = torch.device("cpu")
 
 def comm_here():
     return Comm(dist.group.WORLD, CPU)
+
+
+class Communicator:
+    """Ends when all have been told to, as where the device is busy with another one until that is told."""
+
+    def __init__(self, together: threading.Barrier, ended: list[object]) -> None:
+        self.together, self.ended = together, ended
+
+    def abort(self) -> None:
+        self.together.wait(60)
+        self.ended.append(self)
+
+
+def test_communicators_are_aborted_at_once() -> None:
+    comm = Comm(None, CPU)
+    together, ended = threading.Barrier(3), []
+    comm._groups = SimpleNamespace(made=[Communicator(together, ended) for _ in range(2)])
+    comm._abort()  # does not wait: the watching thread goes on
+    together.wait(60)
+    while len(ended) < 2:
+        time.sleep(0.01)
 
 
 # --- a single process -------------------------------------------------------------------------------------------------

@@ -4,8 +4,11 @@ import base64
 import json
 import os
 import sys
+import threading
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -181,3 +184,23 @@ def test_any_file_is_used_or_refused_in_words(tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "any.json"
     file.write_bytes(content)
     refused(file)
+
+
+class Odd:
+    def __eq__(self, other):
+        raise RuntimeError("no comparison")
+
+    def __repr__(self):
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize("value", [np.array([1, 2]), torch.tensor([1, 2]), np.int64(3), Odd(), threading.Lock(), int])
+@pytest.mark.parametrize("path", ["zero_optimization.stage", "optimizer.params.lr", "csv_monitor", "amp.enabled", "x"])
+def test_what_json_has_no_value_for(path, value):
+    """Objects whose comparison is no truth value, or that cannot be copied or shown."""
+    tree = value
+    for name in reversed(path.split(".")):
+        tree = {name: tree}
+    assert f"{path} is of type " in refused({**BASE, **tree})
+    with pytest.raises(ConfigError, match="JSON has no value for"):
+        Config(**BASE, **tree)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import shardline
 from shardline.errors import LaunchError, UsageError
 from shardline.runtime import patience, process_group, topology
 from shardline.runtime.patience import Patience
@@ -149,6 +150,29 @@ def test_ranks_that_do_not_come_are_named():
     )
     assert re.fullmatch(documented("ranks are here"), lines[0])
     assert silent == []
+
+
+def wait_in_initialize():
+    """Rank 1 does not come to ``initialize`` until rank 0 has given up."""
+    if dist.get_rank() == 1:
+        process_group.rendezvous_store().get("gave up")
+        return None
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
+        patch.setattr(patience, "_WORD_SECONDS", 0.2)
+        config = {"train_micro_batch_size_per_gpu": 1, "watchdog": {"timeout_seconds": 1.0}}
+        with pytest.raises(LaunchError) as caught:
+            shardline.initialize(model=torch.nn.Linear(2, 2), config=config)
+    process_group.rendezvous_store().set("gave up", "")
+    return caught.value.message, said.getvalue().splitlines()
+
+
+def test_a_rank_that_does_not_come_to_initialize():
+    (message, lines), _ = run_distributed(wait_in_initialize, 2, timeout=90)
+    assert message == (
+        "1 of 2 ranks is in shardline.initialize(): rank 1 did not come in 1 s (watchdog.timeout_seconds)."
+    )
+    assert re.fullmatch(documented("in shardline.initialize()"), lines[0]), lines
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["made here", "made by the caller"])

@@ -25,6 +25,7 @@ CLAIMED = {
     "nodes are at": "tests/launch/test_rendezvous.test_nodes_that_do_not_fit_say_so",
     "no launcher of node 0": "tests/launch/test_rendezvous.test_nodes_that_do_not_fit_say_so",
     "ranks are here": "tests/runtime/test_process_group.test_ranks_that_do_not_come_are_named",
+    "in shardline.initialize()": "tests/runtime/test_process_group.test_a_rank_that_does_not_come_to_initialize",
 }
 """A part of each message, and the test that produces the message."""
 
@@ -34,7 +35,7 @@ def messages() -> tuple[str, ...]:
     """The messages in the page: what is in italics, and lines that begin with the name of the program."""
     text = DOCS.read_text()
     italics = re.findall(r"(?<!\*)\*(?![*\s])([^*]+?)\*(?!\*)", text.partition("## Before a job")[0])
-    return (*(" ".join(each.split()) for each in italics), *re.findall(r"^    (shardline.*)$", text, re.MULTILINE)[:4])
+    return (*(" ".join(each.split()) for each in italics), *re.findall(r"^    (shardline.*)$", text, re.MULTILINE)[:5])
 
 
 def documented(part: str) -> str:

@@ -128,6 +128,14 @@ def test_ranks_out_of_step(processes, tmp_path, what, transport, words):
         assert "initialized" in said and "ended" not in said.splitlines()
 
 
+def test_of_ranks_that_disagree_one_prints_a_stack(processes, tmp_path):
+    ended = run(processes, tmp_path, "other configuration", 3, "gloo", world=3)
+    assert ended.codes == [1, 1, 1]
+    assert [said.count("Traceback") for said in ended.said] == [1, 0, 0], ended.said
+    for said in ended.said:
+        assert "DisagreementError: ranks disagree on the configuration's gradient_clipping: rank 0 has" in said
+
+
 @pytest.mark.parametrize("transport", ["auto", pytest.param("gloo", marks=pytest.mark.slow)])
 def test_a_rank_that_hangs(processes, tmp_path, transport):
     said = run(processes, tmp_path, "endless loop", 3, transport).said[0]

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from shardline.errors import LostRankError
+from shardline.runtime import ending
+from shardline.runtime.shared_page import PeerPage, SharedPage
 from shardline.watch import Operation, Watch, Watchdog, WatchSettings
+from shardline.watch.incident import Incident
 
 
 class LateByAMoment:
@@ -72,3 +78,66 @@ def test_an_error_of_the_device_itself_stays_as_it_is():
     finally:
         watchdog.stop()
         watch.close()
+
+
+OTHER = """
+import json, os, sys
+from shardline.runtime.shared_page import SharedPage
+from shardline.watch.member import describe
+from shardline.watch.status import SIZE
+page = SharedPage(8 * SIZE)
+print(json.dumps(describe(page)), flush=True)
+sys.stdin.read()
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there are no pages")
+@pytest.mark.parametrize("launched", [False, True])
+def test_the_watching_thread_says_which_rank_ended_where_the_main_thread_may_not(
+    launched, tmp_path, monkeypatch, capsys
+):
+    """A launcher ends this rank a moment after the other one. What reads its own words gets the sentence instead."""
+    monkeypatch.setattr(ending, "_FOLDERS", [tmp_path] if launched else [])
+    command = [sys.executable, "-c", OTHER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ) as other:
+        card = json.loads(other.stdout.readline())
+        watch = Watch.join(0, WatchSettings(quiet_seconds=60.0), lambda mine: [mine, card])
+        watchdog = Watchdog(watch, watch)
+        try:
+            channel = watch.channel(0)
+            with channel.waiting(channel.start(Operation.GATHER, 0)):
+                other.kill()
+                while not watch.told:
+                    time.sleep(0.01)
+        finally:
+            watchdog.stop()  # waits for the thread
+            watch.close()
+    sentence = (
+        f"rank 1 (process {other.pid}) ended while rank 0 waits in the gather of unit 0 in the script's own code after "
+        f"step 0. It was in the script's own code after step 0. It left no word, as after os._exit(), SIGKILL (often "
+        f"for lack of memory) or a crash in C code."
+    )
+    assert ending.word_of(other.pid, tmp_path) == (sentence if launched else "")
+    assert capsys.readouterr().err == ("" if launched else f"shardline: {sentence} [SL701]\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there are no pages")
+def test_an_incident_that_ends_by_an_error_is_not_withdrawn(capsys):
+    watch, watchdog = watched(timeout=60.0)
+    watchdog.stop()
+    watch.close()
+    for lost in ("", "rank 1 is lost"):
+        watch.lost, watchdog._said = lost, True
+        watchdog._withdraw(Incident("rank 0 waits", "", (1,)), time.monotonic())
+        assert ("rank 1 has come" in capsys.readouterr().err) is (not lost)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there are no pages")
+def test_a_text_that_is_no_unicode_is_shown():
+    page = SharedPage(64)
+    page.post("a file called \udcff")
+    try:
+        assert PeerPage(os.getpid(), page.fd, page.size, page.counters[0]).posted() == "a file called \\udcff"
+    finally:
+        page.close()

@@ -8,6 +8,7 @@ logged, so that a step notices ranks that did not start the same.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import astuple, replace
@@ -26,7 +27,7 @@ from shardline.comm.peer_memory import Peers, attach
 from shardline.comm.transport import CLOSED, SINGLE_PROCESS, Transport, choose, closed_error, is_staged
 from shardline.errors import DisagreementError, ShardlineError
 from shardline.runtime.device import RankDevice, choose_backend
-from shardline.runtime.process_group import rendezvous_store
+from shardline.runtime.process_group import meet, rendezvous_store
 from shardline.watch import CHANNELS, Channel, Operation, Ticket, Watch, Watchdog, WatchSettings
 
 __all__ = ["Comm"]
@@ -74,6 +75,7 @@ class Comm:
         if group is None or self.data.size == 1:
             self.messages = Exchange(self.data, None, device)
             return
+        meet(dist.get_process_group_ranks(group), timeout)
         self._groups = ProcessGroups(group, device, timeout)
         self._connect(self._groups, transport, self.watch.settings)
         release_at_exit(self)
@@ -245,8 +247,15 @@ class Comm:
         return self.watch.waiting_for_device(self._comparing, self._compared, self._abort)
 
     def _abort(self) -> None:
-        """End what runs on the device between ranks."""
+        """End what runs on the device between ranks, without waiting for it.
+
+        All at once: the end of a communicator frees memory of the device, which waits until the others have ended.
+        """
         for group in self._groups.made if self._groups is not None else ():
             if group is not self._host:
-                with suppress(RuntimeError):  # a backend that cannot
-                    group.abort()
+                threading.Thread(target=_abort, args=(group,), name="shardline-abort", daemon=True).start()
+
+
+def _abort(group: dist.ProcessGroup) -> None:
+    with suppress(RuntimeError):  # a backend that cannot
+        group.abort()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -56,7 +57,8 @@ class ProcessGroups:
 
     def destroy(self) -> None:
         while self.made:
-            dist.destroy_process_group(self.made.pop(0))
+            with suppress(ValueError):  # the script has ended all groups before
+                dist.destroy_process_group(self.made.pop(0))
 
 
 class Releasable(Protocol):

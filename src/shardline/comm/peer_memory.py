@@ -187,7 +187,7 @@ class Peers:
         self.watch.check_not_lost()
         for peer in behind:
             if peer.rank in gone:
-                raise self.watch.lose(self.watch.how_it_ended(peer.rank, peer.pid))
+                raise self.watch.lose_ended(peer.rank, peer.pid)
         self.watch.check_certain(waited, [peer.rank for peer in behind])
 
     def drain(self) -> None:

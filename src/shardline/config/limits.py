@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+
 from shardline.errors import ConfigError, shown
 from shardline.names import join
 
@@ -16,6 +19,7 @@ VALUES = 100_000
 WHOLE = 2**63
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 """The normal numbers of fp32, in which losses, rates and norms are computed."""
+_JSON = (str, int, float, Mapping, list, tuple, BaseModel, type(None))
 
 
 def check(tree: Any, where: str) -> None:
@@ -23,7 +27,7 @@ def check(tree: Any, where: str) -> None:
 
     Raises:
         ConfigError: it is nested too deep (or holds itself) or has too many values, a number is not 0 and fp32 cannot
-            hold it, a whole number takes more than 64 bits, or a string holds a NUL.
+            hold it, a whole number takes more than 64 bits, a string holds a NUL, or JSON has no such value.
     """
     left = [(tree, "", 0)]
     seen = 0
@@ -59,4 +63,19 @@ def _problem(value: Any) -> str:
             )
     if isinstance(value, str) and "\0" in value:
         return "holds a NUL character, which no path or name can; leave it out"
+    if not isinstance(value, _JSON) and not _has_json(value):
+        kind = type(value)
+        return (
+            f"is of type {shown(f'{kind.__module__}.{kind.__qualname__}', 100)}, which JSON has no value for; allowed "
+            f"are objects, lists, strings, numbers, true, false and null"
+        )
     return ""
+
+
+def _has_json(value: Any) -> bool:
+    """Whether it can be written as JSON all the same, as a path can: arguments of a registered sink may be such."""
+    try:
+        to_jsonable_python(value)
+    except Exception:  # of whatever class: code of the value's own may run
+        return False
+    return True

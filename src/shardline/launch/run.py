@@ -13,6 +13,7 @@ import stat
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from shardline.errors import LaunchError
 from shardline.launch.rendezvous import BACKEND, Meeting, NotNeeded, register
 from shardline.launch.scratch import scratch_directory
 from shardline.runtime.device import Accelerators, usable
-from shardline.runtime.ending import GO_ON
+from shardline.runtime.ending import GO_ON, word_of
 from shardline.runtime.environment import asked_device, let_nodes_change
 from shardline.runtime.network import LOOPBACK
 from shardline.runtime.process_group import DEFAULT_PORT
@@ -37,6 +38,7 @@ __all__ = ["Launch", "launch"]
 
 _MASTER = re.compile(r"(\[(?P<ipv6>[0-9a-fA-F:]+)\]|(?P<host>[^\s:\[\]]+))(?::(?P<port>\d{1,5}))?")
 _INTERRUPT_SECONDS = 5.0  # from Ctrl-C until ranks that have not ended are killed: a person waits
+_FAILED_SECONDS = 8.0  # from the end of a rank that failed until others that did not end by SIGTERM are killed
 _MOST_PROCESSES, _MOST_NODES = 4096, 65536  # more is a slip of the pen, and would take all memory first
 _SECRET = "SHARDLINE_SECRET"
 _SECRET_BYTES = 16
@@ -116,7 +118,7 @@ def launch(job: Launch) -> int:
 def _run(job: Launch, meeting: Meeting, nproc: int, runner: list[str], scratch: Path) -> int:
     logs = _Logs(scratch, job.log_dir, changing=meeting.nodes[0] < meeting.nodes[1])
     try:
-        with _signals(job.grace):
+        with _signals(job.grace), _impatience(logs):
             elastic_launch(_elastic_config(job, meeting, nproc, logs), sys.executable)(*runner)
     except ChildFailedError as error:
         return _say_saved() if logs.have_saved() else _report(error.failures, logs)
@@ -327,6 +329,19 @@ class _Logs(LogsSpecs):
         codes = {record.code for record in self.records().values()}
         return codes == {GO_ON}
 
+    def failed(self) -> bool:
+        """Whether a rank of this attempt has failed, and has ended."""
+        return sys.platform == "linux" and any(
+            record.code != GO_ON and not Path(f"/proc/{_pid_of(self.error_files[local])}").exists()
+            for local, record in self.records().items()
+        )
+
+    def kill(self) -> None:
+        """Kill what is left of this attempt, with all that it started: each rank leads a process group of its own."""
+        for file in self.error_files.values():
+            with suppress(OSError, ValueError):
+                os.killpg(_pid_of(file), signal.SIGKILL)
+
     def crash(self, local_rank: int) -> str:
         """The Python stacks that faulthandler wrote while the process died of its own signal."""
         with suppress(OSError):
@@ -360,6 +375,36 @@ def _read(error_file: Path) -> _Record | None:
         )
     except (OSError, ValueError, LookupError, TypeError):  # none, or one of another kind: torch's decorator writes too
         return None
+
+
+def _pid_of(error_file: Path) -> int:
+    """The process that writes ``error_file``."""
+    return int(Path(f"{error_file}.pid").read_text())
+
+
+@contextmanager
+def _impatience(logs: _Logs) -> Iterator[None]:
+    """When a rank has failed the agent ends the others by SIGTERM, for which one that is stopped, or whose script takes
+    that signal and hangs, would have half a minute."""
+    over = threading.Event()
+
+    def watch() -> None:
+        attempt, begin = logs.error_files, math.inf
+        while not over.wait(_FAILED_SECONDS / 16):
+            if attempt is not logs.error_files or not logs.failed():
+                attempt, begin = logs.error_files, math.inf
+            else:
+                begin = min(begin, time.monotonic())
+            if time.monotonic() - begin > _FAILED_SECONDS:
+                logs.kill()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextmanager
@@ -409,7 +454,9 @@ def _report(failures: dict[int, ProcessFailure], logs: _Logs) -> int:
             code, how = 128 - code, f"was killed by {failure.signal_name()}"
             if -failure.exitcode == signal.SIGKILL:
                 how += " (often the system's answer to a lack of memory)"
-    print(f"\nshardline run: rank {logs.ranks[first]} {how}.\n\n{text}".rstrip(), file=sys.stderr)
+    seen = "" if failure is None else word_of(failure.pid, logs.error_files[first].parent)
+    said = [f"shardline run: rank {logs.ranks[first]} {how}.", seen, text]
+    print("\n" + "\n\n".join(each.rstrip() for each in said if each), file=sys.stderr)
     return code
 
 

@@ -19,7 +19,8 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from shardline.runtime.ending import end_with, end_with_parent
+from shardline.errors import text_of
+from shardline.runtime.ending import end_with, end_with_parent, leave_words_in
 
 _LOSS = re.compile("Connection (closed|reset) by peer|Broken pipe|remote process exited|[Cc]ommunicator was aborted")
 _CAUSE_SECONDS = 3.0  # from the loss of a peer, which is closing files and groups, to its own message
@@ -40,6 +41,7 @@ def main(arguments: list[str]) -> None:
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
         Path(f"{error_file}.pid").write_text(str(os.getpid()))
+        leave_words_in(Path(error_file).parent)
         faulthandler.enable(open(f"{error_file}.crash", "w"))  # noqa: SIM115 (for the stacks at a segmentation fault)
     try:
         try:
@@ -151,7 +153,7 @@ def _is_loss_of_a_peer(error: BaseException) -> bool:
     """Whether all began with a message that a connection broke: the other end, still at its exit, failed before."""
     while not _is_lost_rank(error) and (earlier := error.__cause__ or error.__context__) is not None:
         error = earlier
-    return _is_lost_rank(error) or _LOSS.search(str(error)) is not None
+    return _is_lost_rank(error) or _LOSS.search(text_of(error)) is not None
 
 
 def _is_lost_rank(error: BaseException) -> bool:

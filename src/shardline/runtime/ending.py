@@ -17,10 +17,21 @@ import signal
 import sys
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from types import TracebackType
 from weakref import WeakSet
 
-__all__ = ["GO_ON", "end_after_uncaught_errors", "end_with", "end_with_parent", "has_failed", "note_lost_ranks"]
+__all__ = [
+    "GO_ON",
+    "end_after_uncaught_errors",
+    "end_with",
+    "end_with_parent",
+    "has_failed",
+    "leave_word",
+    "leave_words_in",
+    "note_lost_ranks",
+    "word_of",
+]
 
 GO_ON = 75
 """The exit code of a job that was asked to end and has saved: start it again. EX_TEMPFAIL of sysexits.h."""
@@ -31,6 +42,32 @@ def end_with_parent() -> None:
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+_FOLDERS: list[Path] = []
+
+
+def leave_words_in(folder: Path) -> None:
+    """The launcher shows what ranks write down in ``folder`` of one that ended without a word."""
+    _FOLDERS[:] = [folder]
+
+
+def leave_word(pid: int, sentence: str) -> bool:
+    """Write down how process ``pid``, another rank, ended; False where no launcher would show it."""
+    with suppress(OSError):
+        for folder in _FOLDERS:
+            whole = folder / f"{pid}.{os.getpid()}"
+            whole.write_text(sentence, encoding="utf-8", errors="backslashreplace")
+            whole.replace(folder / f"{pid}.word")  # a rank that is ended here leaves no half of it
+            return True
+    return False
+
+
+def word_of(pid: int, folder: Path) -> str:
+    """What another rank wrote down in ``folder`` of the end of process ``pid``."""
+    with suppress(OSError):
+        return (folder / f"{pid}.word").read_text(encoding="utf-8")
+    return ""
 
 
 _LOST: WeakSet[object] = WeakSet()

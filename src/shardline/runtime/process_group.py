@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import hashlib
 import logging
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import cache
 from types import FunctionType
@@ -35,7 +37,7 @@ from shardline.runtime.network import LOOPBACK, Store, is_loopback_by_name, join
 from shardline.runtime.patience import Patience
 from shardline.runtime.topology import group_backend, locate
 
-__all__ = ["DEFAULT_PORT", "DEFAULT_TIMEOUT", "init_distributed", "make_current", "rendezvous_store"]
+__all__ = ["DEFAULT_PORT", "DEFAULT_TIMEOUT", "init_distributed", "make_current", "meet", "rendezvous_store"]
 
 logger = logging.getLogger("shardline")
 
@@ -125,7 +127,8 @@ def init_distributed(
     here = locate(read_launcher(), rank, world_size).device
     make_current(here)
     if world_size > 1:
-        store = _wait_for_all(_own_part(store, world_size), rank, world_size, patience)
+        store = _own_part(store, world_size)
+        _wait_for_all(store, rank, range(world_size), "here", patience)
     backend = dist_backend or _backend_for_all(store, world_size, here)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     if verbose and rank == 0:
@@ -154,6 +157,30 @@ def rendezvous_store() -> Store:
     return store
 
 
+def meet(ranks: Sequence[int], timeout: timedelta | None) -> None:
+    """Return when all of ``ranks``, this one among them, have come to ``shardline.initialize``. Collective.
+
+    What follows makes process groups, and waits for ranks that do not come without naming them.
+
+    Args:
+        timeout: a limit that the configuration sets; None: that of ``init_distributed``.
+
+    Raises:
+        LaunchError: some did not come in time; all that came raise it.
+    """
+    rank, launched = dist.get_rank(), read_launcher()
+    try:
+        store = rendezvous_store()
+    except RuntimeError:  # of a kind that has one connection
+        return
+    key = "init_distributed(timeout=)" if timeout is None else "watchdog.timeout_seconds"
+    speaker = f"shardline: rank {rank}" if rank == ranks[0] or launched.local_rank == 0 else ""
+    patience = Patience((timeout or DEFAULT_TIMEOUT).total_seconds(), key, speaker)
+    of = hashlib.sha256(repr(list(ranks)).encode()).hexdigest()
+    part = _own_part(dist.PrefixStore(f"shardline/meet/{of}", store), len(ranks))  # type: ignore[attr-defined]
+    _wait_for_all(part, rank, ranks, "in shardline.initialize()", patience)
+
+
 def _store(host: str, port: int, is_server: bool, one_host: bool, timeout: timedelta, patience: Patience) -> Store:
     if not is_server:
         return join_store(host, port, timeout, patience, "store of rank 0")
@@ -177,8 +204,8 @@ def _own_part(store: Any, world_size: int) -> Any:
     return dist.PrefixStore(f"group_{turn}", store)  # type: ignore[attr-defined]
 
 
-def _wait_for_all(store: Any, rank: int, world_size: int, patience: Patience) -> Any:
-    """Return ``store`` when all ranks have joined the group that is about to be made. Collective.
+def _wait_for_all(store: Any, rank: int, ranks: Sequence[int], where: str, patience: Patience) -> None:
+    """Return when all ``ranks`` have joined this part of the store, ``where`` in words. Collective.
 
     Raises:
         LaunchError: some did not come in time; all that came raise it.
@@ -186,21 +213,20 @@ def _wait_for_all(store: Any, rank: int, world_size: int, patience: Patience) ->
     here = dist.PrefixStore("shardline/here", store)  # type: ignore[attr-defined]
     try:
         here.set(str(rank), "")
-        if here.add("count", 1) == world_size:
+        if here.add("count", 1) == len(ranks):
             here.set("all", "")
         while not here.check(["all"]):
-            patience.wait(_who_is_absent(here, world_size) if patience.wants_words else "")
+            patience.wait(_who_is_absent(here, ranks, where) if patience.wants_words else "")
     except dist.DistError as error:
         raise LaunchError("The store of rank 0, where ranks meet, was closed before all had joined.") from error
-    return store
 
 
-def _who_is_absent(here: Any, world_size: int) -> str:
-    absent = [str(rank) for rank in range(world_size) if not here.check([str(rank)])]
-    count = world_size - len(absent)
+def _who_is_absent(here: Any, ranks: Sequence[int], where: str) -> str:
+    absent = [str(rank) for rank in ranks if not here.check([str(rank)])]
+    count = len(ranks) - len(absent)
     few = ", ".join(absent[:_FEW]) + (", ..." if len(absent) > _FEW else "")
     verb, plural = "is" if count == 1 else "are", "s" * (len(absent) != 1)
-    return f"{count} of {world_size} ranks {verb} here: rank{plural} {few} did not come"
+    return f"{count} of {len(ranks)} ranks {verb} {where}: rank{plural} {few} did not come"
 
 
 def _backend_for_all(store: Any, world_size: int, device: torch.device) -> str:

@@ -48,7 +48,7 @@ class SharedPage:
     def post(self, text: str) -> None:
         """Show ``text`` to the peers instead of the previous one; of a long text its end."""
         area = self.counters[-_TEXT // 8 :]
-        data = text.encode()[8 - _TEXT :]
+        data = text.encode(errors="backslashreplace")[8 - _TEXT :]
         area[0] = 0
         area.cast("B")[8 : 8 + len(data)] = data
         area[0] = len(data)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from shardline import errors
 from shardline.errors import DisagreementError, LostRankError, ShardlineError, text_of
-from shardline.runtime.ending import note_lost_ranks
+from shardline.runtime.ending import leave_word, note_lost_ranks
 from shardline.runtime.network import Store
 from shardline.runtime.shared_page import SharedPage
 from shardline.watch import uncaught
@@ -68,6 +68,7 @@ class Watch:
         tables: of the other hosts; None where all ranks are on this one.
         names: of the units, for sentences.
         lost: why no rank is to be waited for any more; empty while all is well.
+        told: whether the watching thread has said already which rank is lost.
         incident: what the watching thread has found, while it lasts.
     """
 
@@ -79,6 +80,7 @@ class Watch:
         self.tables: Tables | None = None
         self.names: Sequence[str] = ()
         self.lost = ""
+        self.told = False
         self.incident: Incident | None = None
         self._device_wait: _DeviceWait | None = None
 
@@ -187,6 +189,13 @@ class Watch:
         """The error that says so; from now on this rank waits for no other."""
         return self.mark_lost(LostRankError(sentence))
 
+    def lose_ended(self, rank: int, pid: int) -> LostRankError:
+        """The same of a rank whose process, ``pid``, has ended; what it did not say itself the launcher can say."""
+        sentence = self.how_it_ended(rank, pid)
+        if not self.posted(rank):
+            leave_word(pid, sentence)
+        return self.lose(sentence)
+
     def mark_lost(self, error: E) -> E:
         """The same after any error from which ranks cannot come back together."""
         if not self.lost:
@@ -247,7 +256,7 @@ class Watch:
             if text and (is_ours(text) or not each.has_ended()):
                 raise self.mark_lost(same_error(each.rank, text))
             if each.has_ended():
-                raise self.lose(self.how_it_ended(each.rank, each.pid))
+                raise self.lose_ended(each.rank, each.pid)
         self.check_certain(waited, [each.rank for each in late])
 
     @contextmanager
@@ -441,7 +450,7 @@ def same_error(rank: int, text: str) -> ShardlineError:
     """The error that a peer raised, on this rank."""
     kind, _, message = text.partition(": ")
     known: type[ShardlineError] = getattr(errors, kind) if kind in errors.__all__ else ShardlineError
-    return known(message if re.match(r"rank \d+ gave up: ", message) else f"rank {rank} gave up: {message}")
+    return known(message if uncaught.GAVE_UP.match(message) else f"rank {rank} gave up: {message}")
 
 
 def _in_short(error: RuntimeError) -> str:

@@ -9,6 +9,9 @@ import time
 import weakref
 from collections.abc import Sequence
 
+from shardline.errors import LostRankError
+from shardline.runtime.ending import leave_word
+from shardline.watch.exits import Exits
 from shardline.watch.incident import Incident, Seen, find, those
 from shardline.watch.status import Cell
 from shardline.watch.tables import Tables
@@ -17,6 +20,8 @@ from shardline.watch.watch import Watch
 __all__ = ["Watchdog"]
 
 _TURN = 1.0  # seconds between two looks, at most
+_SOON = 0.02  # the same after the end of a rank, until this one waits for it
+_SOON_SECONDS = 1.0
 _STILL = 3  # turns after which a watching thread that does not move counts as stopped
 
 
@@ -31,17 +36,26 @@ class Watchdog:
         self._begin = 0.0  # of the incident that was found; 0 where there is none
         self._said = False
         self._stacks: dict[int, str] = {}  # of ranks of this host that neither wait nor move
+        self._ended: dict[int, float] = {}  # ranks of this host that ended just now, and when
+        self._exits = Exits({each.rank: each.pid for each in watch.near if each.rank != watch.rank})
         self._thread = threading.Thread(target=self._run, name="shardline-watch", daemon=True)
         self._thread.start()
-        self.stop = weakref.finalize(owner, _stop, self._over, self._thread)
+        self.stop = weakref.finalize(owner, _stop, self._over, self._exits, self._thread)
 
     def _run(self) -> None:
-        while not self._over.wait(self._turn):
-            self._watch.status.cells[Cell.THREAD] += 1
+        turn = 0.0
+        while not self._over.is_set():
+            ended, now = self._exits.wait(_SOON if self._ended else self._turn), time.monotonic()
             with contextlib.suppress(OSError, ValueError):  # a page that is closed meanwhile
-                self._look()
-                self._watch.look_at_device()
-        if self._watch.incident is not None and not self._watch.lost:
+                self._ended.update(dict.fromkeys(ended, now))
+                self._tell_ends(now)
+                if now - turn > self._turn / 2:
+                    turn = now
+                    self._watch.status.cells[Cell.THREAD] += 1
+                    self._look()
+                    self._watch.look_at_device()
+        self._exits.close()
+        if self._watch.incident is not None:
             self._withdraw(self._watch.incident, time.monotonic())
 
     def _look(self) -> None:
@@ -70,6 +84,27 @@ class Watchdog:
             dumps = [f"\nRank {each.rank}: {text}" for each in stacks if (text := each.stack())]
             _say(watch, f"for {now - quiet:.0f} s nothing has moved: {found.text}{''.join(dumps)}")
 
+    def _tell_ends(self, now: float) -> None:
+        """Say how a rank ended that left no word, if this one waits for it, and is the first that does.
+
+        The main thread finds that as well, and raises. But it may be too late for words: a launcher that sees the end
+        of one rank ends the others a moment later.
+        """
+        watch = self._watch
+        for rank, since in list(self._ended.items()):
+            theirs = watch.members[rank].look()
+            waiting = [each.rank for each in watch.near if theirs is not None and each.look().waits_for(theirs)]
+            if watch.posted(rank) or watch.lost or now - since > _SOON_SECONDS:
+                del self._ended[rank]
+            elif watch.rank in waiting:
+                del self._ended[rank]
+                if watch.rank == min(waiting):
+                    watch.told = True
+                    pid = watch.members[rank].pid
+                    sentence = watch.how_it_ended(rank, pid)
+                    if not leave_word(pid, sentence):
+                        _write(f"shardline: {LostRankError(sentence)}\n")
+
     def _report(self, tables: Tables, now: float) -> None:
         """Hand the rows of this host over, if this is its lowest rank whose watching thread runs."""
         watch, still = self._watch, {}
@@ -86,8 +121,8 @@ class Watchdog:
 
     def _withdraw(self, incident: Incident, now: float) -> None:
         self._watch.incident = None
-        if self._said:
-            self._said = False
+        said, self._said = self._said, False
+        if said and not self._watch.lost:
             whom = f"rank {those(incident.absent)} has come" if incident.absent else "the transfer has come"
             _say(self._watch, f"{whom} after {now - self._begin:.0f} s, and the job goes on.")
 
@@ -117,10 +152,14 @@ class _Moves:
         return self._threads[rank][1] < _STILL
 
 
-def _say(watch: Watch, text: str) -> None:
+def _write(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
-        sys.stderr.write(f"shardline: {text}\n")
+        sys.stderr.write(text)
         sys.stderr.flush()
+
+
+def _say(watch: Watch, text: str) -> None:
+    _write(f"shardline: {text}\n")
     folder = watch.settings.folder
     if folder is not None:
         with contextlib.suppress(OSError):
@@ -129,7 +168,8 @@ def _say(watch: Watch, text: str) -> None:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')} rank {watch.rank}: {text}\n")
 
 
-def _stop(over: threading.Event, thread: threading.Thread) -> None:
+def _stop(over: threading.Event, exits: Exits, thread: threading.Thread) -> None:
     over.set()
+    exits.wake()
     if thread is not threading.current_thread():
         thread.join()
