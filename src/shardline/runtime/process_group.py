@@ -127,8 +127,7 @@ def init_distributed(
     here = locate(read_launcher(), rank, world_size).device
     make_current(here)
     if world_size > 1:
-        store = _own_part(store, world_size)
-        _wait_for_all(store, rank, range(world_size), "here", patience)
+        _wait_for_all(store := _own_part(store, world_size), rank, range(world_size), "here", patience)
     backend = dist_backend or _backend_for_all(store, world_size, here)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     if verbose and rank == 0:
