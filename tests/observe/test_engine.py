@@ -15,7 +15,7 @@ from shardline.config import load_config
 from shardline.errors import ConfigError, UsageError
 from shardline.events import Event, MemoryOverStep, StepDone
 from shardline.observe import Run, Sink, register
-from shardline.observe.registry import check_packages
+from shardline.observe.registry import check_packages, sinks_of
 from tests.harness import Setup, start
 from tests.models import Mlp, mse, regression
 
@@ -217,3 +217,21 @@ def test_what_is_missing_is_one_sentence(monkeypatch) -> None:
         check_packages(load_config({"train_batch_size": 1, "wandb": {"enabled": True}}, 1))
     with pytest.raises(ConfigError, match='sinks holds "nobody"'):
         check_packages(load_config({"train_batch_size": 1, "sinks": {"nobody": {}}}, 1))
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"run_log": {"dir": "{}"}}, "run_log.dir"),
+        ({"csv_monitor": {"enabled": True, "output_path": "{}"}}, "csv_monitor.output_path"),
+        ({"tensorboard": {"enabled": True, "output_path": "{}"}}, "tensorboard.output_path"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_told_before_training(tmp_path, section, key) -> None:
+    (tmp_path / "file").touch()
+    ((name, values),) = section.items()
+    folder = str(tmp_path / "file" / "runs")
+    values = {k: folder if v == "{}" else v for k, v in values.items()}
+    config = {"train_batch_size": 8, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}, name: values}
+    with pytest.raises(ConfigError, match=rf"{key}: rank 0 cannot write to the folder {folder}.*: not a directory"):
+        sinks_of(load_config(config, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,18 +57,27 @@ def check_packages(config: Config) -> None:
 
 
 def sinks_of(config: Config) -> dict[str, Sink]:
-    """New sinks by name, not opened."""
+    """New sinks by name, not opened; their folders are made. Called on rank 0.
+
+    Raises:
+        ConfigError: a folder that a section names cannot be made or written to.
+    """
     made: dict[str, Sink] = {"console": Console.of(config)}
     if config.progress_bar.enabled:
         made["progress_bar"] = ProgressBar(config.progress_bar.total_steps or _scheduled(config))
     if config.run_log.dir is not None:
+        _make("run_log.dir", Path(config.run_log.dir))
         made["run_log"] = JsonLines(config.run_log.dir)
     if config.csv_monitor.enabled:
-        made["csv_monitor"] = CsvFiles(Path(config.csv_monitor.output_path, config.csv_monitor.job_name))
+        folder = Path(config.csv_monitor.output_path, config.csv_monitor.job_name)
+        _make("csv_monitor.output_path", folder)
+        made["csv_monitor"] = CsvFiles(folder)
     if config.tensorboard.enabled:
         from shardline.observe.tensorboard import TensorBoard
 
-        made["tensorboard"] = TensorBoard(Path(config.tensorboard.output_path, config.tensorboard.job_name))
+        folder = Path(config.tensorboard.output_path, config.tensorboard.job_name)
+        _make("tensorboard.output_path", folder)
+        made["tensorboard"] = TensorBoard(folder)
     if config.wandb.enabled:
         from shardline.observe.wandb import WeightsAndBiases
 
@@ -81,6 +91,19 @@ def sinks_of(config: Config) -> dict[str, Sink]:
 
         made["comet"] = Comet(config.comet)
     return made | {name: _REGISTERED[name](**arguments) for name, arguments in config.sinks.items()}
+
+
+def _make(key: str, folder: Path) -> None:
+    """Make ``folder`` now: a mistake in it is told before training, and not by the first step."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(folder, os.W_OK | os.X_OK) else "permission denied"
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+    if reason:
+        raise ConfigError(
+            f"{key}: rank 0 cannot write to the folder {folder}: {reason}. Name one that it can write to."
+        )
 
 
 def _scheduled(config: Config) -> int | None:
