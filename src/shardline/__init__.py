@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from shardline.features.meta import empty_weights
-    from shardline.features.sharded import gathered_parameters, sharded_weights
+    from shardline.features.sharded import sharded_weights
     from shardline.runtime.accelerator import get_accelerator
     from shardline.runtime.process_group import init_distributed
 
@@ -81,7 +81,7 @@ _HOMES = {
     "UsageError": "errors",
     "add_config_arguments": "config.arguments",
     "empty_weights": "features.meta",
-    "gathered_parameters": "features.sharded",
+    "gathered_parameters": "engine.weights",
     "get_accelerator": "runtime.accelerator",
     "init_distributed": "runtime.process_group",
     "initialize": "engine.initialize",

@@ -202,12 +202,45 @@ def edits_and_refusals():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine, *_ = shardline.initialize(model=model, optimizer=optimizer, config=Setup().config(3))
     assert_identical(engine.full_state_dict(), expected)
-    with pytest.raises(UsageError, match="managed by an engine"), shardline.gathered_parameters(weight):
-        pass
     engine.backward(engine(torch.ones(2, 8)).sum())
     engine.step()
     engine.destroy()
     assert is_whole(weight) and type(weight) is nn.Parameter
+
+
+def one_door():
+    """``shardline.gathered_parameters`` before there is an engine, with two, with one, and without any."""
+    early, taken, second = sharded(Small), plainly(Small), plainly(Small, seed=4)
+    models, found = (early, taken, second), []
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    engines = [
+        shardline.initialize(model=model, optimizer=optimizer, config=Setup().config(3))[0]
+        for model, optimizer in zip(models[1:], optimizers[1:], strict=True)
+    ]
+    weights = [model.first.weight for model in models]
+    for given in (weights, iter(weights), weights[::-1] if dist.get_rank() else weights):  # ranks order them alike
+        assert not any(map(is_whole, weights))
+        with shardline.gathered_parameters(given):
+            assert all(map(is_whole, weights))
+            found.append([float(weight.detach().double().sum()) for weight in weights])
+    changed = r"'first.weight' was changed inside gathered_parameters\(\)"
+    for given in ([weights[2]], weights):
+        with pytest.raises(UsageError, match=changed), shardline.gathered_parameters(given), torch.no_grad():
+            given[-1].zero_()
+    with shardline.gathered_parameters(weights, write=True), torch.no_grad():
+        for weight in weights:
+            weight.fill_(dist.get_rank() + 1.0)
+    engines[0].destroy()
+    with shardline.gathered_parameters(weights):
+        found.append([float(weight.detach().double().mean()) for weight in weights])
+    engines[1].destroy()
+    return found
+
+
+def test_parameters_are_gathered_by_one_door_before_and_after_initialize(ranks):
+    sums = [float(plainly(Small, seed).first.weight.detach().double().sum()) for seed in (3, 3, 4)]
+    for found in ranks(one_door, 2):
+        assert found == [pytest.approx(sums)] * 3 + [[1.0, 1.0, 1.0]]
 
 
 def fail_on_last(optimizer):

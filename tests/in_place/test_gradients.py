@@ -83,6 +83,19 @@ def surgery(loop):
     return norms
 
 
+def by_data(loop):
+    """Scripts of an older style: each layer's gradient is clipped by hand, through ``.data``."""
+    loop.backward(30.0)
+    norms = []
+    for param in loop.model.parameters():
+        norms.append(param.grad.data.norm(2).item())
+        param.grad.data.mul_(min(1.0, 0.3 / (norms[-1] + 1e-6)))
+        norms.append(param.grad.detach().norm().item())
+        assert param.grad.data.shape == param.shape and not param.grad.detach().requires_grad
+    loop.step()
+    return norms
+
+
 def some_forgotten(loop):
     loop.backward()
     loop.model.head.zero_grad()
@@ -176,8 +189,8 @@ def late(loop):
     return norm
 
 
-HANDLINGS = [clip_norm, clip_other_norms, clip_by_engine, clip_value, surgery, some_forgotten, zeroed_anywhere, scaled,
-             not_synced, late, by_closure, past_forward, hooked]  # fmt: skip
+HANDLINGS = [clip_norm, clip_other_norms, clip_by_engine, clip_value, surgery, by_data, some_forgotten, zeroed_anywhere,
+             scaled, not_synced, late, by_closure, past_forward, hooked]  # fmt: skip
 
 
 def handled(stages):
@@ -208,6 +221,7 @@ def said_of(stage):
         lambda: weight.grad + 1,
         lambda: weight.grad.clone(),
         lambda: weight.grad.mul_(torch.ones(weight.shape)),
+        lambda: weight.grad.T,
     ):
         try:
             use()
@@ -224,6 +238,8 @@ def test_what_needs_the_elements_says_what_to_call(ranks):
     for stage in (0, 3):
         for said, none in ranks(said_of, 2, stage):
             assert none
+            assert [sentence.split(": ")[0] for sentence in said] == ["add", "clone", "mul_", ".T"]
             for sentence in said:
                 assert "engine.before_step" in sentence
+                assert "engine.parameter('head.weight').full_grad()" in sentence
                 assert "engine.clip_grad_norm_" in sentence

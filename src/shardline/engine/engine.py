@@ -34,7 +34,7 @@ from shardline.engine.saving import Saving
 from shardline.engine.serving import Serving
 from shardline.engine.state import EngineState
 from shardline.engine.trainables import Trainables
-from shardline.engine.weights import full_state_dict, gathered, units_of
+from shardline.engine.weights import full_state_dict, gathered, note_engine, units_of
 from shardline.engine.window_grads import WindowGrads
 from shardline.engine.wrapper import Wrapper
 from shardline.errors import UsageError
@@ -144,7 +144,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
         self.checkpoints = Checkpointer(
             EngineState(self, self.trainables, self._window, self._batches, self._backwards, self._outcome)
         )
-        self._on_destroy: list[Callable[[], None]] = []  # what was done to model and optimizer besides the hooks
+        self._on_destroy = [note_engine(self)]  # and what is done to model and optimizer besides the hooks
         guarded = self.trainables.guard_optimizer(
             zero_grad=self.zero_grad,
             state_dict=self._optimizer_state_dict,

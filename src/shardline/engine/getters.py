@@ -13,6 +13,7 @@ from shardline.engine.parameter_access import ParameterAccess
 from shardline.engine.trainables import Trainables
 from shardline.engine.weights import names_of
 from shardline.engine.window_grads import WindowGrads
+from shardline.plan.placement import STAGES, Placement
 from shardline.runtime.modes import outside_modes
 from shardline.runtime.topology import Topology
 from shardline.sharding.precision import LossScaler
@@ -120,6 +121,11 @@ class Getters:
 
     def zero_optimization_stage(self) -> int:
         return self.config.zero_optimization.stage
+
+    @property
+    def weights_are_sharded(self) -> bool:
+        """Whether weights rest sharded between two uses (stage 3), so that every rank has to run each forward."""
+        return STAGES[self.zero_optimization_stage()].weights is Placement.SHARDED
 
     def bfloat16_enabled(self) -> bool:
         return self.config.bf16.enabled

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from shardline.checkpoint.engine.extra import EXTRA_KEY, shared_extra
 from shardline.comm import Comm
 from shardline.errors import UsageError
+from shardline.features.sharded import edited
 from shardline.plan.describe import persistent_buffers
 from shardline.runtime.modes import outside_modes
 from shardline.sharding.build import Layout
@@ -21,7 +24,7 @@ from shardline.sharding.hooks import Hooks
 from shardline.sharding.unit import Unit
 from shardline.watch import Status
 
-__all__ = ["full_state_dict", "gathered", "names_of", "units_of"]
+__all__ = ["engines_of", "full_state_dict", "gathered", "gathered_parameters", "names_of", "note_engine", "units_of"]
 
 
 def full_state_dict(
@@ -63,6 +66,67 @@ def full_state_dict(
         if prefix + EXTRA_KEY in extra:
             found[prefix + EXTRA_KEY] = extra[prefix + EXTRA_KEY]
     return found if wanted else {}
+
+
+@contextmanager
+def gathered_parameters(
+    params: nn.Module | nn.Parameter | Iterable[nn.Parameter], write: bool = False
+) -> Iterator[None]:
+    """Within it, parameters are whole, before and after :func:`initialize`; with ``write`` they can be changed.
+
+    They may be sharded by :func:`sharded_weights`, or by any number of engines; what is whole is left as it is. What
+    was changed is taken over at the end, everywhere alike: rank 0's values win. Before ``initialize`` it may therefore
+    be changed on rank 0 alone. Collective.
+
+    Args:
+        params: parameters, or a module for all of its own. They are whole at the same time.
+        write: whether changes are kept. Changes without it raise.
+
+    Raises:
+        UsageError: for a change without ``write``.
+    """
+    found: list[nn.Parameter] = list(params.parameters() if isinstance(params, nn.Module) else
+                                     [params] if isinstance(params, nn.Parameter) else params)  # fmt: skip
+    with ExitStack() as held:
+        held.enter_context(edited(found, source=0 if write else None))
+        for engine, mine in engines_of(found):
+            held.enter_context(engine.gathered_parameters(mine, write=write))
+        yield
+
+
+class _Engine(Protocol):
+    module: nn.Module
+
+    def gathered_parameters(self, params: Iterable[nn.Parameter], write: bool = ...) -> AbstractContextManager[None]:
+        """See :meth:`Engine.gathered_parameters`."""
+
+
+_ENGINES: WeakValueDictionary[int, _Engine] = WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+def note_engine(engine: _Engine) -> Callable[[], None]:
+    """Let :func:`engines_of` find ``engine``, until what this returns is called."""
+    number = next(_NUMBERS)
+    _ENGINES[number] = engine
+
+    def forget() -> None:
+        _ENGINES.pop(number, None)
+
+    return forget
+
+
+def engines_of(params: Sequence[nn.Parameter]) -> list[tuple[Any, list[nn.Parameter]]]:
+    """The engines that hold some of ``params``, each with its own ones, in the order in which they were made.
+
+    That order is the same on every rank, so collectives may follow it.
+    """
+    found: list[tuple[Any, list[nn.Parameter]]] = []
+    for _, engine in sorted(_ENGINES.items()):
+        held = set(engine.module.parameters())
+        if mine := [param for param in params if param in held]:
+            found.append((engine, mine))
+    return found
 
 
 @contextmanager

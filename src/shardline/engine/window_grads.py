@@ -22,7 +22,7 @@ from shardline.plan.placement import Placement
 from shardline.sharding.bucket import Bucket
 from shardline.sharding.buffer import in_storage_order, view
 from shardline.sharding.containers import tensors_in
-from shardline.sharding.parameter import HARMLESS
+from shardline.sharding.parameter import HARMLESS, called
 from shardline.sharding.precision import LossScaler
 from shardline.sharding.step import Update
 from shardline.sharding.window import Window
@@ -35,6 +35,9 @@ _LINEAR = {"mul_", "div_", "neg_", "__imul__", "__itruediv__", "multiply_", "div
 _BY_ELEMENT = {"clamp_", "clamp_min_", "clamp_max_", "clip_", "nan_to_num_", "sign_", "abs_", "pow_", "sqrt_", "tanh_",
                "add_", "sub_", "__iadd__", "__isub__"}  # fmt: skip
 """Those that are applied to averages."""
+
+_ALIASES = (Tensor.detach, Tensor.data.__get__, torch.detach)  # type: ignore[attr-defined]
+"""Those that give the same elements without a graph: of a gradient, itself."""
 
 _NORMS = {"vector_norm", "linalg_vector_norm", "norm"}
 _UNSCALE = torch._amp_foreach_non_finite_check_and_unscale_
@@ -61,12 +64,14 @@ class ShardedGrad(Tensor):
         if func in HARMLESS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        name = str(getattr(func, "__name__", func))
+        name = called(func)
         sharded = [tensor for tensor in tensors_in((tuple(args), kwargs)) if isinstance(tensor, ShardedGrad)]
         first = sharded[0]
         if func is _UNSCALE and len(sharded) == len(args[0]):
             return first._grads.unscale([each._name for each in sharded], *args[1:])
         if args and args[0] is first and len(sharded) == 1:
+            if func in _ALIASES:
+                return first
             numbers = not any(tensor.dim() for tensor in tensors_in((tuple(args[1:]), kwargs)))
             if name in _NORMS and (order := _order(args[1:], kwargs)) is not None:
                 return first._grads.norm_of(first._name, order)
@@ -82,7 +87,8 @@ class ShardedGrad(Tensor):
         raise UsageError(
             f"{name}: the gradient of parameter {first._name!r} is sharded over the ranks since backward. Norms, "
             f"clipping (engine.clip_grad_norm_(max_norm), torch.nn.utils.clip_grad_norm_) and in-place operations "
-            f"with numbers (mul_, clamp_, nan_to_num_) work on it; read and change elements in engine.before_step(fn)."
+            f"with numbers (mul_, clamp_, nan_to_num_) work on it. Read and change elements in engine.before_step(fn), "
+            f"or take it whole by engine.parameter({first._name!r}).full_grad()."
         )
 
     def __repr__(self) -> str:  # type: ignore[override]

@@ -37,7 +37,7 @@ from shardline.sharding.containers import tensors_in
 from shardline.sharding.parameter import HARMLESS, record_of
 from shardline.sharding.sharded_param import ShardedParam, ShardGroup, sharded_param_of
 
-__all__ = ["edited", "gathered_parameters", "make_room", "shard_parameters", "sharded_weights"]
+__all__ = ["edited", "make_room", "shard_parameters", "sharded_weights"]
 
 
 @contextmanager
@@ -54,8 +54,8 @@ def sharded_weights(mesh: Any = None) -> Iterator[None]:
     numbers; all ranks run them alike, and rank 0's values count. What they do to a parameter that was sharded already
     (``self.apply(self._init_weights)``, ``.to(dtype)``, a deep copy, ``load_state_dict``) gathers it for as long as it
     takes. After the block parameters are sealed: shape, dtype and device are true, a use raises :class:`SealedError`,
-    and :func:`gathered_parameters` makes them whole for a while. Not sharded are lazy parameters, those on ``meta`` and
-    those that share their memory with another tensor. On one rank nothing is.
+    and :func:`shardline.gathered_parameters` makes them whole for a while. Not sharded are lazy parameters, those on
+    ``meta`` and those that share their memory with another tensor. On one rank nothing is.
 
     Args:
         mesh: as that of :func:`initialize`.
@@ -101,40 +101,12 @@ def _ranks(mesh: Any) -> ShardGroup | None:
 
 
 @contextmanager
-def gathered_parameters(
-    params: nn.Module | nn.Parameter | Iterable[nn.Parameter], write: bool = False
-) -> Iterator[None]:
-    """Within it, parameters of :func:`sharded_weights` are whole; with ``write`` they can be changed. Collective.
-
-    What was changed is taken over at the end, everywhere alike: rank 0's values win, so it may be changed on rank 0
-    alone. Parameters that are whole already are left as they are. Once there is an engine its own
-    ``gathered_parameters`` does this.
-
-    Args:
-        params: parameters, or a module for all of its own. They are whole at the same time.
-        write: whether changes shall be kept. Changes without it raise.
-
-    Raises:
-        UsageError: for a change without ``write``; for a parameter that an engine manages.
-    """
-    found: list[nn.Parameter] = list(params.parameters() if isinstance(params, nn.Module) else
-                                     [params] if isinstance(params, nn.Parameter) else params)  # fmt: skip
-    managed = [
-        record for param in found if (record := record_of(param)) is not None and sharded_param_of(param) is None
-    ]
-    if managed:
-        raise UsageError(
-            f"parameter {managed[0].name!r} is managed by an engine. Gather it by `with engine.gathered_parameters():`."
-        )
-    with edited(found, source=0 if write else None):
-        yield
-
-
-@contextmanager
 def edited(params: Iterable[Tensor], source: int | None) -> Iterator[None]:
     """Within it those of ``params`` that are sharded without an engine are whole. Collective.
 
     At its end the values of rank ``source`` are kept on every rank.
+
+    Others are left as they are.
 
     Raises:
         UsageError: for a change without a ``source``.

@@ -74,9 +74,10 @@ class ShardlineMixin:
 
     def _generation(self) -> dict[str, Any]:
         """What a trainer that predicts by generating (``Seq2SeqTrainer``) gives ``generate``."""
-        if not getattr(self.args, "predict_with_generate", False) or self.engine is None:
-            return {}
-        return {"synced_gpus": True} if self.engine.zero_optimization_stage() == 3 else {}
+        generates = getattr(self.args, "predict_with_generate", False)
+        return (
+            {"synced_gpus": True} if generates and self.engine is not None and self.engine.weights_are_sharded else {}
+        )
 
     # -- saving -------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shardline.errors import UsageError
 from shardline.sharding.containers import replace_tensors, tensors_in
-from shardline.sharding.parameter import HARMLESS, autograd_grad, set_grad
+from shardline.sharding.parameter import HARMLESS, autograd_grad, called, set_grad
 
 __all__ = ["GuardedGrad", "collect_grads", "drop_grads", "gradient_error", "has_grads"]
 
@@ -81,7 +81,7 @@ class GuardedGrad(Tensor):
             guarded = [tensor for tensor in tensors_in(given) if isinstance(tensor, GuardedGrad)]
             if func is _UNSCALE and all(tensor._is_unscaled() for tensor in guarded):
                 return None
-            name = str(getattr(func, "__name__", func))
+            name = called(func)
             given = replace_tensors(given, lambda t: t._read(name) if isinstance(t, GuardedGrad) else t)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*given[0], **given[1])

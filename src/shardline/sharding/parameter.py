@@ -31,6 +31,7 @@ __all__ = [
     "ParamRecord",
     "assign",
     "autograd_grad",
+    "called",
     "has_own_attributes",
     "is_sealed",
     "make_ordinary",
@@ -295,7 +296,7 @@ class _Sealed(Tensor):
                 if is_sealed(tensor) and not tensor._unseal():
                     if func is Tensor.detach and tensor._shardline.owner.detaches:
                         return tensor._placeholder()
-                    raise _error(tensor, _name(func))
+                    raise _error(tensor, called(func))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -363,7 +364,7 @@ def _error(tensor: Any, operation: str) -> SealedError:
     )
 
 
-def _name(func: Any) -> str:
+def called(func: Any) -> str:
     """What a user wrote: an attribute's own name, not that of the method which reads it."""
     name = str(getattr(func, "__name__", func))
     return f".{func.__self__.__name__}" if name in ("__get__", "__set__", "__delete__") else name

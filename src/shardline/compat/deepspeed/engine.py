@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
-from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -18,12 +17,10 @@ from shardline.engine import Engine
 from shardline.errors import UsageError
 
 __all__ = [
-    "ENGINES",
     "NOT_OFFERED",
     "DeepSpeedEngine",
     "DeepSpeedOptimizerCallable",
     "DeepSpeedSchedulerCallable",
-    "engines_of",
 ]
 
 DeepSpeedOptimizerCallable = Callable[[Any], Optimizer]
@@ -216,18 +213,3 @@ class DeepSpeedEngine(EngineSettings):
 
             return refuse
         return super().__getattr__(name)
-
-
-ENGINES: WeakSet[DeepSpeedEngine] = WeakSet()
-"""Those that ``initialize`` of this package made."""
-
-
-def engines_of(params: Iterable[nn.Parameter]) -> list[tuple[DeepSpeedEngine, list[nn.Parameter]]]:
-    """The engines of this package that train or hold some of ``params``, each with its own ones."""
-    params = list(params)
-    found = []
-    for engine in list(ENGINES):
-        held = {id(param) for param in engine.module.parameters()}
-        if mine := [param for param in params if id(param) in held]:
-            found.append((engine, mine))
-    return found

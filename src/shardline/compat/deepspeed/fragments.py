@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from shardline.compat.deepspeed.engine import DeepSpeedEngine, engines_of
+from shardline.engine import Engine
 from shardline.engine.parameter_access import ParameterAccess
+from shardline.engine.weights import engines_of
 from shardline.errors import UsageError
 from shardline.sharding.fragments import StateFragment
 
@@ -167,7 +168,7 @@ def _divide(value: Tensor, parts: list[Tensor], what: str) -> None:
             start += part.numel()
 
 
-def _engine_of(param: nn.Parameter) -> DeepSpeedEngine | None:
+def _engine_of(param: nn.Parameter) -> Engine | None:
     return next((engine for engine, _ in engines_of([param])), None)
 
 

@@ -38,7 +38,7 @@ class EngineSettings(Engine):
         return self.zero_optimization_stage() >= 2
 
     def zero_optimization_partition_weights(self) -> bool:
-        return self.zero_optimization_stage() == 3
+        return self.weights_are_sharded
 
     def zero_gather_16bit_weights_on_model_save(self) -> bool:
         """True: whole weights can always be gathered."""

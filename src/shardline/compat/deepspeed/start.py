@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import nn
 
 from shardline.compat.deepspeed import config as configuration
-from shardline.compat.deepspeed.engine import ENGINES, DeepSpeedEngine
+from shardline.compat.deepspeed.engine import DeepSpeedEngine
 from shardline.compat.deepspeed.leaves import leaf_names
 from shardline.compat.deepspeed.optimizer import EngineOptimizer, ParameterOffload
 from shardline.compat.deepspeed.refusals import Refused
@@ -75,8 +75,7 @@ def initialize(
         engine_class=DeepSpeedEngine,
     )
     engine = cast(DeepSpeedEngine, plain)
-    ENGINES.add(engine)
-    if engine.zero_optimization_stage() == 3:
+    if engine.weights_are_sharded:
         give_status()
         if made is not None:
             made.parameter_offload = ParameterOffload()  # type: ignore[attr-defined]
@@ -105,5 +104,5 @@ class _LocalRank:
 
 def _stays(engine: DeepSpeedEngine) -> str:
     held = sum(param.numel() for param in engine.module.parameters()) * engine.precision.compute.itemsize
-    share = -(-held // engine.world_size) if engine.zero_optimization_stage() == 3 else held
+    share = -(-held // engine.world_size) if engine.weights_are_sharded else held
     return f"offload_param has no effect yet: about {share:,} bytes of weights stay on the device of each rank"

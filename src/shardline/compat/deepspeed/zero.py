@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from shardline.compat.deepspeed import table
-from shardline.compat.deepspeed.engine import engines_of
+from shardline.engine.weights import engines_of
 from shardline.features.sharded import edited, shard_parameters, sharded_weights
 
 __all__ = ["GatheredParameters", "Init", "ZeroParamStatus", "register_external_parameter"]
