@@ -7,12 +7,15 @@ import itertools
 import pickle
 import shutil
 import time
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch._dynamo.utils import counters
 
+import shardline
 from shardline.errors import UsageError
 from shardline.features.compiling import compile_blocks, is_compiled
 from shardline.plan import UnitPlan
@@ -99,6 +102,62 @@ def test_blocks_that_the_user_compiled(ranks) -> None:
                 assert compiled_losses == losses
                 assert_identical(compiled_state, state)
                 assert graphs > 0
+
+
+AROUND = ("plain", "model before", "model after", "blocks after", "function", "step", "engine")
+
+
+def _around(stage, what):
+    """Losses of a loop where the user compiled ``what``, which has the engine's hooks inside. Blocks are many, so that
+    tracing a hook would compile it again for each."""
+    torch._dynamo.reset()
+    compiled = partial(torch.compile, backend="aot_eager")
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(12)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = {"zero_optimization": {"stage": stage, "unit_min_numel": 1, "stage3_param_persistence_threshold": 0}}
+    call = compiled(model) if what == "model before" else model
+    if what == "engine":
+        engine, *_ = shardline.initialize(
+            model=model, optimizer=optimizer, config={"train_micro_batch_size_per_gpu": 4, **config}
+        )
+        call = compiled(engine)
+    else:
+        engine = shardline.shard(model, optimizer, config)
+    if what == "model after":
+        call = compiled(model)
+    if what == "blocks after":
+        for block in model:
+            block.compile(backend="aot_eager")
+    if what == "function":
+        call = compiled(lambda x: model(x))
+
+    def step(x):
+        loss = call(x).pow(2).mean()
+        if what == "engine":
+            engine.backward(loss)
+            engine.step()
+        else:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return loss
+
+    run = compiled(step) if what == "step" else step
+    losses = [run(torch.randn(4, 8, generator=torch.Generator().manual_seed(turn))).item() for turn in range(3)]
+    engine.destroy()
+    return losses
+
+
+def _all_around(stages):
+    return [[_around(stage, what) for what in AROUND] for stage in stages]
+
+
+def test_what_the_user_compiles_around_the_engine_does_not_trace_it(ranks) -> None:
+    for found in ranks(_all_around, 2, (2, 3)):
+        for plain, *others in found:
+            for what, losses in zip(AROUND[1:], others, strict=True):
+                assert losses == plain, what
 
 
 def _taken_apart():

@@ -22,7 +22,7 @@ from torch import nn
 import shardline
 import shardline.features.recompute
 from shardline.errors import ModelError
-from shardline.features.recompute import compiled_call, copy_structure, recompute_blocks, recomputed_blocks
+from shardline.features.recompute import _compiled_call, copy_structure, recompute_blocks, recomputed_blocks
 from tests.harness import STAGES, Setup, assert_identical, seeded, spread, start
 from tests.models import WIDTH, Block, ConvNet, GptBlock, Mlp, TinyGpt, cross_entropy, mse, regression, tokens
 
@@ -342,7 +342,7 @@ def test_what_the_user_compiled_stays_compiled() -> None:
     theirs = model.blocks[0]._compiled_call_impl
     wrapped = model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
     undo = recompute_blocks(recomputed_blocks(model, 1), offload=False)
-    assert compiled_call(model.blocks[0]) is theirs and model.blocks[0]._compiled_call_impl is not theirs
+    assert _compiled_call(model.blocks[0]) is theirs and model.blocks[0]._compiled_call_impl is not theirs
     assert wrapped._orig_mod._compiled_call_impl is None, "the wrapper recomputes, not what is compiled in it"
     undo()
     assert model.blocks[0]._compiled_call_impl is theirs

@@ -13,7 +13,7 @@ from shardline.engine.batch_tracker import BatchTracker
 from shardline.engine.loss_checks import LossChecks
 from shardline.engine.report import Reporter
 from shardline.engine.trainables import Trainables
-from shardline.runtime.modes import leave_modes, outside_modes
+from shardline.runtime.modes import leave_modes, outside_modes, untraced
 from shardline.sharding.hooks import watch_root
 from shardline.sharding.precision import LossScaler
 from shardline.sharding.scaling import PLAIN, multiplied, multiplied_by
@@ -107,6 +107,7 @@ class Backwards:
     def _reduces_now(self) -> bool:
         return not self.no_sync and (self._every_time or self._window.at_boundary)
 
+    @untraced
     def end(self) -> None:
         """A backward is over: reduce what is left, and guard the gradients until the step."""
         with leave_modes():

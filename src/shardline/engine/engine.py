@@ -197,6 +197,7 @@ class Engine(Wrapper, Getters, Saving, Observing, Serving):
             self._watch(output)
         return output
 
+    @outside_modes
     def _watch(self, output: Any) -> None:
         """Hook ``output``, so that a plain ``loss.backward()`` through it is noticed."""
         if self.trainables.params:

@@ -27,7 +27,7 @@ from shardline.errors import ConfigError, OptimizerError, UsageError
 from shardline.events import Notice
 from shardline.optim.closure import evaluate
 from shardline.plan.describe import first_names
-from shardline.runtime.modes import outside_modes
+from shardline.runtime.modes import outside_modes, untraced
 from shardline.sharding.hooks import ModuleHook
 from shardline.sharding.precision import LossScaler
 from shardline.sharding.window import State, Window
@@ -235,7 +235,7 @@ class _LoopOptimizer:
         self._state = outer.state
         self._before = {name: vars(outer)[name] for name in self._methods(outer, engine) if name in vars(outer)}
         for name, method in self._methods(outer, engine).items():
-            setattr(outer, name, MethodType(method, outer))
+            setattr(outer, name, MethodType(untraced(method), outer))
         outer.state = _StateOfEngine(dict)
         # Else a GradScaler leaves unscaling to the step, and gives the optimizer what only fused kernels read.
         self._before["_step_supports_amp_scaling"] = getattr(outer, "_step_supports_amp_scaling", False)

@@ -14,10 +14,8 @@ import torch
 from torch import nn
 
 from shardline.errors import UsageError
-from shardline.features.recompute import compiled_call
 from shardline.plan import UnitPlan
 from shardline.plan.describe import blocks, is_below
-from shardline.sharding.hooks import Compiled
 
 __all__ = ["compile_blocks", "compiled_in", "is_compiled"]
 
@@ -51,13 +49,9 @@ def is_compiled(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get("forward"), _Compiled) or "_orig_mod" in module._modules
 
 
-def compiled_in(model: nn.Module) -> Compiled:
-    """The compiled modules of ``model``, for its hooks."""
-    modules = dict(model.named_modules())
-    return Compiled(
-        frozenset(path for path, module in modules.items() if is_compiled(module)),
-        frozenset(path for path, module in modules.items() if compiled_call(module)),
-    )
+def compiled_in(model: nn.Module) -> frozenset[str]:
+    """Paths of the modules of ``model`` whose forward is compiled."""
+    return frozenset(path for path, module in model.named_modules() if is_compiled(module))
 
 
 def compile_blocks(

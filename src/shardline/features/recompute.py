@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from shardline.errors import ModelError
 from shardline.plan.describe import blocks
 
-__all__ = ["compiled_call", "recompute_blocks", "recomputed_blocks"]
+__all__ = ["recompute_blocks", "recomputed_blocks"]
 
 
 def recomputed_blocks(model: nn.Module, every: int) -> list[nn.Module]:
@@ -60,12 +60,12 @@ def recompute_blocks(modules: Sequence[nn.Module], *, offload: bool) -> Callable
 
     def undo() -> None:
         for module in modules:
-            object.__setattr__(module, "_compiled_call_impl", compiled_call(module))
+            object.__setattr__(module, "_compiled_call_impl", _compiled_call(module))
 
     return undo
 
 
-def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+def _compiled_call(module: nn.Module) -> Callable[..., Any] | None:
     """What ``module.compile()`` calls instead of the module, if it was called."""
     call: Any = module._compiled_call_impl
     return call.compiled if isinstance(call, _Again) else call
@@ -75,7 +75,7 @@ class _Again:
     """The call of one module, which keeps its inputs and runs again when the backward wants more."""
 
     def __init__(self, module: nn.Module, offload: bool) -> None:
-        self.compiled = compiled_call(module)
+        self.compiled = _compiled_call(module)
         self._call = self.compiled or module._call_impl
         self._keep: Callable[[], AbstractContextManager[Any]] = (
             partial(save_on_cpu, pin_memory=True) if offload else nullcontext

@@ -5,6 +5,9 @@ function modes (a default device), autocast, inference mode, and the levels of `
 for itself, in the middle of the user's forward, must not meet them: it would be cached and replayed, counted, put on
 another device, or become a tensor that no later step may write to. So each entry into the engine does its work within
 :func:`leave_modes`, or is marked with :func:`outside_modes`. Whether gradients are enabled stays as it is.
+
+Nor does ``torch.compile`` trace that work, whatever around it the user compiles, the model or a whole step: a function
+with :func:`leave_modes` inside that the model or autograd calls is marked with :func:`untraced`.
 """
 
 from __future__ import annotations
@@ -29,8 +32,9 @@ from torch._C import (
     is_inference_mode_enabled,
 )
 from torch._C._functorch import peek_interpreter_stack, pop_dynamic_layer_stack, push_dynamic_layer_stack
+from torch._compile import _disable_dynamo as untraced
 
-__all__ = ["is_recorded", "keep", "leave_modes", "outside_modes"]
+__all__ = ["is_recorded", "keep", "leave_modes", "outside_modes", "untraced"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -56,8 +60,10 @@ def leave_modes() -> AbstractContextManager[None]:
 
 
 def outside_modes(function: Callable[P, T]) -> Callable[P, T]:
-    """Let ``function`` run within :func:`leave_modes`. On the hot path a block is better: no call on the stack."""
+    """Let ``function`` run within :func:`leave_modes`, and untraced. On the hot path a block is better: no call on the
+    stack."""
 
+    @untraced
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         with leave_modes():

@@ -10,9 +10,8 @@ Around a module that uses a unit: unshard before, reshard after. In backward, th
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from types import FrameType
@@ -23,13 +22,13 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from shardline.plan.describe import is_below
-from shardline.runtime.modes import is_recorded, leave_modes, outside_modes
+from shardline.runtime.modes import is_recorded, leave_modes, outside_modes, untraced
 from shardline.sharding.containers import tensors_in
 from shardline.sharding.saved_tensors import SavedTensors
 from shardline.sharding.schedule import Schedule
 from shardline.sharding.unit import Unit
 
-__all__ = ["Compiled", "Hooks", "ModuleHook", "watch_outputs"]
+__all__ = ["Hooks", "ModuleHook", "watch_outputs"]
 
 
 class _GraphLifetime(Enum):
@@ -60,22 +59,6 @@ _NOTHING: Callable[..., None] = nullcontext().__exit__
 """What stands for a hook in a copy: an object of the standard library, so that unpickling needs no Shardline."""
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """Paths of the modules that are compiled.
-
-    Attributes:
-        inside: what runs inside these is compiled, their hooks are not.
-        around: the hooks of these are compiled as well.
-    """
-
-    inside: frozenset[str] = frozenset()
-    around: frozenset[str] = frozenset()
-
-
-_NOT_COMPILED = Compiled()
-
-
 class Hooks:
     """The module hooks of one engine on one model. ``remove`` takes them off again.
 
@@ -83,7 +66,7 @@ class Hooks:
         on_forward: called when a forward of the model begins. It returns the hooks that serve this forward: new ones
             where the model was planned again at that moment.
         on_call: ``on_call(is_model, (args, kwargs))``, called before each outermost module call outside of backward.
-        compiled: which modules are compiled.
+        compiled: paths of the modules inside of which no hook runs, because their forward is compiled.
         on_output: called with the output of an outermost module call, where a graph may have been built.
     """
 
@@ -94,7 +77,7 @@ class Hooks:
         schedule: Schedule,
         on_forward: Callable[[], Hooks],
         on_call: Callable[[bool, Any], None] | None = None,
-        compiled: Compiled = _NOT_COMPILED,
+        compiled: Collection[str] = (),
         on_output: Callable[[Any], None] | None = None,
     ) -> None:
         self.schedule, self._on_forward, self._on_call, self._on_output = schedule, on_forward, on_call, on_output
@@ -109,22 +92,15 @@ class Hooks:
             for path in unit.plan.users:
                 # A root's hooks serve all modules inside it; hooks inside are for calls that bypass the root.
                 inside = {root for root in unit.plan.roots if path != root and is_below(path, root)}
-                if path in unit.plan.roots or not inside or (unit.sharded and not inside & compiled.inside):
+                if path in unit.plan.roots or not inside or (unit.sharded and inside.isdisjoint(compiled)):
                     used.setdefault(path, []).append(unit)
         self._root = used[""]
-        enter, leave = self._pre_forward, self._post_forward
-        if any(
-            path in compiled.around or any(path != root and is_below(path, root) for root in compiled.inside)
-            for path in used
-        ):
-            # The user also compiled the module that runs the hooks; they must not be traced.
-            enter, leave = torch.compiler.disable(enter), torch.compiler.disable(leave)
         for path, its_units in used.items():
             module, is_model = modules[path], not path
             before = module.register_forward_pre_hook(
-                ModuleHook(enter, its_units, is_model), prepend=True, with_kwargs=True
+                ModuleHook(self._pre_forward, its_units, is_model), prepend=True, with_kwargs=True
             )
-            after = module.register_forward_hook(ModuleHook(leave, is_model), always_call=True)
+            after = module.register_forward_hook(ModuleHook(self._post_forward, is_model), always_call=True)
             self._handles += [before, after]
 
     @outside_modes
@@ -142,6 +118,7 @@ class Hooks:
 
     # -- around a module --------------------------------------------------------------------------------------------
 
+    @untraced
     def _pre_forward(
         self, units: list[Unit], is_model: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -214,6 +191,7 @@ class Hooks:
                 self.schedule.call_after_backward(handle.remove)
         self.schedule.expect_backward(unit, len(inputs))
 
+    @untraced
     def _post_backward(self, unit: Unit, is_leaf: bool, grad: Tensor) -> None:
         with leave_modes():
             self.schedule.post_backward(unit, at_once=not is_leaf)

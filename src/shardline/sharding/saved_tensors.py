@@ -63,7 +63,7 @@ class SavedTensors:
     def __init__(self, units: Sequence[Unit], pre_backward: Callable[[Unit], None]) -> None:
         self.needed = any(unit.sharded for unit in units)
         self._pool = units[0].pool if units else None
-        self._pre_backward = pre_backward
+        self._pre_backward = torch.compiler.disable(pre_backward)  # see untraced; without a call on the stack
         self._outer: list[tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None] = []
 
     def push(self) -> bool:
