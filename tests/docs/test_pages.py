@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch import nn
 
+from shardline import Engine
 from shardline.testing import run_distributed
 from tests.sockets import free_port
 
@@ -154,3 +156,10 @@ def test_every_page_is_in_the_navigation():
     decisions = [page for page in pages if re.match(r"adr/\d", page)]
     assert [page for page in pages if page not in decisions and f" {page}\n" not in navigation] == []
     assert [page for page in decisions if f"({page.removeprefix('adr/')})" not in text_of("docs/adr/README.md")] == []
+
+
+def test_the_reference_has_every_method_of_the_engine():
+    own = (kind for kind in Engine.__mro__ if kind not in nn.Module.__mro__)
+    public = {name for kind in own for name in vars(kind) if not name.startswith("_")}
+    listed = re.findall(r"^        - (\w+)$", text_of("docs/reference/engine.md"), re.MULTILINE)
+    assert sorted(listed) == sorted(public)
