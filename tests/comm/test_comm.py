@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import shardline
 from shardline.comm import DONE, Comm, Group, digest
 from shardline.errors import DisagreementError
 from shardline.sharding.buffer import BufferPool
+from shardline.testing import run_distributed
 
 CPU = torch.device("cpu")
 
@@ -318,3 +320,18 @@ def timeouts():
 def test_every_wait_has_the_timeout_of_the_group_that_was_given(ranks) -> None:
     for found in ranks(timeouts, 2):
         assert len(found) >= 6 and all(found)
+
+
+def _groups_ended_first(transport):
+    model = nn.Linear(4, 4)
+    config = {"zero_optimization": {"stage": 3}, "communication_transport": transport}
+    engine = shardline.shard(model, torch.optim.SGD(model.parameters(), lr=0.1), config)
+    dist.destroy_process_group()
+    engine.destroy()
+    return [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.parametrize("transport", ["auto", "gloo"])
+def test_an_engine_is_destroyed_after_the_script_ended_all_groups(transport) -> None:
+    for threads in run_distributed(_groups_ended_first, 2, transport):
+        assert "shardline-watch" not in threads
