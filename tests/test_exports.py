@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +36,7 @@ PUBLIC = {
     "shard",
     "sharded_weights",
 }
+SOURCE = Path(shardline.__file__)
 HEAVY = {
     "matplotlib",
     "tqdm",
@@ -74,6 +77,12 @@ def test_every_name_is_there_and_documented(name):
     value = getattr(shardline, name)
     assert name == "__version__" or value.__doc__
     assert getattr(shardline, name) is value
+
+
+def test_type_checkers_find_every_name_where_it_is_loaded_from():
+    imports = re.findall(r"^    from shardline\.([\w.]+) import (\w+|\([^)]*\))$", SOURCE.read_text(), re.MULTILINE)
+    homes = {name: home for home, names in imports for name in re.findall(r"\w+", names)}
+    assert homes == shardline._HOMES
 
 
 def test_an_unknown_name_is_an_attribute_error():

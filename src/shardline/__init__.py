@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from shardline.engine.ema import EMA
     from shardline.engine.in_place import shard
     from shardline.engine.initialize import initialize
+    from shardline.engine.weights import gathered_parameters
     from shardline.errors import (
         CheckpointError,
         ConfigError,
