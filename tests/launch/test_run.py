@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from shardline.cli import main
 from shardline.errors import LaunchError
-from shardline.launch.run import Launch, _check, _first, _impatience, _Logs, _Record, _report, launch
+from shardline.launch.run import Launch, _check, _first, _kill_stragglers, _Logs, _Record, _report, launch
 from tests.sockets import free_port
 
 pytestmark = [
@@ -531,7 +531,7 @@ def test_what_another_rank_saw_of_the_first_failure(tmp_path, capsys):
     """The phase of a rank that was killed: nobody else can say it."""
     logs = _Logs(tmp_path, None)
     logs.reify({local: {"RANK": str(local)} for local in range(2)})
-    (tmp_path / "attempt0" / "101.word").write_text("rank 1 (process 101) ended. It was in the forward of step 4.")
+    (tmp_path / "attempt0" / "101.exit").write_text("rank 1 (process 101) ended. It was in the forward of step 4.")
     assert _report({1: failure(1, -9, 101)}, logs) == 137
     assert capsys.readouterr().err == (
         "\nshardline run: rank 1 was killed by SIGKILL (often the system's answer to a lack of memory).\n\n"
@@ -550,7 +550,7 @@ def test_a_rank_that_does_not_end_by_sigterm_is_killed_soon_after_a_failure(tmp_
         stopped.send_signal(signal.SIGSTOP)
         for local, process in enumerate((over, stopped)):
             Path(f"{logs.error_files[local]}.pid").write_text(str(process.pid))
-        with _impatience(logs):
+        with _kill_stragglers(logs):
             said = {"message": {"message": "ValueError"}, "time": 1.0, "code": 1, "lost_peer": False, "gone": []}
             logs.error_files[0].write_text(json.dumps(said))
             assert stopped.wait(60) == -signal.SIGKILL

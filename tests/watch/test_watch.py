@@ -118,7 +118,7 @@ def test_the_watching_thread_says_which_rank_ended_where_the_main_thread_may_not
         f"step 0. It was in the script's own code after step 0. It left no word, as after os._exit(), SIGKILL (often "
         f"for lack of memory) or a crash in C code."
     )
-    assert ending.word_of(other.pid, tmp_path) == (sentence if launched else "")
+    assert ending.recorded_exit(other.pid, tmp_path) == (sentence if launched else "")
     assert capsys.readouterr().err == ("" if launched else f"shardline: {sentence} [SL701]\n")
 
 

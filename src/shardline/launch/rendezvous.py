@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -41,6 +41,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 )
 
 from shardline.errors import LaunchError
+from shardline.launch.background import background
 from shardline.runtime.environment import listen_on
 from shardline.runtime.network import (
     LOOPBACK,
@@ -279,24 +280,16 @@ def _meet_ranks(store: Store, meeting: Meeting, rank: int) -> tuple[TCPStore | N
     return opened, RendezvousStoreInfo(host, int(port))
 
 
-@contextmanager
-def _saying(meeting: Meeting) -> Iterator[None]:
+def _saying(meeting: Meeting) -> AbstractContextManager[None]:
     """Within it nodes are waited for, by torch, which does not say so."""
-    over = threading.Event()
-    patience = _patience(meeting, over.wait)
 
-    def wait() -> None:
+    def wait(over: threading.Event) -> None:
+        patience = _patience(meeting, over.wait)
         with suppress(LaunchError):  # torch has the same limit
             while not over.is_set():
                 patience.wait(f"fewer than {meeting.nodes[0]} nodes joined {meeting}")
 
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    return background(wait)
 
 
 @contextmanager

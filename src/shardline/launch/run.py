@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -26,10 +26,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from shardline.errors import LaunchError
+from shardline.launch.background import background
 from shardline.launch.rendezvous import BACKEND, Meeting, NotNeeded, register
 from shardline.launch.scratch import scratch_directory
 from shardline.runtime.device import Accelerators, usable
-from shardline.runtime.ending import GO_ON, word_of
+from shardline.runtime.ending import GO_ON, recorded_exit
 from shardline.runtime.environment import asked_device, let_nodes_change
 from shardline.runtime.network import LOOPBACK
 from shardline.runtime.process_group import DEFAULT_PORT
@@ -118,7 +119,7 @@ def launch(job: Launch) -> int:
 def _run(job: Launch, meeting: Meeting, nproc: int, runner: list[str], scratch: Path) -> int:
     logs = _Logs(scratch, job.log_dir, changing=meeting.nodes[0] < meeting.nodes[1])
     try:
-        with _signals(job.grace), _impatience(logs):
+        with _signals(job.grace), _kill_stragglers(logs):
             elastic_launch(_elastic_config(job, meeting, nproc, logs), sys.executable)(*runner)
     except ChildFailedError as error:
         return _say_saved() if logs.have_saved() else _report(error.failures, logs)
@@ -382,13 +383,11 @@ def _pid_of(error_file: Path) -> int:
     return int(Path(f"{error_file}.pid").read_text())
 
 
-@contextmanager
-def _impatience(logs: _Logs) -> Iterator[None]:
+def _kill_stragglers(logs: _Logs) -> AbstractContextManager[None]:
     """When a rank has failed the agent ends the others by SIGTERM, for which one that is stopped, or whose script takes
     that signal and hangs, would have half a minute."""
-    over = threading.Event()
 
-    def watch() -> None:
+    def watch(over: threading.Event) -> None:
         attempt, begin = logs.error_files, math.inf
         while not over.wait(_FAILED_SECONDS / 16):
             if attempt is not logs.error_files or not logs.failed():
@@ -398,13 +397,7 @@ def _impatience(logs: _Logs) -> Iterator[None]:
             if time.monotonic() - begin > _FAILED_SECONDS:
                 logs.kill()
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    return background(watch)
 
 
 @contextmanager
@@ -454,7 +447,7 @@ def _report(failures: dict[int, ProcessFailure], logs: _Logs) -> int:
             code, how = 128 - code, f"was killed by {failure.signal_name()}"
             if -failure.exitcode == signal.SIGKILL:
                 how += " (often the system's answer to a lack of memory)"
-    seen = "" if failure is None else word_of(failure.pid, logs.error_files[first].parent)
+    seen = "" if failure is None else recorded_exit(failure.pid, logs.error_files[first].parent)
     said = [f"shardline run: rank {logs.ranks[first]} {how}.", seen, text]
     print("\n" + "\n\n".join(each.rstrip() for each in said if each), file=sys.stderr)
     return code

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from shardline.errors import text_of
-from shardline.runtime.ending import end_with, end_with_parent, leave_words_in
+from shardline.runtime.ending import end_with, end_with_parent, record_exits_in
 
 _LOSS = re.compile("Connection (closed|reset) by peer|Broken pipe|remote process exited|[Cc]ommunicator was aborted")
 _CAUSE_SECONDS = 3.0  # from the loss of a peer, which is closing files and groups, to its own message
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
         Path(f"{error_file}.pid").write_text(str(os.getpid()))
-        leave_words_in(Path(error_file).parent)
+        record_exits_in(Path(error_file).parent)
         faulthandler.enable(open(f"{error_file}.crash", "w"))  # noqa: SIM115 (for the stacks at a segmentation fault)
     try:
         try:

@@ -27,10 +27,10 @@ __all__ = [
     "end_with",
     "end_with_parent",
     "has_failed",
-    "leave_word",
-    "leave_words_in",
     "note_lost_ranks",
-    "word_of",
+    "record_exit",
+    "record_exits_in",
+    "recorded_exit",
 ]
 
 GO_ON = 75
@@ -47,26 +47,26 @@ def end_with_parent() -> None:
 _FOLDERS: list[Path] = []
 
 
-def leave_words_in(folder: Path) -> None:
+def record_exits_in(folder: Path) -> None:
     """The launcher shows what ranks write down in ``folder`` of one that ended without a word."""
     _FOLDERS[:] = [folder]
 
 
-def leave_word(pid: int, sentence: str) -> bool:
+def record_exit(pid: int, sentence: str) -> bool:
     """Write down how process ``pid``, another rank, ended; False where no launcher would show it."""
     with suppress(OSError):
         for folder in _FOLDERS:
             whole = folder / f"{pid}.{os.getpid()}"
             whole.write_text(sentence, encoding="utf-8", errors="backslashreplace")
-            whole.replace(folder / f"{pid}.word")  # a rank that is ended here leaves no half of it
+            whole.replace(folder / f"{pid}.exit")  # a rank that is ended here leaves no half of it
             return True
     return False
 
 
-def word_of(pid: int, folder: Path) -> str:
+def recorded_exit(pid: int, folder: Path) -> str:
     """What another rank wrote down in ``folder`` of the end of process ``pid``."""
     with suppress(OSError):
-        return (folder / f"{pid}.word").read_text(encoding="utf-8")
+        return (folder / f"{pid}.exit").read_text(encoding="utf-8")
     return ""
 
 

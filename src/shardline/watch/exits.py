@@ -19,8 +19,8 @@ class Exits:
 
     def __init__(self, pids: Mapping[int, int]) -> None:
         self._poll = select.poll()
-        self._ear, self._bell = os.pipe()
-        self._poll.register(self._ear, select.POLLIN)
+        self._woken, self._waker = os.pipe()
+        self._poll.register(self._woken, select.POLLIN)
         self._ranks: dict[int, int] = {}  # by file descriptor
         for rank, pid in pids.items():
             with contextlib.suppress(OSError, AttributeError):
@@ -38,8 +38,8 @@ class Exits:
 
     def wake(self) -> None:
         """End the wait of another thread, or the next one."""
-        os.write(self._bell, b".")
+        os.write(self._waker, b".")
 
     def close(self) -> None:
-        for fd in (self._ear, self._bell, *self._ranks):
+        for fd in (self._woken, self._waker, *self._ranks):
             os.close(fd)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from shardline import errors
 from shardline.errors import DisagreementError, LostRankError, ShardlineError, text_of
-from shardline.runtime.ending import leave_word, note_lost_ranks
+from shardline.runtime.ending import note_lost_ranks, record_exit
 from shardline.runtime.network import Store
 from shardline.runtime.shared_page import SharedPage
 from shardline.watch import uncaught
@@ -193,7 +193,7 @@ class Watch:
         """The same of a rank whose process, ``pid``, has ended; what it did not say itself the launcher can say."""
         sentence = self.how_it_ended(rank, pid)
         if not self.posted(rank):
-            leave_word(pid, sentence)
+            record_exit(pid, sentence)
         return self.lose(sentence)
 
     def mark_lost(self, error: E) -> E:

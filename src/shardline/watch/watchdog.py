@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Sequence
 
 from shardline.errors import LostRankError
-from shardline.runtime.ending import leave_word
+from shardline.runtime.ending import record_exit
 from shardline.watch.exits import Exits
 from shardline.watch.incident import Incident, Seen, find, those
 from shardline.watch.status import Cell
@@ -102,7 +102,7 @@ class Watchdog:
                     watch.told = True
                     pid = watch.members[rank].pid
                     sentence = watch.how_it_ended(rank, pid)
-                    if not leave_word(pid, sentence):
+                    if not record_exit(pid, sentence):
                         _write(f"shardline: {LostRankError(sentence)}\n")
 
     def _report(self, tables: Tables, now: float) -> None:
